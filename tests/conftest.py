@@ -1,0 +1,21 @@
+"""Test set-up: without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported."""
+
+import os
+
+import pytest
+import torch
+
+# No test reaches for a model hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+GPU_MISSING = pytest.mark.skip(reason="needs a CUDA or ROCm device; none is visible to torch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(GPU_MISSING)
