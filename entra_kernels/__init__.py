@@ -1,0 +1,18 @@
+"""Column statistics of attention and token log-probabilities, without the matrices that hold them.
+
+| operation | what it returns |
+|---|---|
+| `incoming_attention` | the mean attention that each token receives from future tokens, without N x N memory |
+| `token_logprobs` | log P of given tokens, from logits |
+| `linear_token_logprobs` | log P of given tokens, from hidden states, without `[tokens, vocabulary]` memory |
+| `redundancy` | importance, protected tokens and the ENTRA reward of each sequence |
+
+Each runs on three backends: `reference` (the specification), `torch` (any device) and `triton` (CUDA, ROCm).
+`entra_kernels` needs torch alone; Triton is imported at the first call that uses it.
+"""
+
+from entra_kernels._attention import incoming_attention
+from entra_kernels._logprobs import linear_token_logprobs, token_logprobs
+from entra_kernels._redundancy import Redundancy, redundancy
+
+__all__ = ["Redundancy", "incoming_attention", "linear_token_logprobs", "redundancy", "token_logprobs"]

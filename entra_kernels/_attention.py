@@ -1,0 +1,148 @@
+"""`incoming_attention`: the public operation. It checks, brings both layouts to one, chooses a backend and calls it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from entra_kernels import _ops
+from entra_kernels._checks import (
+    FLOATS,
+    INTEGERS,
+    check_dtype,
+    check_same_device,
+    check_scoring_only,
+    check_shape,
+    choose_backend,
+)
+
+
+def incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    *,
+    start: Tensor | None = None,
+    length: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    lse: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    per_head: bool = False,
+    normalize: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """`softmax(scale * q @ k.T + causal_mask).tril(-1).sum(rows) / arange(N - 1, -1, -1)`, without the N x N matrix.
+
+    For every token i, the mean over the future queries j > i of the attention probability from j to i, mean over the query
+    heads: mu_i of docs/method.md, in [0, 1]. The diagonal is excluded and the last token of a sequence gets 0. With a sliding
+    window W, key i is visible to query j iff j - W < i <= j, and the divisor is min(N - i, W - 1) instead of N - i (i counted
+    from 1). The result does not depend on what else is in the batch and is the same bit for bit in every run.
+
+    Two layouts, neither of which is copied (any strides):
+
+    - padded: q [B, H, N, D], k [B, Hkv, N, D]; the tokens of row b are start[b] ... start[b] + length[b] - 1, which
+      describes left and right padding. Everything outside gets 0 and influences nothing.
+    - packed: q [T, H, D], k [T, Hkv, D] and cu_seqlens [S + 1], as for FlashAttention's varlen functions.
+
+    Args:
+        q: queries after RoPE; bfloat16, float16, float32 or (not with Triton) float64. D is 16 to 512.
+        k: keys after RoPE, same dtype; H must be a multiple of Hkv (GQA, MQA), keys are not repeated.
+        start: int [B], padded layout only; None means 0.
+        length: int [B], padded layout only; None means up to the end of the row.
+        cu_seqlens: int [S + 1], packed layout only: 0, then the running sums of the sequence lengths.
+        scale: factor on q @ k.T; None means D ** -0.5.
+        sliding_window: W >= 1, in tokens, the query itself counted; None for full attention.
+        softcap: c > 0 turns each scaled score s into c * tanh(s / c); None or 0 for none.
+        sinks: [H] logits that only add to the softmax denominator, as in gpt-oss.
+        lse: float [B, H, N] (packed: [H, T]) natural-log row log-sum-exp of the scores, sinks included, when the attention
+            forward already knows it: saves one of the two passes. Excludes `sinks`.
+        row_weights: float [B, N] (packed: [T]) weight w_j of each query: sum_{j>i} w_j A_ji, over the same divisor (not over
+            the sum of the weights). w_j = j gives lift; 1 / inclusion probability gives unbiased row sampling.
+        per_head: return every query head by itself instead of the mean over heads.
+        normalize: False returns the sums over j, not divided.
+        backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
+
+    Returns:
+        float32 (float64 for float64 inputs), [B, N] (packed: [T]); with per_head [B, H, N] (packed: [H, T]).
+
+    Raises:
+        ValueError: shapes, layouts or options that do not go together.
+        TypeError: a dtype that cannot be.
+        RuntimeError: an input requires grad (use torch.no_grad()), or the backend named cannot run here.
+
+    Source: arXiv 2601.07123; docs/method.md.
+    """
+    check_dtype(FLOATS, q=q, k=k, sinks=sinks, lse=lse, row_weights=row_weights)
+    check_dtype(INTEGERS, start=start, length=length, cu_seqlens=cu_seqlens)
+    check_same_device(
+        q=q, k=k, sinks=sinks, lse=lse, row_weights=row_weights, start=start, length=length, cu_seqlens=cu_seqlens
+    )
+    check_scoring_only(q=q, k=k, sinks=sinks, lse=lse, row_weights=row_weights)
+    if q.dtype != k.dtype:
+        raise TypeError(f"k has dtype {k.dtype} but q has {q.dtype}; they must be the same: use k.to(q.dtype)")
+
+    packed = cu_seqlens is not None
+    if cu_seqlens is not None:
+        if start is not None or length is not None:
+            raise ValueError(
+                "start and length belong to the padded layout, cu_seqlens to the packed one; pass one or the other"
+            )
+        if q.ndim != 3 or k.ndim != 3:
+            raise ValueError(
+                f"q has shape {list(q.shape)} and k {list(k.shape)}; with cu_seqlens they must be [T, H, D] and [T, Hkv, D]"
+            )
+        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+            raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1]")
+        # The packed layout is the padded one with a single row that holds every sequence.
+        q, k = q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0)
+        starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+        lse = None if lse is None else lse.unsqueeze(0)
+        row_weights = None if row_weights is None else row_weights.unsqueeze(0)
+    elif q.ndim != 4 or k.ndim != 4:
+        raise ValueError(
+            f"q has shape {list(q.shape)} and k {list(k.shape)}; they must be [B, H, N, D] and [B, Hkv, N, D], "
+            "or [T, H, D] and [T, Hkv, D] with cu_seqlens"
+        )
+
+    batch, q_heads, tokens, head_dim = q.shape
+    kv_heads = k.shape[1]
+    if (k.shape[0], k.shape[2], k.shape[3]) != (batch, tokens, head_dim):
+        raise ValueError(f"k has shape {list(k.shape)}, q {list(q.shape)}; all but the number of heads must agree")
+    if kv_heads == 0 or q_heads % kv_heads:
+        raise ValueError(f"q_heads={q_heads} must be a multiple of kv_heads={kv_heads}; check the model's config")
+    if not 1 <= head_dim <= 512:
+        raise ValueError(f"head_dim={head_dim} must be 1 to 512")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window={sliding_window} must be at least 1 token, or None for full attention")
+    if softcap is not None and softcap < 0:
+        raise ValueError(f"softcap={softcap} must be positive, or None for none")
+    if lse is not None and sinks is not None:
+        raise ValueError("sinks and lse were both given; lse already holds the sinks' share, so pass one of them")
+    check_shape("sinks", sinks, (q_heads,), "[H]")
+    check_shape("lse", lse, (batch, q_heads, tokens), "[1, H, T]" if packed else "[B, H, N]")
+    check_shape("row_weights", row_weights, (batch, tokens), "[1, T]" if packed else "[B, N]")
+    if not packed:
+        check_shape("start", start, (batch,), "[B]")
+        check_shape("length", length, (batch,), "[B]")
+        starts = torch.zeros(batch, dtype=torch.int32, device=q.device) if start is None else start
+        lengths = tokens - starts if length is None else length
+
+    out = _ops.incoming_attention(
+        q,
+        k,
+        starts,
+        lengths,
+        scale=head_dim**-0.5 if scale is None else float(scale),
+        sliding_window=sliding_window,
+        softcap=float(softcap) if softcap else None,
+        sinks=sinks,
+        lse=lse,
+        row_weights=row_weights,
+        per_head=per_head,
+        normalize=normalize,
+        backend=choose_backend(backend, q),
+    )
+    return out.squeeze(0) if packed else out

@@ -1,0 +1,85 @@
+"""Checks that every operation shares: backend, gradients, dtype, device.
+
+Nothing here reads a tensor's values, so nothing here waits for a GPU or breaks a torch.compile graph. What needs values
+is checked inside the custom ops (`_ops.py`), on the CPU only, where looking costs nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def choose_backend(backend: str, tensor: Tensor) -> str:
+    """`backend` itself, or for "auto": "triton" for a tensor on CUDA or ROCm, else "torch".
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: when Triton is asked for float64.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "auto":
+        return "triton" if tensor.is_cuda and tensor.dtype != torch.float64 else "torch"
+    if backend == "triton" and tensor.dtype == torch.float64:
+        raise TypeError("backend='triton' has no float64; use backend='torch' or backend='reference', or convert to float32")
+    return backend
+
+
+def check_scoring_only(**tensors: Tensor | None) -> None:
+    """Refuses inputs through which a gradient would have to flow.
+
+    Raises:
+        RuntimeError: when grad mode is on and a tensor requires grad.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{name} requires grad, but this operation is for scoring only and has no backward; "
+                f"call it under torch.no_grad(), or pass {name}.detach()"
+            )
+
+
+def check_dtype(allowed: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
+    """Raises a TypeError that names the argument when a tensor's dtype is not among `allowed`."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}={tensor!r} must be a torch.Tensor, not {type(tensor).__name__}")
+        if tensor.dtype not in allowed:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise TypeError(
+                f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; it must be one of {names}; convert it with .to()"
+            )
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raises a ValueError that names both arguments when two tensors live on different devices."""
+    first_name, first = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first_name, first = name, tensor
+        elif tensor.device != first.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, {first_name} on {first.device}; move it with {name}.to({first_name}.device)"
+            )
+
+
+def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], letters: str) -> None:
+    """Raises a ValueError with the letters and the sizes when `tensor` has another shape than `expected`."""
+    if tensor is not None and tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {letters} = {list(expected)}")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is computed and returned in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,175 @@
+"""The operations as torch custom ops, so that torch.compile sees one opaque node instead of tracing a kernel launch.
+
+The public functions have checked shapes and dtypes by the time these run. What depends on values is checked here, on the CPU
+only: on a GPU that would wait for the device, so there spans are clamped to the memory they index instead.
+
+Annotations are real types in this module (no `from __future__ import annotations`): torch infers each op's schema from them.
+"""
+
+import importlib.util
+import os
+from types import ModuleType
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from entra_kernels._checks import accumulation_dtype
+
+_MODULES = {"reference": "entra_kernels.reference", "torch": "entra_kernels._torch", "triton": "entra_kernels._triton"}
+
+
+def _implementation(backend: str, tensor: Tensor) -> ModuleType:
+    """The backend's module; each has the same four functions.
+
+    Raises:
+        RuntimeError: for Triton without Triton, or without a GPU and outside its interpreter.
+    """
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise RuntimeError("backend='triton' needs triton; get it with: pip install triton, or use backend='torch'")
+        if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                "backend='triton' runs on CUDA and ROCm tensors, and these are on the CPU; move them to a GPU, use "
+                "backend='torch', or set TRITON_INTERPRET=1 before triton is imported (slow, for tests)"
+            )
+    return importlib.import_module(_MODULES[backend])
+
+
+def _checked_spans(starts: Tensor, lengths: Tensor, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Spans as int32 that lie inside their row: checked on the CPU, clamped elsewhere."""
+    if starts.device.type == "cpu":
+        outside = (starts < 0) | (lengths < 0) | (starts + lengths > tokens)
+        if outside.any():
+            i = int(outside.nonzero()[0])
+            raise ValueError(
+                f"sequence {i} spans tokens {int(starts[i])} to {int(starts[i] + lengths[i])}, outside 0 to {tokens}; "
+                "check start and length, or cu_seqlens (0, then running sums of the lengths)"
+            )
+    starts = starts.clamp(0, tokens)
+    lengths = torch.minimum(lengths.clamp(min=0), tokens - starts)
+    return starts.to(torch.int32), lengths.to(torch.int32)
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    if targets.device.type == "cpu" and targets.numel():
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= vocabulary:
+            wrong = low if low < 0 else high
+            raise ValueError(f"targets holds id {wrong}, outside the vocabulary 0 to {vocabulary - 1}; check the tokenizer")
+
+
+@torch.library.custom_op("entra_kernels::incoming_attention", mutates_args=())
+def incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    sliding_window: Optional[int],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+    sinks: Optional[Tensor],  # noqa: UP045
+    lse: Optional[Tensor],  # noqa: UP045
+    row_weights: Optional[Tensor],  # noqa: UP045
+    per_head: bool,
+    normalize: bool,
+    backend: str,
+) -> Tensor:
+    """q [B, H, N, D], k [B, Hkv, N, D] with any strides; S spans (starts, lengths): span s lies in row s, or, when B is 1,
+    every span lies in row 0 (the packed layout). Returns [B, N], or [B, H, N] per head."""
+    module = _implementation(backend, q)
+    starts, lengths = _checked_spans(starts, lengths, q.shape[0], q.shape[2])
+    return module.incoming_attention(
+        q,
+        k,
+        starts,
+        lengths,
+        scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        lse=lse,
+        row_weights=row_weights,
+        per_head=per_head,
+        normalize=normalize,
+    )
+
+
+@incoming_attention.register_fake
+def _(q, k, starts, lengths, scale, sliding_window, softcap, sinks, lse, row_weights, per_head, normalize, backend):  # type: ignore[no-untyped-def]
+    batch, heads, tokens, _ = q.shape
+    shape = (batch, heads, tokens) if per_head else (batch, tokens)
+    return q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
+
+
+@torch.library.custom_op("entra_kernels::token_logprobs", mutates_args=())
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float, backend: str) -> Tensor:
+    """logits [..., V] with any strides, targets [...]. Returns [...]."""
+    module = _implementation(backend, logits)
+    _check_targets(targets, logits.shape[-1])
+    return module.token_logprobs(logits, targets, temperature=temperature)
+
+
+@token_logprobs.register_fake
+def _(logits, targets, temperature, backend):  # type: ignore[no-untyped-def]
+    return logits.new_empty(targets.shape, dtype=accumulation_dtype(logits.dtype))
+
+
+@torch.library.custom_op("entra_kernels::linear_token_logprobs", mutates_args=())
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    logit_scale: float,
+    softcap: Optional[float],  # noqa: UP045
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    """hidden [T, C], weight [V, C], targets [T]. Returns [T]."""
+    module = _implementation(backend, hidden)
+    _check_targets(targets, weight.shape[0])
+    return module.linear_token_logprobs(
+        hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
+    )
+
+
+@linear_token_logprobs.register_fake
+def _(hidden, weight, targets, bias, logit_scale, softcap, temperature, backend):  # type: ignore[no-untyped-def]
+    return hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
+
+
+@torch.library.custom_op("entra_kernels::redundancy", mutates_args=())
+def redundancy(
+    logprobs: Tensor,
+    incoming: Tensor,
+    token_ids: Tensor,
+    cu_seqlens: Tensor,
+    attention_weight: float,
+    protect_fraction: float,
+    degenerate_reward: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All packed, [T] and [S + 1]. Returns reward [S], importance [T], protected [T]."""
+    module = _implementation(backend, logprobs)
+    starts, lengths = _checked_spans(cu_seqlens[:-1], cu_seqlens.diff(), 1, logprobs.shape[0])
+    return module.redundancy(
+        logprobs,
+        incoming,
+        token_ids,
+        starts,
+        lengths,
+        attention_weight=attention_weight,
+        protect_fraction=protect_fraction,
+        degenerate_reward=degenerate_reward,
+    )
+
+
+@redundancy.register_fake
+def _(logprobs, incoming, token_ids, cu_seqlens, attention_weight, protect_fraction, degenerate_reward, backend):  # type: ignore[no-untyped-def]
+    dtype = accumulation_dtype(torch.promote_types(logprobs.dtype, incoming.dtype))
+    return (
+        logprobs.new_empty(cu_seqlens.shape[0] - 1, dtype=dtype),
+        logprobs.new_empty(logprobs.shape, dtype=dtype),
+        logprobs.new_empty(logprobs.shape, dtype=torch.bool),
+    )

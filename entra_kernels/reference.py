@@ -1,0 +1,162 @@
+"""The specification: every operation as docs/method.md writes it, in plain PyTorch.
+
+No speed, no cleverness. Runs in the inputs' precision but at least in float32; tests call it in float64 and hold the other
+backends to it. Sequences are spans (start, length), see `entra_kernels/_ops.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from entra_kernels._checks import accumulation_dtype
+
+
+def attention_probabilities(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """A [H, N, N] of one sequence, A[h, j, i] from query j to key i: `softmax(scale * q @ k.T + causal_mask)`.
+
+    q is [H, N, D], k [Hkv, N, D], sinks [H], lse [H, N]. Rows sum to 1, or to less by the share of a sink.
+    """
+    heads, tokens, _ = q.shape
+    k = k.repeat_interleave(heads // k.shape[0], dim=0)
+    scores = scale * (q @ k.transpose(1, 2))  # [H, N, N]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    query = torch.arange(tokens, device=q.device)[:, None]
+    key = torch.arange(tokens, device=q.device)[None, :]
+    visible = key <= query
+    if sliding_window is not None:
+        visible &= query - sliding_window < key
+    scores = scores.masked_fill(~visible, -math.inf)
+    if lse is None:
+        lse = torch.logsumexp(scores, dim=-1)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
+    return torch.exp(scores - lse[..., None])
+
+
+def future_queries(tokens: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """[N] int64: how many queries j > i can see key i: N - i for i counted from 1, at most W - 1 with a window."""
+    count = torch.arange(tokens - 1, -1, -1, device=device)
+    return count if sliding_window is None else count.clamp(max=sliding_window - 1)
+
+
+def incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    row_weights: Tensor | None,
+    per_head: bool,
+    normalize: bool,
+) -> Tensor:
+    """mu_i = sum_{j>i} w_j A_ji / (N - i), mean over heads (docs/method.md, "Incoming attention")."""
+    dtype = accumulation_dtype(q.dtype)
+    batch, heads, tokens, _ = q.shape
+    incoming = q.new_zeros(batch, heads, tokens, dtype=dtype)
+    for sequence, (first, count) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        row = sequence if batch > 1 else 0
+        span = slice(first, first + count)
+        attention = attention_probabilities(
+            q[row, :, span].to(dtype),
+            k[row, :, span].to(dtype),
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            lse=None if lse is None else lse[row, :, span].to(dtype),
+        )
+        future = attention.tril(-1)  # strictly j > i
+        if row_weights is not None:
+            future = future * row_weights[row, span].to(dtype)[:, None]
+        incoming[row, :, span] = future.sum(dim=1)
+        if normalize:
+            incoming[row, :, span] /= future_queries(count, sliding_window, q.device).clamp(min=1)
+    return incoming if per_head else incoming.mean(dim=1)
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float) -> Tensor:
+    """log P of each target (docs/method.md, "Log-probability")."""
+    logits = logits.to(accumulation_dtype(logits.dtype)) / temperature
+    inside = (targets >= 0) & (targets < logits.shape[-1])
+    picked = torch.log_softmax(logits, dim=-1).gather(-1, targets.long().where(inside, 0).unsqueeze(-1)).squeeze(-1)
+    return picked.masked_fill(~inside, math.nan)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> Tensor:
+    """log P of each target from the head's input (docs/method.md, "Log-probability")."""
+    dtype = accumulation_dtype(hidden.dtype)
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return token_logprobs(logits, targets, temperature=temperature)
+
+
+def protected_count(tokens: int, protect_fraction: float) -> int:
+    """k = floor(tau * n + 1e-9): the 1e-9 makes 0.2 * 5 protect 1 token whatever float64 rounding does."""
+    return math.floor(protect_fraction * tokens + 1e-9)
+
+
+def redundancy(
+    logprobs: Tensor,
+    incoming: Tensor,
+    token_ids: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    attention_weight: float,
+    protect_fraction: float,
+    degenerate_reward: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """I = l + lambda * mu, the top k protected, r = H / log M over the rest (docs/method.md, "Reward")."""
+    dtype = accumulation_dtype(torch.promote_types(logprobs.dtype, incoming.dtype))
+    importance = logprobs.to(dtype) + attention_weight * incoming.to(dtype)
+    protected = torch.zeros_like(importance, dtype=torch.bool)
+    rewards = []
+    for first, count in zip(starts.tolist(), lengths.tolist(), strict=True):
+        span = slice(first, first + count)
+        if not importance[span].isfinite().all():
+            rewards.append(math.nan)
+            continue
+        k = protected_count(count, protect_fraction)
+        # A stable sort leaves equal importances in the order of their index, so ties go to the lower one.
+        top = importance[span].sort(descending=True, stable=True).indices[:k]
+        protected[first + top] = True
+        remaining = token_ids[span][~protected[span]]
+        m = remaining.numel()
+        if m <= 1:
+            rewards.append(degenerate_reward)
+            continue
+        frequency = remaining.unique(return_counts=True)[1].to(torch.float64) / m
+        entropy = -(frequency * frequency.log()).sum().item()
+        rewards.append(min(max(entropy / math.log(m), 0.0), 1.0))
+    return torch.tensor(rewards, dtype=dtype, device=importance.device), importance, protected
