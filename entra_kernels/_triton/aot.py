@@ -1,0 +1,178 @@
+"""Compile every Triton kernel for every chip, on a machine that needs no GPU: `python -m entra_kernels._triton.aot [--all]`.
+
+Triton's compiler does not fail when a kernel asks for more shared memory than the chip has, or when registers spill. This
+does. Without `--all` it takes a subset that meets every chip, kernel and kind of head dim once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from entra_kernels._triton.launch import KernelCase
+
+MODULES = ("attention", "logprobs", "redundancy")
+DTYPES = ("bf16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """A compilation target and the shared memory, in bytes, that one program may take on it."""
+
+    backend: str
+    arch: int | str
+    shared_memory: int
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+
+CHIPS = (
+    Chip(backend="cuda", arch=80, shared_memory=163 * 1024),
+    Chip(backend="cuda", arch=86, shared_memory=99 * 1024),
+    Chip(backend="cuda", arch=89, shared_memory=99 * 1024),
+    Chip(backend="cuda", arch=90, shared_memory=227 * 1024),
+    Chip(backend="cuda", arch=100, shared_memory=227 * 1024),
+    Chip(backend="cuda", arch=120, shared_memory=99 * 1024),
+    Chip(backend="hip", arch="gfx942", shared_memory=64 * 1024),
+)
+
+NO_SPILLS_UP_TO = 128
+"""Head dim up to which a spill on sm_90 is an error; beyond it the tile of K alone can exceed the registers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What a compiled case takes. `spills` counts local loads and stores (CUDA) or spilled vector registers (ROCm)."""
+
+    name: str
+    registers: int
+    shared_memory: int
+    spills: int
+    problem: str
+
+    def __str__(self) -> str:
+        text = f"{self.name:<64} {self.registers:>4} registers {self.shared_memory:>7} B shared {self.spills:>4} spills"
+        return f"{text}  FAIL: {self.problem}" if self.problem else text
+
+
+def compile_case(case: KernelCase, chip: Chip) -> Any:
+    """Triton's compiled kernel, with `.asm` and `.metadata`."""
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in case.constexprs else case.arguments[name] for name in names}
+    source = ASTSource(
+        case.kernel,
+        signature,
+        constexprs=case.constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
+    )
+    target = GPUTarget(chip.backend, chip.arch, 32 if chip.backend == "cuda" else 64)
+    return triton.compile(source, target=target, options={"num_warps": case.num_warps, "num_stages": case.num_stages})
+
+
+def nvidia_tool(name: str, option: str, cubin: bytes) -> str:
+    """Output of one of the CUDA binary tools that come with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def inspect(case: KernelCase, chip: Chip, name: str) -> Compiled:
+    """Compiles one case and reads its resources from the machine code."""
+    kernel = compile_case(case, chip)
+    if chip.backend == "cuda":
+        registers = _number(r"REG:(\d+)", nvidia_tool("cuobjdump", "-res-usage", kernel.asm["cubin"]))
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", nvidia_tool("nvdisasm", "-c", kernel.asm["cubin"])))
+    else:
+        registers = _number(r"\.vgpr_count:\s+(\d+)", kernel.asm["amdgcn"])
+        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
+    problem = ""
+    if kernel.metadata.shared > chip.shared_memory:
+        problem = f"{kernel.metadata.shared} B of shared memory, {chip.name} has {chip.shared_memory}"
+    elif spills and chip.arch == 90 and (case.head_dim or 0) <= NO_SPILLS_UP_TO:
+        problem = f"{spills} spills on sm_90"
+    return Compiled(name=name, registers=registers, shared_memory=kernel.metadata.shared, spills=spills, problem=problem)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(
+            f"no match for {pattern!r} in the output of the disassembler; is this Triton {triton.__version__} known?"
+        )
+    return int(found.group(1))
+
+
+def _cases(module: str, chip: Chip, dtype: str) -> Iterator[KernelCase]:
+    yield from importlib.import_module(f"entra_kernels._triton.{module}").aot_cases(dtype, chip.shared_memory)
+
+
+def _in_subset(case: KernelCase, chip: Chip, dtype: str) -> bool:
+    """Head dim 128 in bf16 on every chip, and on sm_90 one case of each other kind."""
+    if case.head_dim is None:
+        return chip.arch == 90 or (dtype == "bf16" and chip.arch in (86, "gfx942"))
+    if case.head_dim == 128 and dtype == "bf16":
+        return True
+    return (chip.arch, dtype, case.head_dim) in SUBSET
+
+
+SUBSET = ((90, "bf16", 80), (90, "fp32", 128), (86, "fp32", 512), ("gfx942", "fp32", 256))
+
+
+def _inspect_one(job: tuple[str, int, str, str]) -> Compiled:
+    module, chip_index, dtype, label = job
+    chip = CHIPS[chip_index]
+    case = next(case for case in _cases(module, chip, dtype) if case.label == label)
+    return inspect(case, chip, f"{chip.name} {dtype} {module} {label}")
+
+
+def main() -> int:
+    """Prints one line per case; returns 1 when one takes more than its chip has."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every chip, dtype, head dim and kernel")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only cases whose name matches")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: the interpreter does not compile; unset it")
+
+    jobs = [
+        (module, index, dtype, case.label)
+        for module in MODULES
+        for index, chip in enumerate(CHIPS)
+        for dtype in DTYPES
+        for case in _cases(module, chip, dtype)
+        if (arguments.all or _in_subset(case, chip, dtype))
+        and re.search(arguments.only, f"{chip.name} {dtype} {module} {case.label}")
+    ]
+    began = time.perf_counter()
+    failed = 0
+    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
+        for compiled in pool.map(_inspect_one, jobs):
+            print(compiled, flush=True)
+            failed += bool(compiled.problem)
+    print(f"{len(jobs)} kernels compiled in {time.perf_counter() - began:.0f} s, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
