@@ -85,6 +85,8 @@ class Capture:
         self._index = index
         self._name = name
         self._layer_type = layer_type
+        # Without layer_types all layers are alike, and only the call tells whether they have a window.
+        self._uniform = getattr(config, "layer_types", None) is None
         self._start = start
         self._length = length
         self._statistic = statistic
@@ -110,7 +112,7 @@ class Capture:
             )
         return self._result
 
-    def _reduce(self, module: Any, q: Tensor, k: Tensor, arguments: dict[str, Any]) -> None:
+    def _reduce(self, module: Any, q: Tensor, k: Tensor, mask: Any, arguments: dict[str, Any]) -> None:
         """Set the result from one attention call; q [B, H, N, D], k [B, Hkv, N, D]."""
         batch, _, tokens, dim = q.shape
         if k.shape[2] != tokens:
@@ -118,12 +120,14 @@ class Capture:
                 f"{self._name} attends from {tokens} queries to {k.shape[2]} keys; a capture needs the whole sequence "
                 "in one forward: pass use_cache=False and no past_key_values"
             )
-        for name in _UNSCORABLE_ARGUMENTS:
-            if arguments.get(name) is not None:
-                raise RuntimeError(
-                    f"{self._name} ({self._layer_type}) attends with {name}, which incoming attention cannot "
-                    "reproduce; score with another model"
-                )
+        unscorable = [name for name in _UNSCORABLE_ARGUMENTS if arguments.get(name) is not None]
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
+            unscorable.append("a mask per head")  # Doge's dynamic sparse mask
+        if unscorable:
+            raise RuntimeError(
+                f"{self._name} ({type(module).__name__}, {self._layer_type}) attends with {unscorable[0]}, which "
+                "incoming attention cannot reproduce; score with another model"
+            )
         for name, value in (("start", self._start), ("length", self._length)):
             if value is not None and value.shape != (batch,):
                 raise ValueError(
@@ -131,9 +135,10 @@ class Capture:
                     f"give one entry per row, shape ({batch},)"
                 )
 
+        window = self._window(module, arguments)
+        windowed = self._uniform and window is not None
         start = None if self._start is None else self._start.to(q.device)
         length = None if self._length is None else self._length.to(q.device)
-        window = self._window(module, arguments)
         sinks = arguments.get("s_aux")
         scale = arguments.get("scaling")
         scale = dim**-0.5 if scale is None else float(scale)
@@ -161,7 +166,7 @@ class Capture:
             CapturedLayer(
                 index=self._index,
                 name=self._name,
-                layer_type=self._layer_type,
+                layer_type="sliding_attention" if windowed else self._layer_type,
                 sliding_window=window,
                 softcap=arguments.get("softcap"),
                 scale=scale,
@@ -170,12 +175,14 @@ class Capture:
         )
 
     def _window(self, module: Any, arguments: dict[str, Any]) -> int | None:
-        """The window of this call: what is passed, else (Qwen2-MoE passes none) that of a sliding layer."""
+        """The window of this call: what is passed, else that of the mask that the model builds."""
         if "sliding_window" in arguments:
             window = arguments["sliding_window"]
-        elif self._layer_type in _WINDOWED:
+        elif self._layer_type in _WINDOWED:  # Qwen2-MoE
             window = getattr(module, "sliding_window", None) or getattr(self._config, "sliding_window", None)
-        else:
+        elif self._uniform and _builds_window_masks(module):  # PhiMoE
+            window = getattr(self._config, "sliding_window", None)
+        else:  # a config may carry a sliding_window that its model never reads
             window = None
         return None if window is None else int(window)
 
@@ -254,16 +261,18 @@ def capture_incoming_attention(
         module.config = config
 
 
-def _capturing_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _capturing_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> Any:
     """The registered attention function: reduce q and k, then attend as the module's own config says."""
     swapped = module.config
     capture: Capture = swapped._entra_capture
     with torch.no_grad():
-        capture._reduce(module, query, key, kwargs)
+        capture._reduce(module, query, key, attention_mask, kwargs)
     # Flash attention reads module.config itself; a nested capture finds its own there.
     module.config = capture._config
     try:
-        return capture._attend(module, query, key, value, *args, **kwargs)
+        return capture._attend(module, query, key, value, attention_mask, *args, **kwargs)
     finally:
         module.config = swapped
 
@@ -283,6 +292,11 @@ def _uses_attention_interface(module: Any) -> bool:
     """Whether the module's forward looks its attention function up by name."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "get_interface" in code.co_names
+
+
+def _builds_window_masks(module: Any) -> bool:
+    """Whether the file that the attention module comes from builds sliding-window masks."""
+    return "create_sliding_window_causal_mask" in inspect.unwrap(type(module).forward).__globals__
 
 
 def _attention_function(name: str, module: Any) -> Callable[..., Any]:
@@ -328,11 +342,7 @@ def _scored_layer(model: nn.Module) -> tuple[str, Any, str]:
             or not _uses_attention_interface(module)
         ):
             continue
-        if layer_types is not None:
-            layer_type = layer_types[index]
-        else:
-            layer_type = "sliding_attention" if getattr(text_config, "sliding_window", None) else "full_attention"
-        candidates.append((name, module, layer_type))
+        candidates.append((name, module, "full_attention" if layer_types is None else layer_types[index]))
 
     full = [candidate for candidate in candidates if candidate[2] in _FULL]
     windowed = [candidate for candidate in candidates if candidate[2] in _WINDOWED]
@@ -359,12 +369,13 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _refusal(model: nn.Module, text_config: Any, layer_types: Sequence[str] | None) -> str:
-    found = sorted(set(layer_types or ()))
-    if not found or _FULL.intersection(found):
-        # The config does not tell what is wrong, the layers' classes do.
-        found += sorted({type(m).__name__ for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)})
+    """The message for a model without a layer to score: its layer types, and its layers' classes."""
+    classes = {type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")} or {
+        type(layer).__name__ for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module
+    }
+    found = f"of type {', '.join(sorted(set(layer_types)))} " if layer_types else ""
     return (
-        f"no layer of this model (model_type={text_config.model_type!r}) can be scored: its layers are "
-        f"{', '.join(found) or 'unknown'}; incoming attention needs a full or sliding-window softmax layer that goes "
-        "through transformers' attention interface; score with another model"
+        f"no layer of this model (model_type={text_config.model_type!r}) can be scored: its layers are {found}"
+        f"(classes {', '.join(sorted(classes))}); incoming attention needs a full or sliding-window softmax layer that "
+        "goes through transformers' attention interface; score with another model"
     )

@@ -88,6 +88,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "shared_expert_intermediate_size": 32,
     },
+    "phimoe": {**_EXPERTS, "num_local_experts": 4, "sliding_window": WINDOW},
     "cohere2": {**_FULL_THEN_SLIDING, "logit_scale": 0.0625},
 }
 

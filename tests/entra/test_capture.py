@@ -1,0 +1,461 @@
+"""Captured incoming attention against the matrices that eager attention returns, on tiny random models.
+
+The reference is every sequence alone and unpadded through the eager model, the scored layer's matrix reduced in
+float64. Both sides run their layers in float32.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, VOCABULARY, WINDOW, build
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from entra.capture import CapturedLayer, capture_incoming_attention
+
+# Error budget: over all families and layouts the largest difference measured is TODO.
+TOLERANCE = 5e-6
+# What has to be told apart (another layer of the same model) differs by at least this.
+DISTINCT = 1e-2
+
+LENGTHS = (23, 16, 2, 1)
+TOKENS = max(LENGTHS)
+
+# index, window, softcap, scale, sinks: what config.json says must arrive.
+EXPECTED_LAYER: dict[str, tuple[int, int | None, float | None, float, bool]] = {
+    "qwen2": (1, None, None, 20**-0.5, False),
+    "qwen3": (1, None, None, 20**-0.5, False),
+    "llama": (1, None, None, 20**-0.5, False),
+    "phi3": (1, WINDOW, None, 24**-0.5, False),
+    "gemma2": (1, None, 2.0, 30**-0.5, False),
+    "gemma3": (1, None, None, 30**-0.5, False),
+    "gemma4": (3, None, None, 1.0, False),
+    "gpt_oss": (1, None, None, 20**-0.5, True),
+    "deepseek_v3": (1, None, None, 20**-0.5, False),
+    "qwen3_next": (1, None, None, 20**-0.5, False),
+    "qwen3_5": (1, None, None, 20**-0.5, False),
+    "glm4_moe": (1, None, None, 20**-0.5, False),
+    "olmo3": (1, None, None, 20**-0.5, False),
+    "mistral": (1, WINDOW, None, 20**-0.5, False),
+    "qwen2_moe": (1, None, None, 20**-0.5, False),
+    "phimoe": (1, WINDOW, None, 20**-0.5, False),
+    "cohere2": (1, None, None, 20**-0.5, False),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models run faster on one thread than on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model_of() -> Callable[[str], PreTrainedModel]:
+    """Each family's model with its default attention, built once."""
+    models: dict[str, PreTrainedModel] = {}
+
+    def get(family: str) -> PreTrainedModel:
+        if family not in models:
+            models[family] = build(family)
+        return models[family]
+
+    return get
+
+
+def sequences() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+
+
+def padded(side: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, attention mask [B, N], start, length [B] of `sequences()` padded on one side with a token that is in use."""
+    ids = torch.full((len(LENGTHS), TOKENS), 5)
+    mask = torch.zeros_like(ids)
+    length = torch.tensor(LENGTHS)
+    start = TOKENS - length if side == "left" else torch.zeros_like(length)
+    for row, sequence in enumerate(sequences()):
+        span = slice(int(start[row]), int(start[row]) + LENGTHS[row])
+        ids[row, span] = sequence
+        mask[row, span] = 1
+    return ids, mask, start, length
+
+
+def eager_attentions(family: str, ids: Tensor, **overrides: Any) -> dict[int, Tensor]:
+    """float64 [H, N, N] of every layer that has attention, by layer index."""
+    model = build(family, attn_implementation="eager", **overrides)
+    with torch.no_grad():
+        matrices = model(ids[None], use_cache=False, output_attentions=True).attentions
+    indices = [
+        index
+        for index, layer_type in enumerate(getattr(model.config, "layer_types", None) or ["full"] * len(matrices))
+        if layer_type != "linear_attention"
+    ]
+    assert len(indices) == len(matrices)
+    return {index: matrix[0].double() for index, matrix in zip(indices, matrices, strict=True)}
+
+
+def reduce_heads(matrix: Tensor, window: int | None, *, lift: bool = False) -> Tensor:
+    """float64 [H, N]: each head's mean attention from future queries, of one unpadded sequence."""
+    tokens = matrix.shape[-1]
+    visible = torch.arange(1, tokens + 1).clamp(max=window or tokens)
+    if lift:
+        matrix = matrix * visible[:, None]
+    divisor = torch.arange(tokens - 1, -1, -1).clamp(max=(window or tokens + 1) - 1)
+    return matrix.tril(-1).sum(-2) / divisor.clamp(min=1)
+
+
+def capture(model: nn.Module, ids: Tensor, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, CapturedLayer]:
+    with torch.no_grad(), capture_incoming_attention(model, **options) as captured:
+        model(ids, attention_mask=mask, use_cache=False)
+    return captured.incoming, captured.layer
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """All that a capture could leave behind, by module: config object and content, hooks, mode, attributes."""
+    return {
+        name: (
+            id(module.__dict__.get("config")),
+            str(module.__dict__.get("config")),
+            getattr(module.__dict__.get("config"), "_attn_implementation", None),
+            module.training,
+            type(module),
+            sorted(module.__dict__),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+        )
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_incoming_matches_eager(family: str, model_of: Callable[[str], PreTrainedModel]) -> None:
+    model = model_of(family)
+    index, window, softcap, scale, sinks = EXPECTED_LAYER[family]
+    alone = [capture(model, sequence[None])[0][0] for sequence in sequences()]
+    ids, mask, start, length = padded("left")
+    left, layer = capture(model, ids, mask, start=start, length=length)
+    right, _ = capture(model, padded("right")[0], start=torch.zeros_like(length), length=length)
+
+    assert (layer.index, layer.sliding_window, layer.softcap, layer.has_sinks) == (index, window, softcap, sinks)
+    assert layer.scale == pytest.approx(scale)
+    assert model.get_submodule(layer.name).layer_idx == index
+    for row, sequence in enumerate(sequences()):
+        matrices = eager_attentions(family, sequence)
+        expected = reduce_heads(matrices[index], window).mean(0)
+        inside = slice(int(start[row]), None)
+        for layout, got in (
+            ("alone", alone[row]),
+            ("left", left[row, inside]),
+            ("right", right[row, : LENGTHS[row]]),
+        ):
+            torch.testing.assert_close(got.double(), expected, rtol=0, atol=TOLERANCE, msg=lambda m, at=layout: f"{at}: {m}")
+        assert not left[row, : start[row]].any()
+        assert not right[row, LENGTHS[row] :].any()
+        if len(sequence) == TOKENS:
+            others = [reduce_heads(m, window).mean(0) for other, m in matrices.items() if other != index]
+            assert all((other - expected).abs().max() > DISTINCT for other in others)
+            if sinks:  # the sinks' share is in the denominator only
+                assert matrices[index].sum(-1).max() < 1 - DISTINCT
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_bit_identical_and_state_is_restored(
+    family: str, side: str, model_of: Callable[[str], PreTrainedModel]
+) -> None:
+    model = model_of(family)
+    ids, mask, start, length = padded(side)
+    before = state_of(model)
+    with torch.no_grad():
+        without = model(ids, attention_mask=mask, use_cache=False).logits
+        with capture_incoming_attention(model, start=start, length=length):
+            within = model(ids, attention_mask=mask, use_cache=False).logits
+        after = model(ids, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(without, within)
+    assert torch.equal(without, after)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        pytest.param("gemma3", {"layer_types": ["sliding_attention"] * 3}, id="gemma3"),
+        pytest.param("qwen2_moe", {"layer_types": ["sliding_attention"] * 3}, id="qwen2_moe-passes-no-window"),
+    ],
+)
+def test_all_layers_windowed_takes_the_last_with_its_window(family: str, overrides: dict[str, Any]) -> None:
+    ids = sequences()[0]
+    model = build(family, **overrides)
+    incoming, layer = capture(model, ids[None])
+    last = model.config.num_hidden_layers - 1
+    assert (layer.index, layer.layer_type, layer.sliding_window) == (last, "sliding_attention", WINDOW)
+    matrix = eager_attentions(family, ids, **overrides)[last]
+    assert matrix.tril(-WINDOW).count_nonzero() == 0
+    torch.testing.assert_close(incoming[0].double(), reduce_heads(matrix, WINDOW).mean(0), rtol=0, atol=TOLERANCE)
+
+
+def test_a_window_in_the_config_that_the_model_never_reads_is_ignored() -> None:
+    model = build("llama", sliding_window=WINDOW)
+    incoming, layer = capture(model, sequences()[0][None])
+    assert (layer.layer_type, layer.sliding_window) == ("full_attention", None)
+    expected = reduce_heads(eager_attentions("llama", sequences()[0])[1], None).mean(0)
+    torch.testing.assert_close(incoming[0].double(), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("head_reduction", ["mean", "max"])
+@pytest.mark.parametrize("statistic", ["mean", "lift"])
+def test_statistics_and_head_reductions(
+    family: str, statistic: str, head_reduction: str, model_of: Callable[[str], PreTrainedModel]
+) -> None:
+    ids, mask, start, length = padded("left")
+    incoming, layer = capture(
+        model_of(family), ids, mask, start=start, length=length, statistic=statistic, head_reduction=head_reduction
+    )
+    for row, sequence in enumerate(sequences()):
+        heads = reduce_heads(eager_attentions(family, sequence)[layer.index], layer.sliding_window, lift=statistic == "lift")
+        expected = heads.amax(0) if head_reduction == "max" else heads.mean(0)
+        # Lift multiplies attention, and its error, by up to the number of visible keys.
+        tolerance = TOLERANCE * (len(sequence) if statistic == "lift" else 1)
+        torch.testing.assert_close(incoming[row, start[row] :].double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_lift_is_one_under_uniform_attention(family: str) -> None:
+    model = build(family)
+    for module in model.modules():
+        if hasattr(module, "q_proj"):
+            nn.init.zeros_(module.q_proj.weight)
+    ids, mask, start, length = padded("left")
+    incoming, _ = capture(model, ids, mask, start=start, length=length, statistic="lift")
+    for row in range(len(LENGTHS)):
+        ones = torch.ones(LENGTHS[row] - 1)
+        torch.testing.assert_close(incoming[row, start[row] : -1], ones, rtol=0, atol=1e-5)
+
+
+def test_geometry_as_lists_and_the_default_span(model_of: Callable[[str], PreTrainedModel]) -> None:
+    ids = padded("right")[0]
+    listed, _ = capture(model_of("qwen3"), ids, start=[0, 0, 0, 0], length=[TOKENS] * 4)
+    default, _ = capture(model_of("qwen3"), ids)
+    assert torch.equal(listed, default)
+
+
+@pytest.mark.parametrize("where", ["lm_head", "scored attention", "with block"])
+def test_everything_is_restored_when_the_forward_raises(where: str) -> None:
+    model = build("qwen3")
+    ids = sequences()[0][None]
+    with torch.no_grad():
+        without = model(ids, use_cache=False).logits
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    at = {"lm_head": "lm_head", "scored attention": "model.layers.1.self_attn.o_proj"}.get(where)
+    handle = model.get_submodule(at).register_forward_hook(fail) if at else None
+    before = state_of(model)
+    with pytest.raises(ZeroDivisionError), capture_incoming_attention(model), torch.no_grad():
+        model(ids, use_cache=False)
+        raise ZeroDivisionError
+    assert state_of(model) == before
+    if handle is not None:
+        handle.remove()
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, without)
+
+
+def test_no_forward_inside_the_block_is_an_error_that_says_so(model_of: Callable[[str], PreTrainedModel]) -> None:
+    with capture_incoming_attention(model_of("llama")) as captured:
+        pass
+    with pytest.raises(RuntimeError, match=r"nothing was captured.*model\.layers\.1\.self_attn"):
+        _ = captured.incoming
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        _ = captured.layer
+
+
+def test_the_last_forward_wins(model_of: Callable[[str], PreTrainedModel]) -> None:
+    model = model_of("llama")
+    first, second = sequences()[0][None], sequences()[1][None]
+    with torch.no_grad(), capture_incoming_attention(model) as captured:
+        model(first, use_cache=False)
+        model(second, use_cache=False)
+    assert torch.equal(captured.incoming, capture(model, second)[0])
+
+
+def test_nested_captures_do_not_disturb_each_other(model_of: Callable[[str], PreTrainedModel]) -> None:
+    model = model_of("llama")
+    ids = sequences()[0][None]
+    with torch.no_grad(), capture_incoming_attention(model) as outer:
+        with capture_incoming_attention(model, statistic="lift") as inner:
+            model(ids, use_cache=False)
+    assert torch.equal(outer.incoming, capture(model, ids)[0])
+    assert torch.equal(inner.incoming, capture(model, ids, statistic="lift")[0])
+
+
+def test_decoding_on_a_cache_is_refused(model_of: Callable[[str], PreTrainedModel]) -> None:
+    model = model_of("llama")
+    ids = sequences()[0][None]
+    with torch.no_grad(), capture_incoming_attention(model), pytest.raises(RuntimeError, match="use_cache=False"):
+        cache = model(ids[:, :9]).past_key_values
+        model(ids[:, 9:], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "named"),
+    [
+        pytest.param("mamba", {"state_size": 4}, "linear_attention", id="linear"),
+        pytest.param(
+            "deepseek_v32",
+            {
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "intermediate_size": 64,
+                "moe_intermediate_size": 16,
+                "n_routed_experts": 4,
+                "n_group": 1,
+                "topk_group": 1,
+                "q_lora_rank": 24,
+                "kv_lora_rank": 16,
+                "qk_nope_head_dim": 12,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 16,
+                "index_n_heads": 2,
+                "index_head_dim": 16,
+                "index_topk": 4,
+            },
+            "indexed_attention",
+            id="sparse",
+        ),
+        pytest.param("bloom", {}, "BloomAttention", id="own-attention-code"),
+        pytest.param("doge", {"intermediate_size": 64}, "a mask per head", id="dynamic-mask"),
+    ],
+)
+def test_models_that_cannot_be_scored_are_refused_by_layer_type(model_type: str, fields: dict[str, Any], named: str) -> None:
+    config = AutoConfig.for_model(
+        model_type, vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, **fields
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = state_of(model)
+    with pytest.raises((ValueError, RuntimeError), match=named) as refusal:
+        capture(model, sequences()[0][None])
+    assert "score with another model" in str(refusal.value)
+    assert state_of(model) == before
+
+
+def test_what_is_not_a_causal_language_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear without a transformers config"), capture_incoming_attention(nn.Linear(2, 2)):
+        pass
+    config = AutoConfig.for_model("t5", d_model=16, d_kv=16, d_ff=16, num_layers=1, num_heads=1, vocab_size=VOCABULARY)
+    from transformers import T5ForConditionalGeneration
+
+    with pytest.raises(ValueError, match="encoder-decoder"), capture_incoming_attention(T5ForConditionalGeneration(config)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"statistic": "median"}, "statistic='median' must be one of 'mean', 'lift'"),
+        ({"head_reduction": "sum"}, "head_reduction='sum' must be one of 'mean', 'max'"),
+        ({"start": [0, 0]}, r"start has shape \(2,\) but the forward ran a batch of 1"),
+        ({"length": torch.ones(1, 1, dtype=torch.long)}, r"length has shape \(1, 1\)"),
+    ],
+    ids=["statistic", "head_reduction", "start", "length"],
+)
+def test_bad_options(options: dict[str, Any], message: str, model_of: Callable[[str], PreTrainedModel]) -> None:
+    with pytest.raises(ValueError, match=message):
+        capture(model_of("llama"), sequences()[0][None], **options)
+
+
+def test_training_forward_under_gradient_checkpointing() -> None:
+    ids = sequences()[0][None]
+    gradients = {}
+    for captures in (False, True):
+        model = build("llama").train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if captures:
+            with capture_incoming_attention(model) as captured:
+                model(ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+            assert not captured.incoming.requires_grad
+            expected = capture(build("llama"), ids)[0]
+            torch.testing.assert_close(captured.incoming, expected, rtol=0, atol=TOLERANCE)
+            assert model.training
+        else:
+            model(ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+        gradients[captures] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(torch.equal(gradient, gradients[True][name]) for name, gradient in gradients[False].items())
+
+
+def test_compiled_model_captures_without_recompiling_per_batch() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(build("llama"), backend="eager")
+    ids, _, start, length = padded("right")
+    expected = capture(build("llama"), ids, start=start, length=length)[0]
+    with torch.no_grad():
+        without = compiled(ids, use_cache=False).logits
+        with capture_incoming_attention(compiled, start=start, length=length) as captured:
+            within = compiled(ids, use_cache=False).logits
+        assert captured.layer.name == "_orig_mod.model.layers.1.self_attn"
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for shift in (0, 1):
+                with capture_incoming_attention(compiled, start=start, length=length - shift):
+                    compiled(ids, use_cache=False)
+            after = compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(captured.incoming, expected, rtol=0, atol=TOLERANCE)
+    assert torch.equal(without, within)
+    assert torch.equal(without, after)
+
+
+def test_peft_adapter() -> None:
+    peft = pytest.importorskip("peft")
+    ids = sequences()[0][None]
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(
+        build("qwen3"), peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    ).eval()
+    before = state_of(adapted)
+    incoming, layer = capture(adapted, ids)
+    assert layer.name == "base_model.model.model.layers.1.self_attn"
+    assert state_of(adapted) == before
+    base = capture(build("qwen3"), ids)[0]
+    assert (incoming - base).abs().max() > DISTINCT  # the adapter takes part
+    with adapted.disable_adapter():
+        torch.testing.assert_close(capture(adapted, ids)[0], base, rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture
+def _process_group(tmp_path: Any) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_distributed_wrappers(wrapper: str) -> None:
+    ids = sequences()[0][None]
+    expected = capture(build("qwen3"), ids)[0]
+    model: nn.Module = build("qwen3")
+    if wrapper == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    before = state_of(model)
+    torch.testing.assert_close(capture(model, ids)[0], expected, rtol=0, atol=TOLERANCE)
+    assert state_of(model) == before
+
+
+def test_importing_the_module_does_not_import_transformers() -> None:
+    code = "import sys, entra.capture; assert not {'transformers', 'triton'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
