@@ -291,7 +291,7 @@ def _registered_name(original: str | None) -> str:
 def _uses_attention_interface(module: Any) -> bool:
     """Whether the module's forward looks its attention function up by name."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "get_interface" in code.co_names
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def _builds_window_masks(module: Any) -> bool:
@@ -351,7 +351,8 @@ def _scored_layer(model: nn.Module) -> tuple[str, Any, str]:
     scorable = full or ([] if sparse else windowed)
     if not scorable:
         raise ValueError(_refusal(model, text_config, layer_types))
-    return max(scorable, key=lambda candidate: candidate[1].layer_idx)
+    # Stable: of two stacks with the same indices (HRM) the one that comes later.
+    return sorted(scorable, key=lambda candidate: candidate[1].layer_idx)[-1]
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -373,9 +374,10 @@ def _refusal(model: nn.Module, text_config: Any, layer_types: Sequence[str] | No
     classes = {type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")} or {
         type(layer).__name__ for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module
     }
-    found = f"of type {', '.join(sorted(set(layer_types)))} " if layer_types else ""
+    types = f"of type {', '.join(sorted(set(layer_types)))}; they are " if layer_types else ""
+    built = ", ".join(sorted(classes)) or "no known class"
     return (
-        f"no layer of this model (model_type={text_config.model_type!r}) can be scored: its layers are {found}"
-        f"(classes {', '.join(sorted(classes))}); incoming attention needs a full or sliding-window softmax layer that "
-        "goes through transformers' attention interface; score with another model"
+        f"no layer of this model (model_type={text_config.model_type!r}) can be scored: its layers are {types}"
+        f"built from {built}; incoming attention needs a full or sliding-window softmax layer that goes through "
+        "transformers' attention interface; score with another model"
     )
