@@ -1,0 +1,560 @@
+"""`incoming_attention` in Triton: a pass over rows for the log-sum-exp, a pass over columns for the sums.
+
+The column pass has the keys on the matrix unit's M side, S^T = K Q^T, so that the sum over queries runs along the registers
+of a thread: 4 shuffles per 64 scores where S = Q K^T needs 192. A program owns one tile of keys of one kv head, keeps it
+resident, and walks over the group's query heads and over the query tiles from the diagonal on: the sum over the group is
+free, no key is repeated, nothing is added atomically.
+
+Tiles are counted from a sequence's own start and sums run in a fixed order, so the result does not depend on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entra_kernels._triton.launch import KernelCase, shared_memory
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: two of them subtracted give 0, not NaN
+
+
+ADD_BLOCK = 1024
+
+
+class Tiling(NamedTuple):
+    """Launch size of both passes. `resident` tokens stay in place (keys in the column pass, queries in the row pass), tiles
+    of `streamed` tokens pass by, `depth` is how much of the head dim one dot takes."""
+
+    resident: int
+    streamed: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def tiling(head_dim: int, element_size: int, shared_memory: int) -> Tiling:
+    """The launch size for a head dim, bytes per element, and bytes of shared memory per program."""
+    depth = max(16, triton.next_power_of_2(head_dim))
+    if element_size == 4:
+        # No matrix unit multiplies float32 exactly: this runs on the FMA units, operands in registers.
+        return Tiling(resident=64, streamed=32, depth=min(depth, 32), num_warps=4, num_stages=1)
+    return Tiling(resident=128, streamed=128, depth=depth, num_warps=8, num_stages=2)
+
+
+@triton.jit
+def _tanh(x):
+    """To float32 precision and without libdevice, which the interpreter lacks. The quotient cancels near 0: a series there."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    decay = tl.exp2(tl.abs(x) * (-2 * LOG2_E))  # at most 1: cannot overflow
+    quotient = (1 - decay) / (1 + decay)
+    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
+def _load_tile(rows, stride_dim, inside, CUT: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr):
+    """[token, DEPTH] from dimension CUT on, at the row addresses `rows`. 0 past the sequence's end: memory there is others'."""
+    dim = CUT + tl.arange(0, DEPTH)
+    mask = inside[:, None]
+    if CUT + DEPTH > HEAD_DIM:
+        mask &= (dim < HEAD_DIM)[None, :]
+    return tl.load(rows[:, None] + dim[None, :] * stride_dim, mask=mask, other=0.0)
+
+
+@triton.jit
+def _products(
+    a_tile, a_rows, a_stride_dim, a_inside, b_rows, b_stride_dim, b_inside, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr
+):
+    """Dot products [a, b] in float32. `a_tile` is resident; where the head dim is cut into pieces it is read again instead."""
+    products = tl.zeros((a_rows.shape[0], b_rows.shape[0]), dtype=tl.float32)
+    for CUT in tl.static_range(0, HEAD_DIM, DEPTH):
+        if DEPTH < HEAD_DIM:
+            a_tile = _load_tile(a_rows, a_stride_dim, a_inside, CUT, HEAD_DIM, DEPTH)
+        b_tile = _load_tile(b_rows, b_stride_dim, b_inside, CUT, HEAD_DIM, DEPTH)
+        products = tl.dot(a_tile, tl.trans(b_tile), products, input_precision="ieee")
+    return products
+
+
+@triton.jit
+def _scan_keys(
+    highest,
+    total,
+    q_tile,
+    q_rows,
+    q_stride_dim,
+    k_head,
+    k_stride,
+    k_stride_dim,
+    query,
+    first,
+    stop,
+    tokens,
+    window,
+    scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STREAMED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FLIPPED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online log-sum-exp over keys: the highest score so far, in log2 units, and the sum of exp2(score - highest)."""
+    for start in range(first, stop, STREAMED):
+        key = start + tl.arange(0, STREAMED)
+        k_rows = k_head + key.to(tl.int64) * k_stride
+        scores = _products(
+            q_tile, q_rows, q_stride_dim, query < tokens, k_rows, k_stride_dim, key < tokens, HEAD_DIM, DEPTH
+        )  # [query, key]
+        if FLIPPED:
+            scores = -scores
+        if SOFTCAP:
+            scores = _tanh(scores * scale) * softcap
+        elif MASKED:
+            scores = scores * scale  # now, so that the -inf of the mask never meets a scale of 0
+        if MASKED:
+            visible = key[None, :] <= query[:, None]
+            if WINDOW:
+                visible &= query[:, None] - key[None, :] < window
+            scores = tl.where(visible, scores, float("-inf"))
+        if SOFTCAP or MASKED:
+            higher = tl.maximum(highest, tl.max(scores, axis=1))
+            summands = tl.exp2(scores - higher[:, None])
+        else:
+            # The maximum of the bare products spares a multiplication per score; scale is not negative, see FLIPPED.
+            higher = tl.maximum(highest, tl.max(scores, axis=1) * scale)
+            summands = tl.exp2(tl.fma(scores, scale, -higher[:, None]))
+        total = total * tl.exp2(highest - higher) + tl.sum(summands, axis=1)
+        highest = higher
+    return highest, total
+
+
+@triton.jit(do_not_specialize=["row_tokens", "heads", "group", "window"])
+def _row_lse_kernel(
+    q,
+    k,
+    sinks,
+    lse,
+    tiles,
+    starts,
+    lengths,
+    q_stride_batch,
+    q_stride_head,
+    q_stride,
+    q_stride_dim,
+    k_stride_batch,
+    k_stride_head,
+    k_stride,
+    k_stride_dim,
+    sinks_stride,
+    row_tokens,
+    heads,
+    group,
+    window,
+    scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    DEPTH: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STREAMED: tl.constexpr,
+    PACKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FLIPPED: tl.constexpr,
+):
+    """lse [B, H, N] in log2 units. A program owns one query head's tile of queries and walks over the keys they see."""
+    slot = tl.program_id(0) // heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    sequence = tl.load(tiles + 2 * slot)
+    tokens = tl.load(lengths + sequence)
+    # The table lists tiles of keys, longest walk first; the tile of queries with the same walk is its mirror image.
+    tile = tl.cdiv(tokens, RESIDENT) - 1 - tl.load(tiles + 2 * slot + 1)
+    if tile < 0:
+        return
+    start = tl.load(starts + sequence).to(tl.int64)
+    batch = 0 if PACKED else sequence.to(tl.int64)
+    q_head = q + batch * q_stride_batch + head * q_stride_head + start * q_stride
+    k_head = k + batch * k_stride_batch + head // group * k_stride_head + start * k_stride
+
+    begin = tile * RESIDENT
+    query = begin + tl.arange(0, RESIDENT)
+    q_rows = q_head + query.to(tl.int64) * q_stride
+    q_tile = _load_tile(q_rows, q_stride_dim, query < tokens, 0, HEAD_DIM, DEPTH)  # [query, dim]
+    highest = tl.full((RESIDENT,), LOWEST, tl.float32)
+    total = tl.zeros((RESIDENT,), tl.float32)
+
+    # Tiles of keys at the window's far edge are masked, then come those which every query sees, then the diagonal.
+    diagonal = begin // STREAMED * STREAMED
+    first = 0
+    if WINDOW:
+        edge = tl.maximum(begin - window + 1, 0) // STREAMED * STREAMED
+        first = tl.minimum(tl.cdiv(tl.maximum(begin + RESIDENT - window, 0), STREAMED) * STREAMED, diagonal)
+        highest, total = _scan_keys(
+            highest, total, q_tile, q_rows, q_stride_dim, k_head, k_stride, k_stride_dim, query, edge, first, tokens,
+            window, scale, softcap, HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, FLIPPED, True,
+        )  # fmt: skip
+    highest, total = _scan_keys(
+        highest, total, q_tile, q_rows, q_stride_dim, k_head, k_stride, k_stride_dim, query, first, diagonal, tokens,
+        window, scale, softcap, HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, FLIPPED, False,
+    )  # fmt: skip
+    highest, total = _scan_keys(
+        highest, total, q_tile, q_rows, q_stride_dim, k_head, k_stride, k_stride_dim, query, diagonal,
+        tl.minimum(begin + RESIDENT, tokens), tokens,
+        window, scale, softcap, HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, FLIPPED, True,
+    )  # fmt: skip
+
+    if sinks is not None:
+        sink = tl.load(sinks + head * sinks_stride).to(tl.float32) * LOG2_E
+        higher = tl.maximum(highest, sink)
+        total = total * tl.exp2(highest - higher) + tl.exp2(sink - higher)
+        highest = higher
+    out = lse + (batch * heads + head) * row_tokens + start + query
+    tl.store(out, highest + tl.log2(total), mask=query < tokens)
+
+
+@triton.jit
+def _scan_queries(
+    sums,
+    k_tile,
+    k_rows,
+    k_stride_dim,
+    q_head,
+    q_stride,
+    q_stride_dim,
+    lse_head,
+    lse_stride,
+    weights,
+    weights_stride,
+    key,
+    first,
+    stop,
+    tokens,
+    window,
+    scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STREAMED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    LSE_UNIT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Adds the probabilities that each key receives from the queries first ... stop - 1 of one head."""
+    for start in range(first, stop, STREAMED):
+        query = start + tl.arange(0, STREAMED)
+        inside = query < tokens
+        address = query.to(tl.int64)
+        scores = _products(
+            k_tile, k_rows, k_stride_dim, key < tokens, q_head + address * q_stride, q_stride_dim, inside, HEAD_DIM, DEPTH
+        )  # [key, query]
+        # A log-sum-exp of +inf gives a query past the end the probability 0.
+        lse = tl.load(lse_head + address * lse_stride, mask=inside, other=float("inf")).to(tl.float32) * LSE_UNIT
+        if SOFTCAP:
+            received = tl.exp2(tl.fma(_tanh(scores * scale), softcap, -lse[None, :]))
+        else:
+            received = tl.exp2(tl.fma(scores, scale, -lse[None, :]))
+        if MASKED:
+            visible = key[:, None] < query[None, :]
+            if WINDOW:
+                visible &= query[None, :] - key[:, None] < window
+            received = tl.where(visible, received, 0.0)
+        if weights is not None:
+            received *= tl.load(weights + address * weights_stride, mask=inside, other=0.0).to(tl.float32)[None, :]
+        sums += tl.sum(received, axis=1)
+    return sums
+
+
+@triton.jit(do_not_specialize=["row_tokens", "kv_heads", "group", "window"])
+def _column_sum_kernel(
+    q,
+    k,
+    lse,
+    weights,
+    sums_out,
+    tiles,
+    starts,
+    lengths,
+    q_stride_batch,
+    q_stride_head,
+    q_stride,
+    q_stride_dim,
+    k_stride_batch,
+    k_stride_head,
+    k_stride,
+    k_stride_dim,
+    lse_stride_batch,
+    lse_stride_head,
+    lse_stride,
+    weights_stride_batch,
+    weights_stride,
+    row_tokens,
+    kv_heads,
+    group,
+    window,
+    scale,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    DEPTH: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STREAMED: tl.constexpr,
+    PACKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    LSE_UNIT: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """Sums over queries, [B, Hkv, N], each a kv head's share of the mean over heads, or per query head, [B, H, N].
+
+    A program owns one kv head's tile of keys and walks over the group's query heads and the queries that see the keys.
+    """
+    slot = tl.program_id(0) // kv_heads
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    sequence = tl.load(tiles + 2 * slot)
+    tokens = tl.load(lengths + sequence)
+    begin = tl.load(tiles + 2 * slot + 1) * RESIDENT
+    if begin >= tokens:
+        return
+    start = tl.load(starts + sequence).to(tl.int64)
+    batch = 0 if PACKED else sequence.to(tl.int64)
+
+    key = begin + tl.arange(0, RESIDENT)
+    k_rows = k + batch * k_stride_batch + kv_head * k_stride_head + (start + key) * k_stride
+    k_tile = _load_tile(k_rows, k_stride_dim, key < tokens, 0, HEAD_DIM, DEPTH)  # [key, dim]
+
+    # Tiles of queries on the diagonal are masked, then come those which see every key, then the window's far edge.
+    diagonal_end = begin + tl.cdiv(RESIDENT, STREAMED) * STREAMED
+    stop = tokens
+    full_end = tokens
+    if WINDOW:
+        stop = tl.minimum(tokens, begin + RESIDENT - 1 + window)
+        full_end = diagonal_end + tl.maximum(begin + window - diagonal_end, 0) // STREAMED * STREAMED
+        full_end = tl.minimum(full_end, stop)
+
+    divisor = tl.full((RESIDENT,), 1.0, tl.float32)
+    if NORMALIZE:
+        future = tokens - 1 - key
+        if WINDOW:
+            future = tl.minimum(future, window - 1)
+        divisor = tl.maximum(future, 1).to(tl.float32)
+    if not PER_HEAD:
+        divisor *= kv_heads * group
+
+    if weights is not None:
+        weights += batch * weights_stride_batch + start * weights_stride
+    sums = tl.zeros((RESIDENT,), tl.float32)
+    for member in range(group):
+        head = kv_head * group + member
+        q_head = q + batch * q_stride_batch + head * q_stride_head + start * q_stride
+        lse_head = lse + batch * lse_stride_batch + head * lse_stride_head + start * lse_stride
+        sums = _scan_queries(
+            sums, k_tile, k_rows, k_stride_dim, q_head, q_stride, q_stride_dim, lse_head, lse_stride, weights, weights_stride,
+            key, begin, tl.minimum(diagonal_end, stop), tokens, window, scale, softcap,
+            HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, LSE_UNIT, True,
+        )  # fmt: skip
+        sums = _scan_queries(
+            sums, k_tile, k_rows, k_stride_dim, q_head, q_stride, q_stride_dim, lse_head, lse_stride, weights, weights_stride,
+            key, diagonal_end, full_end, tokens, window, scale, softcap,
+            HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, LSE_UNIT, False,
+        )  # fmt: skip
+        if WINDOW:
+            sums = _scan_queries(
+                sums, k_tile, k_rows, k_stride_dim, q_head, q_stride, q_stride_dim, lse_head, lse_stride, weights,
+                weights_stride, key, tl.maximum(full_end, diagonal_end), stop, tokens, window, scale, softcap,
+                HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, LSE_UNIT, True,
+            )  # fmt: skip
+        if PER_HEAD:
+            out = sums_out + (batch * kv_heads * group + head) * row_tokens + start + key
+            tl.store(out, sums / divisor, mask=key < tokens)
+            sums = tl.zeros((RESIDENT,), tl.float32)
+    if not PER_HEAD:
+        out = sums_out + (batch * kv_heads + kv_head) * row_tokens + start + key
+        tl.store(out, sums / divisor, mask=key < tokens)
+
+
+@triton.jit(do_not_specialize=["row_tokens", "kv_heads"])
+def _add_heads_kernel(shares, out, row_tokens, kv_heads, BLOCK: tl.constexpr):
+    """out [B, N]: the kv heads' shares [B, Hkv, N] added in the order of the heads."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch = tl.program_id(1).to(tl.int64)
+    inside = token < row_tokens
+    total = tl.zeros((BLOCK,), tl.float32)
+    for head in range(kv_heads):
+        total += tl.load(shares + (batch * kv_heads + head) * row_tokens + token, mask=inside, other=0.0)
+    tl.store(out + batch * row_tokens + token, total, mask=inside)
+
+
+def _tile_table(lengths: Tensor, resident: int, batch: int, tokens: int) -> Tensor:
+    """int32 [slots, 2]: (sequence, tile) of every tile of every sequence, those with the most tokens after them first.
+
+    The number of slots is the bound that shapes alone give, so that nothing waits for the device. Surplus slots come last
+    and hold a tile past its sequence's end, which programs leave at once.
+    """
+    sequences = lengths.numel()
+    slots = min(sequences * triton.cdiv(tokens, resident), batch * tokens // resident + sequences)
+    tiles = (lengths + resident - 1) // resident
+    ends = tiles.cumsum(0)
+    slot = torch.arange(slots, device=lengths.device)
+    sequence = torch.searchsorted(ends, slot, right=True).clamp(max=sequences - 1)
+    tile = slot - (ends - tiles)[sequence]
+    longest_first = (lengths[sequence] - tile * resident).argsort(descending=True)
+    return torch.stack((sequence, tile), dim=1)[longest_first].to(torch.int32)
+
+
+def incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    row_weights: Tensor | None,
+    per_head: bool,
+    normalize: bool,
+) -> Tensor:
+    """See `entra_kernels.incoming_attention`; spans as in `entra_kernels/_ops.py`. q and k are read where they are."""
+    batch, heads, tokens, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    shares = torch.zeros(batch, heads if per_head else kv_heads, tokens, dtype=torch.float32, device=q.device)
+    if lengths.numel() == 0 or shares.numel() == 0:
+        return shares if per_head else shares.new_zeros(batch, tokens)
+
+    size = tiling(head_dim, q.element_size(), shared_memory(q.device))
+    table = _tile_table(lengths, size.resident, batch, tokens)
+    slots = table.shape[0]
+    # Scores in log2 units, because the hardware has exp2: log2(e) * s, or log2(e) * softcap * tanh(s / softcap).
+    factor = scale / softcap if softcap else scale * LOG2_E.value
+    cap = softcap * LOG2_E.value if softcap else 0.0
+    window = 0 if sliding_window is None else min(sliding_window, 2**30)
+    sizes = _constexprs(size, head_dim)
+    options = {"PACKED": batch == 1, "SOFTCAP": softcap is not None, "WINDOW": sliding_window is not None}
+    options |= {"num_warps": size.num_warps, "num_stages": size.num_stages}
+
+    lse_unit = LOG2_E.value
+    if lse is None:
+        lse_unit = 1.0
+        lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+        _row_lse_kernel[(slots * heads,)](
+            q,
+            k,
+            sinks,
+            lse,
+            table,
+            starts,
+            lengths,
+            *q.stride(),
+            *k.stride(),
+            0 if sinks is None else sinks.stride(0),
+            tokens,
+            heads,
+            group,
+            window,
+            abs(factor),
+            cap,
+            FLIPPED=scale < 0,
+            **sizes,
+            **options,
+        )
+    _column_sum_kernel[(slots * kv_heads,)](
+        q,
+        k,
+        lse,
+        row_weights,
+        shares,
+        table,
+        starts,
+        lengths,
+        *q.stride(),
+        *k.stride(),
+        *lse.stride(),
+        *((0, 0) if row_weights is None else row_weights.stride()),
+        tokens,
+        kv_heads,
+        group,
+        window,
+        factor,
+        cap,
+        LSE_UNIT=lse_unit,
+        PER_HEAD=per_head,
+        NORMALIZE=normalize,
+        **sizes,
+        **options,
+    )
+    if per_head:
+        return shares
+    out = torch.empty(batch, tokens, dtype=torch.float32, device=q.device)
+    _add_heads_kernel[(triton.cdiv(tokens, ADD_BLOCK), batch)](shares, out, tokens, kv_heads, BLOCK=ADD_BLOCK, num_warps=4)
+    return out
+
+
+def _constexprs(size: Tiling, head_dim: int) -> dict[str, int]:
+    return {"HEAD_DIM": head_dim, "DEPTH": size.depth, "RESIDENT": size.resident, "STREAMED": size.streamed}
+
+
+HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128, 192, 256, 512)
+
+
+def aot_cases(dtype: str, shared_memory: int) -> Iterator[KernelCase]:
+    """Both passes for every head dim, plain and with every option at once, and the sum over heads; see `KernelCase`."""
+    for head_dim in HEAD_DIMS:
+        size = tiling(head_dim, 4 if dtype == "fp32" else 2, shared_memory)
+        for options in (False, True):
+            for kernel, name in ((_row_lse_kernel, "row_lse"), (_column_sum_kernel, "column_sum")):
+                constexprs: dict[str, object] = {
+                    **_constexprs(size, head_dim),
+                    "q_stride_dim": 1,
+                    "k_stride_dim": 1,
+                    "PACKED": options,
+                    "SOFTCAP": options,
+                    "WINDOW": options,
+                }
+                if kernel is _row_lse_kernel:
+                    constexprs |= {"FLIPPED": options}
+                    arguments = {"sinks": f"*{dtype}"}
+                else:
+                    constexprs |= {"LSE_UNIT": 1.0, "PER_HEAD": options, "NORMALIZE": True, "lse_stride": 1}
+                    arguments = {"weights": "*fp32"}
+                if not options:
+                    constexprs |= dict.fromkeys(arguments)
+                arguments |= {"q": f"*{dtype}", "k": f"*{dtype}"}
+                for argument in kernel.arg_names:
+                    if argument in ("lse", "sums_out"):
+                        arguments[argument] = "*fp32"
+                    elif argument in ("tiles", "starts", "lengths"):
+                        arguments[argument] = "*i32"
+                    elif argument in ("scale", "softcap"):
+                        arguments[argument] = "fp32"
+                    else:
+                        arguments.setdefault(argument, "i32")
+                pointers = [argument for argument, kind in arguments.items() if kind.startswith("*")]
+                strides = ["q_stride_batch", "q_stride_head", "q_stride", "k_stride_batch", "k_stride_head", "k_stride"]
+                yield KernelCase(
+                    label=f"{name} d={head_dim}{' options' if options else ''}",
+                    kernel=kernel,
+                    arguments={argument: arguments[argument] for argument in kernel.arg_names if argument in arguments},
+                    constexprs=constexprs,
+                    divisible=tuple(name for name in pointers + strides if name not in constexprs),
+                    num_warps=size.num_warps,
+                    num_stages=size.num_stages,
+                    head_dim=head_dim,
+                )
+    yield KernelCase(
+        label="add_heads",
+        kernel=_add_heads_kernel,
+        arguments={"shares": "*fp32", "out": "*fp32", "row_tokens": "i32", "kv_heads": "i32"},
+        constexprs={"BLOCK": ADD_BLOCK},
+        divisible=("shares", "out"),
+    )
