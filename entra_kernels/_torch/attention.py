@@ -1,5 +1,131 @@
-"""Placeholder until the blocked version lands."""
+"""Incoming attention in blocks of query rows: softmax of a block, then one matrix product that sums its columns.
 
-from entra_kernels.reference import incoming_attention
+A block holds [G, rows, keys] scores of one kv head, all keys up to the diagonal, so a plain softmax is exact and a single
+pass is enough: Q K^T is computed once, where two passes (log-sum-exp, then columns) would compute it twice. On 2 CPU cores
+one pass took 0.8 to 1.0 times one fused SDPA call, the fused kernel's log-sum-exp plus a column pass 1.5 to 1.7
+(9 query heads, 3 kv heads, D = 64, 1k to 4k tokens).
+"""
 
-__all__ = ["incoming_attention"]
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from entra_kernels._checks import accumulation_dtype
+
+# Scores in a block. On a CPU 2**18 float32 scores (1 MiB) stay in a core's L2 cache between the product, the softmax and the
+# column sums; elsewhere a block only has to be large enough to hide the launches.
+CPU_BLOCK = 2**18
+DEVICE_BLOCK = 2**24
+MIN_ROWS, MAX_ROWS = 16, 128
+
+
+def incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    row_weights: Tensor | None,
+    per_head: bool,
+    normalize: bool,
+) -> Tensor:
+    """See `entra_kernels.incoming_attention`; memory is [G, rows, N] scores beside the [B, N] (or [B, H, N]) result."""
+    batch, heads, tokens, _ = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    dtype = accumulation_dtype(q.dtype)
+    out = q.new_zeros(batch, kv_heads, group if per_head else 1, tokens, dtype=dtype)
+    for sequence, (first, count) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        row = sequence if batch > 1 else 0
+        span = slice(first, first + count)
+        weights = q.new_ones(count, dtype=dtype) if row_weights is None else row_weights[row, span].to(dtype)
+        for kv_head in range(kv_heads):
+            head = slice(kv_head * group, (kv_head + 1) * group)
+            out[row, kv_head, :, span] = _column_sums(
+                q[row, head, span],
+                k[row, kv_head, span],
+                weights,
+                dtype=dtype,
+                scale=scale,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                sinks=None if sinks is None else sinks[head].to(dtype),
+                lse=None if lse is None else lse[row, head, span].to(dtype),
+                per_head=per_head,
+            )
+        if normalize:
+            future = torch.arange(count - 1, -1, -1, device=q.device).clamp(min=1)
+            if sliding_window is not None:
+                future = future.clamp(max=max(sliding_window - 1, 1))
+            out[row, :, :, span] /= future
+    if per_head:
+        return out.view(batch, heads, tokens)
+    return out.sum(dim=1).squeeze(1) / heads
+
+
+def _column_sums(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    *,
+    dtype: torch.dtype,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    per_head: bool,
+) -> Tensor:
+    """sum_{j>i} w_j A_ji of one sequence and kv head: q [G, n, D], k [n, D] -> [G, n] per head, [1, n] summed over G."""
+    group, count, _ = q.shape
+    keys = k.to(dtype).T  # [D, n]
+    extra = 0 if sinks is None else 1  # a sink is one more column of the softmax, dropped afterwards
+    budget = CPU_BLOCK if q.device.type == "cpu" else DEVICE_BLOCK
+    reach = count if sliding_window is None else min(count, sliding_window + MAX_ROWS)
+    most_rows = min(count, max(MIN_ROWS, min(MAX_ROWS, budget // (group * max(reach, 1)))))
+    # Two buffers for the whole sequence: a fresh allocation per block costs more in page faults than the block's arithmetic.
+    scores_buffer = q.new_empty(group * most_rows * (reach + extra), dtype=dtype)
+    probabilities_buffer = torch.empty_like(scores_buffer)
+    sums = q.new_zeros(group if per_head else 1, count, dtype=dtype)
+    for begin in range(0, count, most_rows):
+        end = min(begin + most_rows, count)
+        low = 0 if sliding_window is None else max(0, begin - sliding_window + 1)
+        rows, width = end - begin, end - low
+        shape = (group, rows, width + extra)
+        scores = scores_buffer[: math.prod(shape)].view(shape)
+        visible = scores[..., :width]
+        torch.matmul(q[:, begin:end].to(dtype) * scale, keys[:, low:end], out=visible)
+        if softcap is not None:
+            visible.div_(softcap).tanh_().mul_(softcap)
+        _hide(visible, begin - low, sliding_window)
+        if lse is not None:
+            probabilities = visible.sub_(lse[:, begin:end, None]).exp_()
+        else:
+            if sinks is not None:
+                scores[..., width] = sinks[:, None]
+            softmax = torch.softmax(scores, dim=-1, out=probabilities_buffer[: math.prod(shape)].view(shape))
+            probabilities = softmax[..., :width]
+        probabilities.diagonal(begin - low, dim1=1, dim2=2).zero_()  # strictly future queries: j > i
+        block_sums = torch.matmul(weights[begin:end], probabilities)  # [G, width]
+        sums[:, low:end] += block_sums if per_head else block_sums.sum(dim=0)
+    return sums
+
+
+def _hide(scores: Tensor, diagonal: int, sliding_window: int | None) -> None:
+    """Sets to -inf what a query may not see. scores [G, rows, width]; row r and column r + diagonal are the same token."""
+    _, rows, width = scores.shape
+    if sliding_window is None:  # only the square that ends at the diagonal holds anything hidden
+        square = scores[..., diagonal:]
+        square.masked_fill_(torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1), -math.inf)
+        return
+    query = torch.arange(rows, device=scores.device)[:, None] + diagonal
+    key = torch.arange(width, device=scores.device)[None, :]
+    scores.masked_fill_((key > query) | (key <= query - sliding_window), -math.inf)
