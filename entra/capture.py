@@ -39,8 +39,9 @@ _FULL = frozenset({"full_attention", "attention", "hybrid"})
 _WINDOWED = frozenset({"sliding_attention", "hybrid_sliding"})
 _NO_SOFTMAX = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"})
 
-# Arguments of an attention call that change the scores or the set of keys in a way the kernels do not know.
-_UNSCORABLE_ARGUMENTS = ("position_bias", "indices", "block_indices")
+# Arguments of an attention call that change the scores or the set of keys in a way that start and length do not tell:
+# relative positions (Inkling), sparse attention (DSA, MiniMax-M3), several sequences packed into a row.
+_UNSCORABLE_ARGUMENTS = ("position_bias", "indices", "block_indices", "cu_seq_lens_q")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +124,12 @@ class Capture:
         unscorable = [name for name in _UNSCORABLE_ARGUMENTS if arguments.get(name) is not None]
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
             unscorable.append("a mask per head")  # Doge's dynamic sparse mask
+        if arguments.get("is_causal") is False:
+            unscorable.append("is_causal=False")
         if unscorable:
             raise RuntimeError(
                 f"{self._name} ({type(module).__name__}, {self._layer_type}) attends with {unscorable[0]}, which "
-                "incoming attention cannot reproduce; score with another model"
+                "incoming attention cannot reproduce; run one sequence per row through a model with plain attention"
             )
         for name, value in (("start", self._start), ("length", self._length)):
             if value is not None and value.shape != (batch,):
@@ -211,7 +214,7 @@ def capture_incoming_attention(
 
     Args:
         model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, torch.compile without fullgraph).
-        start: int [B], each row's first token; None: 0.
+        start: int [B], each row's first token; None: 0. A row is one sequence; packing by position_ids is not seen.
         length: int [B], each row's count of tokens; None: all from `start` on. Pads outside the span count for
             nothing. The model's own attention_mask is the caller's business: right padding needs none.
         statistic: "mean", or "lift": each query's attention as a multiple of its uniform share, `sum_{j>i} w_j A_ji`
@@ -223,8 +226,8 @@ def capture_incoming_attention(
     Raises:
         ValueError: an unknown statistic or head_reduction; start or length that do not fit the batch; a model without
             a softmax layer that can be scored (only linear, sparse, or indexed attention), with its layer types.
-        RuntimeError: a forward with a key-value cache in use, or with a position bias or sparse indices; reading
-            `captured.incoming` before a forward.
+        RuntimeError: a forward with a key-value cache in use, or with a position bias, sparse indices, or
+            packed sequences; reading `captured.incoming` before a forward.
 
     Source: docs/method.md, incoming attention.
     """
@@ -339,6 +342,7 @@ def _scored_layer(model: nn.Module) -> tuple[str, Any, str]:
             or (depth is not None and index >= depth)
             or type(getattr(module, "config", None)) is not type(text_config)
             or not getattr(module, "is_causal", True)
+            or not getattr(text_config, "is_causal", True)
             or not _uses_attention_interface(module)
         ):
             continue
@@ -378,6 +382,6 @@ def _refusal(model: nn.Module, text_config: Any, layer_types: Sequence[str] | No
     built = ", ".join(sorted(classes)) or "no known class"
     return (
         f"no layer of this model (model_type={text_config.model_type!r}) can be scored: its layers are {types}"
-        f"built from {built}; incoming attention needs a full or sliding-window softmax layer that goes through "
+        f"built from {built}; incoming attention needs a causal softmax layer, full or windowed, that goes through "
         "transformers' attention interface; score with another model"
     )

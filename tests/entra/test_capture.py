@@ -4,6 +4,7 @@ The reference is every sequence alone and unpadded through the eager model, the 
 float64. Both sides run their layers in float32.
 """
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,15 @@ import pytest
 import torch
 from tiny_models import FAMILIES, VOCABULARY, WINDOW, build
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    T5ForConditionalGeneration,
+)
+from transformers.utils.generic import is_flash_attention_requested
 
 from entra.capture import CapturedLayer, capture_incoming_attention
 
@@ -241,6 +250,41 @@ def test_lift_is_one_under_uniform_attention(family: str) -> None:
         torch.testing.assert_close(incoming[row, start[row] : -1], ones, rtol=0, atol=1e-5)
 
 
+def test_the_original_attention_sees_its_own_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention reads module.config, and MLA asks for "flash" in the name before it calls."""
+    model = build("llama")
+    attention = model.model.layers[1].self_attn
+    own = attention.config = copy.copy(attention.config)
+    seen = []
+
+    def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(module.config)
+        return AttentionInterface()["sdpa"](module, *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_like", attend)
+    own._attn_implementation_internal = "flash_like"
+    name_while_calling = []
+    attention.q_proj.register_forward_hook(lambda *_: name_while_calling.append(is_flash_attention_requested(attention.config)))
+    ids = sequences()[0][None]
+    incoming, _ = capture(model, ids)
+    assert [id(config) for config in seen] == [id(own)]
+    assert name_while_calling == [True]
+    torch.testing.assert_close(incoming, capture(build("llama"), ids)[0], rtol=0, atol=TOLERANCE)
+
+
+def test_multimodal_models_are_scored_in_their_text_decoder() -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    text = build("gemma3").config.to_dict()
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**vision, "image_size": 28})
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    decoder = build("gemma3")
+    model.model.language_model.load_state_dict(decoder.model.state_dict())
+    ids = sequences()[0][None]
+    incoming, layer = capture(model, ids)
+    assert layer.name == "model.language_model.layers.1.self_attn"
+    torch.testing.assert_close(incoming, capture(decoder, ids)[0], rtol=0, atol=TOLERANCE)
+
+
 def test_geometry_as_lists_and_the_default_span(model_of: Callable[[str], PreTrainedModel]) -> None:
     ids = padded("right")[0]
     listed, _ = capture(model_of("qwen3"), ids, start=[0, 0, 0, 0], length=[TOKENS] * 4)
@@ -354,16 +398,36 @@ def test_models_that_cannot_be_scored_are_refused_by_layer_type(model_type: str,
     before = state_of(model)
     with pytest.raises((ValueError, RuntimeError), match=named) as refusal:
         capture(model, sequences()[0][None])
-    assert "score with another model" in str(refusal.value)
+    assert "model with plain attention" in str(refusal.value) or "score with another model" in str(refusal.value)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("llama", {"is_causal": False}), ("gemma3", {"use_bidirectional_attention": True})],
+    ids=["llama", "gemma3"],
+)
+def test_bidirectional_models_are_refused(family: str, overrides: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="needs a causal softmax layer"):
+        capture(build(family, **overrides), sequences()[0][None])
+
+
+def test_a_bidirectional_forward_is_refused(model_of: Callable[[str], PreTrainedModel]) -> None:
+    model = model_of("llama")
+    with torch.no_grad(), capture_incoming_attention(model), pytest.raises(RuntimeError, match="is_causal=False"):
+        model(sequences()[0][None], use_cache=False, is_causal=False)
+
+
+def test_a_packed_forward_is_refused(model_of: Callable[[str], PreTrainedModel]) -> None:
+    model = model_of("llama")
+    with torch.no_grad(), capture_incoming_attention(model), pytest.raises(RuntimeError, match="one sequence per row"):
+        model(sequences()[0][None], use_cache=False, cu_seq_lens_q=torch.tensor([0, 9, TOKENS], dtype=torch.int32))
 
 
 def test_what_is_not_a_causal_language_model_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear without a transformers config"), capture_incoming_attention(nn.Linear(2, 2)):
         pass
     config = AutoConfig.for_model("t5", d_model=16, d_kv=16, d_ff=16, num_layers=1, num_heads=1, vocab_size=VOCABULARY)
-    from transformers import T5ForConditionalGeneration
-
     with pytest.raises(ValueError, match="encoder-decoder"), capture_incoming_attention(T5ForConditionalGeneration(config)):
         pass
 
