@@ -10,6 +10,7 @@ Tiles are counted from a sequence's own start and sums run in a fixed order, so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -136,12 +137,12 @@ def _scan_keys(
     return highest, total
 
 
-@triton.jit(do_not_specialize=["row_tokens", "heads", "group", "window"])
+@triton.jit(do_not_specialize=["slots", "heads", "group", "window"])
 def _row_lse_kernel(
     q,
     k,
     sinks,
-    lse,
+    negative_lse,
     tiles,
     starts,
     lengths,
@@ -154,7 +155,7 @@ def _row_lse_kernel(
     k_stride,
     k_stride_dim,
     sinks_stride,
-    row_tokens,
+    slots,
     heads,
     group,
     window,
@@ -169,13 +170,14 @@ def _row_lse_kernel(
     WINDOW: tl.constexpr,
     FLIPPED: tl.constexpr,
 ):
-    """lse [B, H, N] in log2 units. A program owns one query head's tile of queries and walks over the keys they see."""
+    """The log-sum-exp of every row, laid out as `_lay_out_kernel` does. A program owns one query head's tile of queries and
+    walks over the keys that they see."""
     slot = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
-    sequence = tl.load(tiles + 2 * slot)
+    sequence = tl.load(tiles + 3 * slot)
     tokens = tl.load(lengths + sequence)
     # The table lists tiles of keys, longest walk first; the tile of queries with the same walk is its mirror image.
-    tile = tl.cdiv(tokens, RESIDENT) - 1 - tl.load(tiles + 2 * slot + 1)
+    tile = tl.cdiv(tokens, RESIDENT) - 1 - tl.load(tiles + 3 * slot + 1)
     if tile < 0:
         return
     start = tl.load(starts + sequence).to(tl.int64)
@@ -215,8 +217,8 @@ def _row_lse_kernel(
         higher = tl.maximum(highest, sink)
         total = total * tl.exp2(highest - higher) + tl.exp2(sink - higher)
         highest = higher
-    out = lse + (batch * heads + head) * row_tokens + start + query
-    tl.store(out, highest + tl.log2(total), mask=query < tokens)
+    out = negative_lse + (head * slots + tl.load(tiles + 3 * slot + 2)) * RESIDENT + query
+    tl.store(out, tl.where(query < tokens, -(highest + tl.log2(total)), float("-inf")))
 
 
 @triton.jit
@@ -228,10 +230,8 @@ def _scan_queries(
     q_head,
     q_stride,
     q_stride_dim,
-    lse_head,
-    lse_stride,
+    negative_lse,
     weights,
-    weights_stride,
     key,
     first,
     stop,
@@ -244,39 +244,36 @@ def _scan_queries(
     STREAMED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
-    LSE_UNIT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Adds the probabilities that each key receives from the queries first ... stop - 1 of one head."""
     for start in range(first, stop, STREAMED):
         query = start + tl.arange(0, STREAMED)
-        inside = query < tokens
-        address = query.to(tl.int64)
+        q_rows = q_head + query.to(tl.int64) * q_stride
         scores = _products(
-            k_tile, k_rows, k_stride_dim, key < tokens, q_head + address * q_stride, q_stride_dim, inside, HEAD_DIM, DEPTH
+            k_tile, k_rows, k_stride_dim, key < tokens, q_rows, q_stride_dim, query < tokens, HEAD_DIM, DEPTH
         )  # [key, query]
-        # A log-sum-exp of +inf gives a query past the end the probability 0.
-        lse = tl.load(lse_head + address * lse_stride, mask=inside, other=float("inf")).to(tl.float32) * LSE_UNIT
+        shift = tl.load(negative_lse + query)[None, :]  # -inf past the end: there the probability is 0
         if SOFTCAP:
-            received = tl.exp2(tl.fma(_tanh(scores * scale), softcap, -lse[None, :]))
+            received = tl.exp2(tl.fma(_tanh(scores * scale), softcap, shift))
         else:
-            received = tl.exp2(tl.fma(scores, scale, -lse[None, :]))
+            received = tl.exp2(tl.fma(scores, scale, shift))
         if MASKED:
             visible = key[:, None] < query[None, :]
             if WINDOW:
                 visible &= query[None, :] - key[:, None] < window
             received = tl.where(visible, received, 0.0)
         if weights is not None:
-            received *= tl.load(weights + address * weights_stride, mask=inside, other=0.0).to(tl.float32)[None, :]
+            received *= tl.load(weights + query)[None, :]
         sums += tl.sum(received, axis=1)
     return sums
 
 
-@triton.jit(do_not_specialize=["row_tokens", "kv_heads", "group", "window"])
+@triton.jit(do_not_specialize=["slots", "row_tokens", "kv_heads", "group", "window"])
 def _column_sum_kernel(
     q,
     k,
-    lse,
+    negative_lse,
     weights,
     sums_out,
     tiles,
@@ -290,11 +287,7 @@ def _column_sum_kernel(
     k_stride_head,
     k_stride,
     k_stride_dim,
-    lse_stride_batch,
-    lse_stride_head,
-    lse_stride,
-    weights_stride_batch,
-    weights_stride,
+    slots,
     row_tokens,
     kv_heads,
     group,
@@ -308,7 +301,6 @@ def _column_sum_kernel(
     PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
-    LSE_UNIT: tl.constexpr,
     PER_HEAD: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
@@ -318,9 +310,9 @@ def _column_sum_kernel(
     """
     slot = tl.program_id(0) // kv_heads
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
-    sequence = tl.load(tiles + 2 * slot)
+    sequence = tl.load(tiles + 3 * slot)
     tokens = tl.load(lengths + sequence)
-    begin = tl.load(tiles + 2 * slot + 1) * RESIDENT
+    begin = tl.load(tiles + 3 * slot + 1) * RESIDENT
     if begin >= tokens:
         return
     start = tl.load(starts + sequence).to(tl.int64)
@@ -348,28 +340,29 @@ def _column_sum_kernel(
     if not PER_HEAD:
         divisor *= kv_heads * group
 
+    first_slot = tl.load(tiles + 3 * slot + 2).to(tl.int64)
     if weights is not None:
-        weights += batch * weights_stride_batch + start * weights_stride
+        weights += first_slot * RESIDENT
     sums = tl.zeros((RESIDENT,), tl.float32)
     for member in range(group):
         head = kv_head * group + member
         q_head = q + batch * q_stride_batch + head * q_stride_head + start * q_stride
-        lse_head = lse + batch * lse_stride_batch + head * lse_stride_head + start * lse_stride
+        lse_head = negative_lse + (head * slots + first_slot) * RESIDENT
         sums = _scan_queries(
-            sums, k_tile, k_rows, k_stride_dim, q_head, q_stride, q_stride_dim, lse_head, lse_stride, weights, weights_stride,
+            sums, k_tile, k_rows, k_stride_dim, q_head, q_stride, q_stride_dim, lse_head, weights,
             key, begin, tl.minimum(diagonal_end, stop), tokens, window, scale, softcap,
-            HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, LSE_UNIT, True,
+            HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, True,
         )  # fmt: skip
         sums = _scan_queries(
-            sums, k_tile, k_rows, k_stride_dim, q_head, q_stride, q_stride_dim, lse_head, lse_stride, weights, weights_stride,
+            sums, k_tile, k_rows, k_stride_dim, q_head, q_stride, q_stride_dim, lse_head, weights,
             key, diagonal_end, full_end, tokens, window, scale, softcap,
-            HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, LSE_UNIT, False,
+            HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, False,
         )  # fmt: skip
         if WINDOW:
             sums = _scan_queries(
-                sums, k_tile, k_rows, k_stride_dim, q_head, q_stride, q_stride_dim, lse_head, lse_stride, weights,
-                weights_stride, key, tl.maximum(full_end, diagonal_end), stop, tokens, window, scale, softcap,
-                HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, LSE_UNIT, True,
+                sums, k_tile, k_rows, k_stride_dim, q_head, q_stride, q_stride_dim, lse_head, weights,
+                key, tl.maximum(full_end, diagonal_end), stop, tokens, window, scale, softcap,
+                HEAD_DIM, DEPTH, STREAMED, SOFTCAP, WINDOW, True,
             )  # fmt: skip
         if PER_HEAD:
             out = sums_out + (batch * kv_heads * group + head) * row_tokens + start + key
@@ -378,6 +371,40 @@ def _column_sum_kernel(
     if not PER_HEAD:
         out = sums_out + (batch * kv_heads + kv_head) * row_tokens + start + key
         tl.store(out, sums / divisor, mask=key < tokens)
+
+
+@triton.jit(do_not_specialize=["slots", "rows"])
+def _lay_out_kernel(
+    values,
+    out,
+    tiles,
+    starts,
+    lengths,
+    stride_batch,
+    stride_row,
+    stride,
+    slots,
+    rows,
+    factor,
+    outside,
+    RESIDENT: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """values [B, rows, N] times `factor`, in float32, as [rows, slots, RESIDENT]: each sequence begins at its first tile and
+    fills its last one up with `outside`. So the column pass reads whole aligned vectors, without masks or strides."""
+    slot = tl.program_id(0) // rows
+    row = (tl.program_id(0) % rows).to(tl.int64)
+    sequence = tl.load(tiles + 3 * slot)
+    tokens = tl.load(lengths + sequence)
+    token = tl.load(tiles + 3 * slot + 1) * RESIDENT + tl.arange(0, RESIDENT)
+    first_slot = tl.load(tiles + 3 * slot + 2)
+    if tl.load(tiles + 3 * slot + 1) * RESIDENT >= tokens:
+        return
+    inside = token < tokens
+    batch = 0 if PACKED else sequence.to(tl.int64)
+    address = values + batch * stride_batch + row * stride_row + (tl.load(starts + sequence) + token).to(tl.int64) * stride
+    value = tl.load(address, mask=inside, other=0.0).to(tl.float32) * factor
+    tl.store(out + (row * slots + first_slot) * RESIDENT + token, tl.where(inside, value, outside))
 
 
 @triton.jit(do_not_specialize=["row_tokens", "kv_heads"])
@@ -393,7 +420,8 @@ def _add_heads_kernel(shares, out, row_tokens, kv_heads, BLOCK: tl.constexpr):
 
 
 def _tile_table(lengths: Tensor, resident: int, batch: int, tokens: int) -> Tensor:
-    """int32 [slots, 2]: (sequence, tile) of every tile of every sequence, those with the most tokens after them first.
+    """int32 [slots, 3]: sequence, tile, and slot of the sequence's first tile, for every tile of every sequence; those with
+    the most tokens after them first.
 
     The number of slots is the bound that shapes alone give, so that nothing waits for the device. Surplus slots come last
     and hold a tile past its sequence's end, which programs leave at once.
@@ -404,9 +432,10 @@ def _tile_table(lengths: Tensor, resident: int, batch: int, tokens: int) -> Tens
     ends = tiles.cumsum(0)
     slot = torch.arange(slots, device=lengths.device)
     sequence = torch.searchsorted(ends, slot, right=True).clamp(max=sequences - 1)
-    tile = slot - (ends - tiles)[sequence]
+    first_slot = (ends - tiles)[sequence]
+    tile = slot - first_slot
     longest_first = (lengths[sequence] - tile * resident).argsort(descending=True)
-    return torch.stack((sequence, tile), dim=1)[longest_first].to(torch.int32)
+    return torch.stack((sequence, tile, first_slot), dim=1)[longest_first].to(torch.int32)
 
 
 def incoming_attention(
@@ -443,56 +472,30 @@ def incoming_attention(
     options = {"PACKED": batch == 1, "SOFTCAP": softcap is not None, "WINDOW": sliding_window is not None}
     options |= {"num_warps": size.num_warps, "num_stages": size.num_stages}
 
-    lse_unit = LOG2_E.value
-    if lse is None:
-        lse_unit = 1.0
-        lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    def lay_out(values: Tensor, factor: float, outside: float) -> Tensor:
+        out = torch.empty(values.shape[1], slots, size.resident, dtype=torch.float32, device=q.device)
+        rows = values.shape[1]
+        _lay_out_kernel[(slots * rows,)](
+            values, out, table, starts, lengths, *values.stride(), slots, rows, factor, outside,
+            RESIDENT=size.resident, PACKED=batch == 1,
+        )  # fmt: skip
+        return out
+
+    if lse is not None:
+        negative_lse = lay_out(lse, -LOG2_E.value, -math.inf)
+    else:
+        negative_lse = torch.empty(heads, slots, size.resident, dtype=torch.float32, device=q.device)
         _row_lse_kernel[(slots * heads,)](
-            q,
-            k,
-            sinks,
-            lse,
-            table,
-            starts,
-            lengths,
-            *q.stride(),
-            *k.stride(),
-            0 if sinks is None else sinks.stride(0),
-            tokens,
-            heads,
-            group,
-            window,
-            abs(factor),
-            cap,
-            FLIPPED=scale < 0,
-            **sizes,
-            **options,
-        )
+            q, k, sinks, negative_lse, table, starts, lengths, *q.stride(), *k.stride(),
+            0 if sinks is None else sinks.stride(0), slots, heads, group, window, abs(factor), cap,
+            FLIPPED=scale < 0, **sizes, **options,
+        )  # fmt: skip
+    weights = None if row_weights is None else lay_out(row_weights.unsqueeze(1), 1.0, 0.0)
     _column_sum_kernel[(slots * kv_heads,)](
-        q,
-        k,
-        lse,
-        row_weights,
-        shares,
-        table,
-        starts,
-        lengths,
-        *q.stride(),
-        *k.stride(),
-        *lse.stride(),
-        *((0, 0) if row_weights is None else row_weights.stride()),
-        tokens,
-        kv_heads,
-        group,
-        window,
-        factor,
-        cap,
-        LSE_UNIT=lse_unit,
-        PER_HEAD=per_head,
-        NORMALIZE=normalize,
-        **sizes,
-        **options,
-    )
+        q, k, negative_lse, weights, shares, table, starts, lengths, *q.stride(), *k.stride(),
+        slots, tokens, kv_heads, group, window, factor, cap,
+        PER_HEAD=per_head, NORMALIZE=normalize, **sizes, **options,
+    )  # fmt: skip
     if per_head:
         return shares
     out = torch.empty(batch, tokens, dtype=torch.float32, device=q.device)
@@ -525,13 +528,13 @@ def aot_cases(dtype: str, shared_memory: int) -> Iterator[KernelCase]:
                     constexprs |= {"FLIPPED": options}
                     arguments = {"sinks": f"*{dtype}"}
                 else:
-                    constexprs |= {"LSE_UNIT": 1.0, "PER_HEAD": options, "NORMALIZE": True, "lse_stride": 1}
+                    constexprs |= {"PER_HEAD": options, "NORMALIZE": True}
                     arguments = {"weights": "*fp32"}
                 if not options:
                     constexprs |= dict.fromkeys(arguments)
                 arguments |= {"q": f"*{dtype}", "k": f"*{dtype}"}
                 for argument in kernel.arg_names:
-                    if argument in ("lse", "sums_out"):
+                    if argument in ("negative_lse", "sums_out"):
                         arguments[argument] = "*fp32"
                     elif argument in ("tiles", "starts", "lengths"):
                         arguments[argument] = "*i32"
@@ -551,6 +554,15 @@ def aot_cases(dtype: str, shared_memory: int) -> Iterator[KernelCase]:
                     num_stages=size.num_stages,
                     head_dim=head_dim,
                 )
+    yield KernelCase(
+        label="lay_out",
+        kernel=_lay_out_kernel,
+        arguments={"values": "*fp32", "out": "*fp32", "tiles": "*i32", "starts": "*i32", "lengths": "*i32"}
+        | dict.fromkeys(("stride_batch", "stride_row", "slots", "rows"), "i32")
+        | dict.fromkeys(("factor", "outside"), "fp32"),
+        constexprs={"RESIDENT": 128, "PACKED": False, "stride": 1},
+        divisible=("values", "out", "tiles"),
+    )
     yield KernelCase(
         label="add_heads",
         kernel=_add_heads_kernel,
