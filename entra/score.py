@@ -1,0 +1,273 @@
+"""`score_batch`: from prompts and completions to rewards. It encodes, runs the policy, calls the kernels, assembles."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from entra.config import ScoreConfig
+from entra.encode import EncodedRow, Encoder
+from entra.forward import TokenSignals, token_signals, unwrapped
+from entra.policy import Policy, resolve_policy
+from entra.rarefaction import rarefied_redundancy
+from entra_kernels import redundancy
+
+_OPTIONS = ("completion_ids", "model", "tokenizer", "logprobs", "incoming", "config", "details")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Rewards and, for every completion of n tokens, what they were made of: lists with one CPU tensor [n] each.
+
+    Tokens are the completion's without pads and trailing EOS.
+    """
+
+    rewards: list[float | None]
+    """r in [0, 1], high when the unprotected tokens do not repeat; None where a log-prob or attention is not finite."""
+    token_ids: list[Tensor]
+    """int64 ids."""
+    logprobs: list[Tensor]
+    """float32, log P(x_i given x_<i), natural log."""
+    incoming: list[Tensor]
+    """float32, mu: mean attention from future tokens (or lift)."""
+    importance: list[Tensor]
+    """float32, log P + lambda * mu."""
+    protected: list[Tensor]
+    """bool, the top share by importance, which the reward does not look at."""
+    config: ScoreConfig
+    """The options that produced all this."""
+
+
+@overload
+def score_batch(
+    prompts: Sequence[Any],
+    completions: Sequence[Any] | None,
+    completion_ids: Sequence[Any] | None = ...,
+    *,
+    details: Literal[False] = ...,
+    **options: Any,
+) -> list[float | None]: ...
+@overload
+def score_batch(
+    prompts: Sequence[Any],
+    completions: Sequence[Any] | None,
+    completion_ids: Sequence[Any] | None = ...,
+    *,
+    details: Literal[True],
+    **options: Any,
+) -> Scores: ...
+def score_batch(
+    prompts: Sequence[Any],
+    completions: Sequence[Any] | None,
+    completion_ids: Sequence[Any] | None = None,
+    *,
+    model: Any | None = None,
+    tokenizer: Any | None = None,
+    logprobs: Sequence[Any] | None = None,
+    incoming: Sequence[Any] | None = None,
+    config: ScoreConfig | None = None,
+    details: bool = False,
+    **columns: Any,
+) -> list[float | None] | Scores:
+    """`entropy(unprotected token ids) / log(M)` of each completion: 1 when nothing repeats, 0 when all is the same.
+
+    Has the signature of a TRL reward function, so it is one: `reward_funcs=[accuracy_reward, entra.score_batch]`. Called by TRL
+    (`trainer_state` is among the keywords), every other keyword is a dataset column and is left alone, whatever its name; the
+    policy is then the bound one (`entra.bind_policy`). For options under TRL use `entra.EntraReward`.
+
+    Args:
+        prompts: one per completion: text, chat messages, or token ids.
+        completions: text, assistant messages, or token ids; may be None when `completion_ids` is given.
+        completion_ids: token ids that are scored instead of tokenising `completions`; pads and trailing EOS are dropped.
+        model: a transformers causal LM (also wrapped by PEFT, DDP, FSDP2 or torch.compile), a folder or hub name, or "smollm2".
+            None: the policy bound by `entra.bind_policy`.
+        tokenizer: the model's; not needed for token ids, nor for a model given by name.
+        logprobs: float [n] per completion, log P of its tokens, from a trainer's own pass. With `incoming` given too, no
+            forward runs.
+        incoming: float [n] per completion, its tokens' mean incoming attention (`entra.capture_incoming_attention`).
+        config: the options of the method; None: the defaults.
+        details: return `Scores` instead of the rewards alone.
+
+    Returns:
+        One float in [0, 1] per completion, or None (with a warning) where a value was not finite; with `details` a `Scores`.
+
+    Raises:
+        ValueError: numbers of rows that differ, a row that cannot be encoded (see `entra.encode`), logprobs or incoming that do
+            not fit the tokens, a model that cannot be scored.
+        TypeError: an unknown keyword (the nearest right one is named), or a row that is neither text nor messages nor ids.
+        RuntimeError: no model at all.
+
+    Source: arXiv 2601.07123; docs/method.md.
+    """
+    if "trainer_state" in columns:
+        model = tokenizer = logprobs = incoming = config = None
+        details = False
+    elif columns:
+        raise TypeError(_unknown_keyword(next(iter(columns))))
+    config = ScoreConfig() if config is None else config
+    if not isinstance(config, ScoreConfig):
+        raise TypeError(f"config={config!r} must be an entra.ScoreConfig, not {type(config).__name__}")
+    count = len(prompts)
+    for name, rows in (
+        ("completions", completions),
+        ("completion_ids", completion_ids),
+        ("logprobs", logprobs),
+        ("incoming", incoming),
+    ):
+        if rows is not None and len(rows) != count:
+            raise ValueError(f"{name} has {len(rows)} rows but prompts has {count}; there must be one per prompt")
+    if completions is None and completion_ids is None:
+        raise ValueError("completions=None and completion_ids=None; one of them must be given")
+
+    policy = resolve_policy(model, tokenizer)
+    rows = _encode(prompts, completions, completion_ids, policy, tokenizer, config)
+    signals = _signals(rows, policy, logprobs, incoming, config, completions if completion_ids is None else completion_ids)
+    scores = _assemble(rows, signals, config)
+    return scores if details else scores.rewards
+
+
+def _unknown_keyword(name: str) -> str:
+    config_fields = [field.name for field in fields(ScoreConfig)]
+    nearest = difflib.get_close_matches(name, [*_OPTIONS, *config_fields], n=1, cutoff=0.5)
+    if nearest and nearest[0] in config_fields:
+        remedy = f"pass it as config=entra.ScoreConfig({nearest[0]}=...)"
+    else:
+        remedy = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(_OPTIONS)}"
+    return f"score_batch() got an unknown keyword {name!r}; {remedy}"
+
+
+def _encode(
+    prompts: Sequence[Any],
+    completions: Sequence[Any] | None,
+    completion_ids: Sequence[Any] | None,
+    policy: Policy | None,
+    tokenizer: Any | None,
+    config: ScoreConfig,
+) -> list[EncodedRow]:
+    model = None if policy is None else unwrapped(policy.model)
+    encoder = Encoder(tokenizer if policy is None else policy.tokenizer, model, config.chat_template_kwargs)
+    rows = []
+    for i, prompt in enumerate(prompts):
+        ids = None if completion_ids is None else completion_ids[i]
+        try:
+            rows.append(encoder.encode(prompt, None if completions is None else completions[i], ids))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"row {i}: {error}") from error
+    return rows
+
+
+def _signals(
+    rows: list[EncodedRow],
+    policy: Policy | None,
+    logprobs: Sequence[Any] | None,
+    incoming: Sequence[Any] | None,
+    config: ScoreConfig,
+    given: Sequence[Any] | None,
+) -> list[TokenSignals]:
+    """Log-probs and incoming attention of each row's ranked tokens: those given, else those of a forward."""
+    if (logprobs is not None or incoming is not None) and config.ranking_scope != "completion":
+        raise ValueError(
+            f"ranking_scope={config.ranking_scope!r} ranks prompt tokens too, but logprobs and incoming hold the completion's; "
+            "leave them out, or use ranking_scope='completion'"
+        )
+    computed: list[TokenSignals] = []
+    if logprobs is None or incoming is None:
+        if policy is None and rows:
+            raise RuntimeError(
+                "there is no model to score with; pass model=... (and tokenizer=... for text), or call inside "
+                "entra.bind_policy(model, tokenizer) as EntraGRPOTrainer does, or pass logprobs=... and incoming=..."
+            )
+        computed = _run(rows, policy, config)
+    signals = []
+    for i, row in enumerate(rows):
+        ranked = len(_ranked(row, config))
+        length = None if given is None or isinstance(given[i], str) else len(given[i])
+        signals.append(
+            TokenSignals(
+                computed[i].logprobs if logprobs is None else _given("logprobs", i, logprobs[i], ranked, length),
+                computed[i].incoming if incoming is None else _given("incoming", i, incoming[i], ranked, length),
+            )
+        )
+    return signals
+
+
+def _run(rows: list[EncodedRow], policy: Policy | None, config: ScoreConfig) -> list[TokenSignals]:
+    wanted = [len(_ranked(row, config)) if row.completion else 0 for row in rows]
+    scored = [i for i, n in enumerate(wanted) if n]
+    empty = TokenSignals(torch.zeros(0), torch.zeros(0))
+    if not scored or policy is None:
+        return [empty] * len(rows)
+    results = token_signals(
+        policy.model, [rows[i].prompt + rows[i].completion for i in scored], [wanted[i] for i in scored], config
+    )
+    by_row = dict(zip(scored, results, strict=True))
+    return [by_row.get(i, empty) for i in range(len(rows))]
+
+
+def _ranked(row: EncodedRow, config: ScoreConfig) -> list[int]:
+    """The tokens that compete for protection: the completion's, or all that have a log P; none without a completion."""
+    if not row.completion or config.ranking_scope == "completion":
+        return row.completion
+    return (row.prompt + row.completion)[1:]
+
+
+def _given(name: str, i: int, value: Any, tokens: int, untrimmed: int | None) -> Tensor:
+    """One row of values that were passed in: [n], or with values for the trailing EOS and pads that were dropped."""
+    tensor = torch.as_tensor(value, dtype=torch.float32).detach()
+    if tensor.ndim != 1 or tensor.shape[0] not in (tokens, untrimmed):
+        raise ValueError(
+            f"row {i}: {name} has shape {list(tensor.shape)} but the completion has {tokens} tokens without pads and trailing "
+            "EOS; give one number per completion token"
+        )
+    return tensor[:tokens]
+
+
+def _assemble(rows: list[EncodedRow], signals: list[TokenSignals], config: ScoreConfig) -> Scores:
+    ranked = [torch.tensor(_ranked(row, config), dtype=torch.int64) for row in rows]
+    lengths = [ids.numel() for ids in ranked]
+    if not rows:
+        return Scores(rewards=[], token_ids=[], logprobs=[], incoming=[], importance=[], protected=[], config=config)
+    device = max(signals, key=lambda signal: signal.logprobs.numel()).logprobs.device
+    result = redundancy(
+        torch.cat([signal.logprobs.to(device) for signal in signals]),
+        torch.cat([signal.incoming.to(device) for signal in signals]),
+        torch.cat(ranked).to(device),
+        torch.tensor([0, *lengths]).cumsum(0).to(device),
+        attention_weight=config.attention_weight,
+        protect_fraction=config.protect_fraction,
+        degenerate_reward=config.degenerate_reward,
+        backend=config.backend,
+    )
+    protected = list(result.protected.cpu().split(lengths))
+    importance = list(result.importance.cpu().split(lengths))
+    rewards: list[float | None] = []
+    for i, reward in enumerate(result.reward.tolist()):
+        if not math.isfinite(reward):
+            warnings.warn(f"row {i}: a log-prob or incoming attention is not finite; its reward is None", RuntimeWarning, 3)
+            rewards.append(None)
+            continue
+        if config.length_adjusted is not None:
+            unprotected = ranked[i][~protected[i]]
+            if unprotected.numel() > 1:
+                reward = rarefied_redundancy(unprotected, config.length_adjusted)
+        rewards.append(reward)
+
+    def completion(values: Sequence[Tensor]) -> list[Tensor]:
+        return [value.cpu()[value.numel() - len(row.completion) :] for value, row in zip(values, rows, strict=True)]
+
+    return Scores(
+        rewards=rewards,
+        token_ids=completion(ranked),
+        logprobs=completion([signal.logprobs for signal in signals]),
+        incoming=completion([signal.incoming for signal in signals]),
+        importance=completion(importance),
+        protected=completion(protected),
+        config=config,
+    )
