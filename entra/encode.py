@@ -127,7 +127,8 @@ class Encoder:
     def _completion_ids(self, completion: Any) -> list[int]:
         ids = _as_ids(completion)
         if ids is None:
-            ids = list(self._tokenizer_for("text")(completion_text(completion), add_special_tokens=False)["input_ids"])
+            text = completion_text(completion)
+            ids = list(self._tokenizer_for("text")(text, add_special_tokens=False)["input_ids"])
         return self.trimmed(ids)
 
     def _tokenizer_for(self, what: str) -> Any:

@@ -127,6 +127,11 @@ def score_batch(
         raise ValueError("completions=None and completion_ids=None; one of them must be given")
 
     policy = resolve_policy(model, tokenizer)
+    if policy is None and count and (logprobs is None or incoming is None):
+        raise RuntimeError(
+            "there is no model to score with; pass model=... (and tokenizer=... for text), or call inside "
+            "entra.bind_policy(model, tokenizer) as EntraGRPOTrainer does, or pass logprobs=... and incoming=..."
+        )
     rows = _encode(prompts, completions, completion_ids, policy, tokenizer, config)
     signals = _signals(rows, policy, logprobs, incoming, config, completions if completion_ids is None else completion_ids)
     scores = _assemble(rows, signals, config)
@@ -179,11 +184,6 @@ def _signals(
         )
     computed: list[TokenSignals] = []
     if logprobs is None or incoming is None:
-        if policy is None and rows:
-            raise RuntimeError(
-                "there is no model to score with; pass model=... (and tokenizer=... for text), or call inside "
-                "entra.bind_policy(model, tokenizer) as EntraGRPOTrainer does, or pass logprobs=... and incoming=..."
-            )
         computed = _run(rows, policy, config)
     signals = []
     for i, row in enumerate(rows):

@@ -1,0 +1,122 @@
+"""The guards around the reward, and that a trainer can name, pickle and call it."""
+
+import pickle
+
+import pytest
+import torch
+from tiny_models import build
+from tiny_tokenizer import build_tokenizer
+
+import entra
+from entra.reward import dead_banded, gated, guarded
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def is_long(completions, **columns):
+    """A gate at module level, as pickle needs it."""
+    return [1.0 if len(c) > 10 else 0.0 for c in completions]
+
+
+PROMPTS = ["2+2=", "2+2=", "name?"]
+COMPLETIONS = ["4.", "It is four, I am sure of it.", "It is what it is what it is."]
+
+
+def test_without_options_it_is_score_batch(model, tokenizer):
+    plain = entra.score_batch(PROMPTS, COMPLETIONS, model=model, tokenizer=tokenizer)
+    assert entra.EntraReward(model=model, tokenizer=tokenizer)(PROMPTS, COMPLETIONS) == plain
+
+
+def test_gate_gets_the_trainers_columns_and_pays_only_right_answers(model, tokenizer):
+    seen = {}
+
+    def gate(prompts, completions, completion_ids, **columns):
+        seen.update(columns)
+        return [1.0, 0.0, None]
+
+    reward = entra.EntraReward(model=model, tokenizer=tokenizer, gate=gate)
+    plain = entra.score_batch(PROMPTS, COMPLETIONS, model=model, tokenizer=tokenizer)
+    assert reward(PROMPTS, COMPLETIONS, answer=["4", "4", "x"], trainer_state=None) == [plain[0], 0.0, None]
+    assert seen == {"answer": ["4", "4", "x"], "trainer_state": None}
+
+
+def test_a_dataset_column_cannot_take_the_place_of_an_option(model, tokenizer):
+    reward = entra.EntraReward(model=model, tokenizer=tokenizer)
+    columns = {"model": ["gpt"] * 3, "config": ["x"] * 3, "details": [1] * 3, "trainer_state": object()}
+    assert reward(PROMPTS, COMPLETIONS, **columns) == reward(PROMPTS, COMPLETIONS)
+
+
+def test_bound_policy_is_used(model, tokenizer):
+    reward = entra.EntraReward()
+    with entra.bind_policy(model, tokenizer):
+        assert reward(PROMPTS, COMPLETIONS) == entra.score_batch(PROMPTS, COMPLETIONS)
+    with pytest.raises(RuntimeError, match="no model to score with"):
+        reward(PROMPTS, COMPLETIONS)
+
+
+def test_it_pickles_and_scores_the_same(model, tokenizer):
+    reward = entra.EntraReward(model=model, tokenizer=tokenizer, gate=is_long, min_length=3, name="concise")
+    again = pickle.loads(pickle.dumps(reward))
+    assert again.__name__ == "concise"
+    assert again(PROMPTS, COMPLETIONS) == reward(PROMPTS, COMPLETIONS)
+    assert not isinstance(reward, torch.nn.Module)  # TRL would take it for a classifier
+
+
+def test_truncated_completions_are_not_scored(model, tokenizer):
+    reward = entra.EntraReward(model=model, tokenizer=tokenizer, skip_truncated=True)
+    ids = [[9, 10, 11, 2], [9, 10, 11], []]
+    first, second, third = reward(["a", "a", "a"], ["", "", ""], ids)
+    assert first is not None
+    assert (second, third) == (None, None)
+    with pytest.raises(ValueError, match="skip_truncated=True needs completion_ids"):
+        reward(["a"], ["b"])
+
+
+def test_guards():
+    assert guarded([0.9, 0.8, 0.7, None], [2, 30, 30, 30], [-1, -9, -1, -1], 3, -5.0) == [0.0, 0.0, 0.7, None]
+    assert guarded([0.9], [2], [-9.0], 0, None) == [0.9]
+
+
+def test_gating_never_pays_for_redundancy():
+    # A negative gate times a reward would rank the more redundant completion higher.
+    assert gated([0.9, 0.5, 0.5, None], [-1.0, -1.0, 2.0, 1.0]) == [0.0, 0.0, 1.0, None]
+
+
+def test_dead_band_levels_only_groups_without_spread():
+    rewards = [0.500, 0.504, None, 0.50, 0.60, 0.3]
+    assert dead_banded(rewards, ["a", "a", "a", "b", "b", "c"], 0.01) == [0.502, 0.502, None, 0.50, 0.60, 0.3]
+    assert dead_banded(rewards, list("aaabbc"), 0.0) == rewards
+
+
+def test_dead_band_groups_by_prompt(model, tokenizer):
+    wide = entra.EntraReward(model=model, tokenizer=tokenizer, dead_band=10.0)(PROMPTS, COMPLETIONS)
+    plain = entra.score_batch(PROMPTS, COMPLETIONS, model=model, tokenizer=tokenizer)
+    assert wide[0] == wide[1] == pytest.approx((plain[0] + plain[1]) / 2)
+    assert wide[2] == plain[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"gate": 1.0}, TypeError, r"gate=1.0 must be a reward function"),
+        ({"min_length": -1}, ValueError, r"min_length=-1 must be at least 0"),
+        ({"min_mean_logprob": 1.0}, ValueError, r"min_mean_logprob=1.0 must be a mean log-probability, at most 0"),
+        ({"dead_band": -0.1}, ValueError, r"dead_band=-0.1 must be at least 0"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        entra.EntraReward(**options)
+
+
+def test_a_gate_of_the_wrong_length_is_an_error(model, tokenizer):
+    with pytest.raises(ValueError, match=r"gate returned 1 values for 3 completions"):
+        entra.EntraReward(model=model, tokenizer=tokenizer, gate=lambda **_: [1.0])(PROMPTS, COMPLETIONS)

@@ -1,0 +1,397 @@
+"""score_batch against an oracle that follows docs/method.md with eager attention, full logits and Python's Counter."""
+
+import math
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import FAMILIES, VOCABULARY, build
+from tiny_tokenizer import build_tokenizer
+
+import entra
+from entra.score import Scores
+
+# float32 forwards of two attention implementations; measured differences are below 4e-6 on every family.
+LOGPROB_TOLERANCE = 2e-5
+ATTENTION_TOLERANCE = 2e-6
+LENGTHS = [(4, 13), (9, 1), (1, 30), (6, 22)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """(prompt ids, completion ids) with repeats, so that rewards differ."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randint(3, 40, (p,), generator=generator).tolist(), torch.randint(3, 20, (n,), generator=generator).tolist())
+        for p, n in LENGTHS
+    ]
+
+
+def oracle(family, prompt, completion, weight=2.0, fraction=0.2):
+    """(reward, logprobs [n], mu [n]) of one row in float64 from an eager forward with full logits and attention."""
+    model = build(family, attn_implementation="eager")
+    with entra.capture_incoming_attention(model) as captured, torch.no_grad():
+        output = model(torch.tensor([prompt + completion]), use_cache=False, output_attentions=True)
+    layer_types = getattr(model.config, "layer_types", None) or ["attention"] * model.config.num_hidden_layers
+    with_attention = [i for i, kind in enumerate(layer_types) if kind != "linear_attention"]
+    attention = output.attentions[with_attention.index(captured.layer.index)][0].double().mean(0)  # [N, N]
+    total, n = len(prompt) + len(completion), len(completion)
+    window = captured.layer.sliding_window or total + 1
+    divisor = torch.tensor([max(min(total - i, window - 1), 1) for i in range(1, total + 1)])
+    mu = (attention.tril(-1).sum(0) / divisor)[-n:]
+    logprobs = torch.log_softmax(output.logits[0].double(), -1)[:-1].gather(1, torch.tensor(prompt + completion)[1:, None])
+    logprobs = logprobs.squeeze(1)[-n:]
+    importance = (logprobs + weight * mu).tolist()
+    k = math.floor(fraction * n + 1e-9)
+    protected = sorted(range(n), key=lambda i: (-importance[i], i))[:k]
+    left = [token for i, token in enumerate(completion) if i not in protected]
+    if len(left) <= 1:
+        return 0.0, logprobs, mu
+    shares = [c / len(left) for c in Counter(left).values()]
+    return -sum(s * math.log(s) for s in shares) / math.log(len(left)), logprobs, mu
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity_with_eager(family, rows):
+    scores = entra.score_batch([p for p, _ in rows], [c for _, c in rows], model=build(family), details=True)
+    for i, (prompt, completion) in enumerate(rows):
+        reward, logprobs, mu = oracle(family, prompt, completion)
+        torch.testing.assert_close(scores.logprobs[i].double(), logprobs, rtol=0, atol=LOGPROB_TOLERANCE)
+        torch.testing.assert_close(scores.incoming[i].double(), mu, rtol=0, atol=ATTENTION_TOLERANCE)
+        assert scores.rewards[i] == pytest.approx(reward, abs=1e-6)
+        assert scores.token_ids[i].tolist() == completion
+
+
+@pytest.mark.parametrize("options", [{"attention_weight": 50.0}, {"protect_fraction": 0.5}, {"attention_weight": 0.0}])
+def test_options_of_the_method_reach_the_kernel(options, rows, llama):
+    config = entra.ScoreConfig(**options)
+    rewards = entra.score_batch([p for p, _ in rows], [c for _, c in rows], model=llama, config=config)
+    for (prompt, completion), reward in zip(rows, rewards, strict=True):
+        expected, _, _ = oracle("llama", prompt, completion, config.attention_weight, config.protect_fraction)
+        assert reward == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 64, 10_000])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+def test_the_split_into_forwards_changes_nothing(family, budget, rows):
+    model = build(family)
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    alone = [entra.score_batch([p], [c], model=model, details=True) for p, c in rows]
+    config = entra.ScoreConfig(token_budget=budget)
+    together = entra.score_batch(prompts, completions, model=model, config=config, details=True)
+    assert together.rewards == [score.rewards[0] for score in alone]
+    for i, score in enumerate(alone):
+        # The same numbers up to the order of additions in the model's own matrix products.
+        torch.testing.assert_close(together.logprobs[i], score.logprobs[0], rtol=0, atol=2e-5)
+        torch.testing.assert_close(together.incoming[i], score.incoming[0], rtol=0, atol=1e-6)
+        assert torch.equal(together.protected[i], score.protected[0])
+
+
+def test_a_budget_splits_into_that_many_forwards(rows, llama):
+    calls = []
+    handle = llama.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        entra.score_batch([p for p, _ in rows], [c for _, c in rows], model=llama, config=entra.ScoreConfig(token_budget=62))
+    finally:
+        handle.remove()
+    assert [tuple(shape) for shape in calls] == [(2, 31), (2, 17)]
+
+
+def test_only_completion_positions_and_no_full_logits_go_through_the_head(rows, llama):
+    """The largest logits tensor is [B, 1, V], and log-probs are computed for completion tokens only."""
+    sizes = []
+    handle = llama.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:2]))
+    try:
+        scores = entra.score_batch([p for p, _ in rows], [c for _, c in rows], model=llama, details=True)
+    finally:
+        handle.remove()
+    assert [tuple(size) for size in sizes] == [(4, 1)]
+    assert [l.numel() for l in scores.logprobs] == [n for _, n in LENGTHS]
+
+
+def test_text_chat_and_ids_give_the_same_number(tokenizer, llama):
+    text = "It is four. It is four."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt_ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "2+2"}], add_generation_prompt=True, return_dict=False
+    )
+    chat = [{"role": "user", "content": "2+2"}]
+    forms = [
+        ([chat], [text], None),
+        ([chat], [[{"role": "assistant", "content": text}]], None),
+        (["<user>2+2<assistant>"], [text + "</s>"], None),
+        ([prompt_ids], [[*ids, 2, 0]], None),
+        ([torch.tensor(prompt_ids)], [torch.tensor(ids)], None),
+        ([chat], ["ignored"], [[*ids, 2]]),
+        ([chat], None, [ids]),
+    ]
+    rewards = [entra.score_batch(p, c, i, model=llama, tokenizer=tokenizer)[0] for p, c, i in forms]
+    assert rewards == [rewards[0]] * len(forms)
+    assert 0 < rewards[0] < 1
+
+
+def test_given_signals_need_no_model(rows, llama):
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    computed = entra.score_batch(prompts, completions, model=llama, details=True)
+    given = entra.score_batch(prompts, completions, logprobs=computed.logprobs, incoming=computed.incoming, details=True)
+    assert given.rewards == computed.rewards
+    # A trainer's pass also covers the EOS and the pads that scoring drops.
+    with_eos = [[*c, 2, 0] for c in completions]
+    padded = [torch.cat([value, torch.tensor([-9.0, 0.0])]) for value in computed.logprobs]
+    half = entra.score_batch(prompts, with_eos, model=llama, logprobs=padded, details=True)
+    assert half.rewards == computed.rewards
+
+
+def test_sequence_scope_ranks_the_prompt_too(rows, llama):
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    config = entra.ScoreConfig(ranking_scope="sequence")
+    scores = entra.score_batch(prompts, completions, model=llama, config=config, details=True)
+    plain = entra.score_batch(prompts, completions, model=llama, details=True)
+    for i, (prompt, completion) in enumerate(rows):
+        everything = entra.score_batch([prompt[:1]], [(prompt + completion)[1:]], model=llama)
+        assert scores.rewards[i] == everything[0]
+        assert scores.token_ids[i].tolist() == completion
+        torch.testing.assert_close(scores.logprobs[i], plain.logprobs[i], rtol=0, atol=2e-5)
+
+
+def test_length_adjusted_reward(rows, llama):
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    config = entra.ScoreConfig(length_adjusted=5)
+    scores = entra.score_batch(prompts, completions, model=llama, config=config, details=True)
+    for i, (_, completion) in enumerate(rows):
+        left = scores.token_ids[i][~scores.protected[i]]
+        expected = entra.rarefaction.rarefied_redundancy(left, 5) if len(completion) > 1 else 0.0
+        assert scores.rewards[i] == expected
+
+
+def test_lift_and_max_change_the_incoming_attention_only(rows, llama):
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    plain = entra.score_batch(prompts, completions, model=llama, details=True)
+    for options in ({"attention_statistic": "lift"}, {"head_reduction": "max"}):
+        other = entra.score_batch(prompts, completions, model=llama, config=entra.ScoreConfig(**options), details=True)
+        assert torch.equal(other.logprobs[0], plain.logprobs[0])
+        assert (other.incoming[0][:-1] > plain.incoming[0][:-1]).all()
+
+
+def test_empty_batch_and_empty_completion(llama):
+    assert entra.score_batch([], [], model=llama) == []
+    assert entra.score_batch([], []) == []
+    empty = entra.score_batch([], [], details=True)
+    assert isinstance(empty, Scores)
+    assert empty.rewards == empty.token_ids == []
+    assert entra.score_batch([[5], [5]], [[], [6, 7, 8]], model=llama)[0] == 0.0
+    assert entra.score_batch([[5]], [[2]], model=llama, config=entra.ScoreConfig(degenerate_reward=0.25)) == [0.25]
+
+
+def test_mode_hooks_and_config_are_as_before_also_after_an_exception(rows):
+    model = build("llama")
+    model.train()
+    model.model.layers[0].eval()  # a mode that model.train() or model.eval() would not restore
+
+    def state():
+        return [
+            (m.training, id(getattr(m, "config", None)), len(m._forward_hooks), len(m._forward_pre_hooks))
+            for m in model.modules()
+        ]
+
+    before = state()
+    entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+    assert state() == before
+
+    def fail(*_):
+        raise ArithmeticError("in the middle")
+
+    handle = model.model.layers[1].register_forward_hook(fail)
+    with_failure = state()
+    with pytest.raises(ArithmeticError, match="in the middle"):
+        entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+    assert state() == with_failure
+    handle.remove()
+
+
+def test_dropout_is_off_in_a_training_model(rows):
+    model = build("llama", attention_dropout=0.5)
+    quiet = entra.score_batch([rows[3][0]], [rows[3][1]], model=model)
+    assert entra.score_batch([rows[3][0]], [rows[3][1]], model=model.train()) == quiet
+
+
+def test_not_finite_gives_none_and_a_warning_that_names_the_row(rows, llama):
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    scores = entra.score_batch(prompts, completions, model=llama, details=True)
+    broken = [l.clone() for l in scores.logprobs]
+    broken[2][5] = math.nan
+    with pytest.warns(RuntimeWarning, match=r"row 2: a log-prob or incoming attention is not finite; its reward is None"):
+        rewards = entra.score_batch(prompts, completions, logprobs=broken, incoming=scores.incoming)
+    assert rewards == [*scores.rewards[:2], None, scores.rewards[3]]
+
+
+def test_not_finite_weights_give_none_for_every_row(rows):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.inf
+    with pytest.warns(RuntimeWarning, match="row 0"):
+        assert entra.score_batch([rows[0][0]], [rows[0][1]], model=model) == [None]
+
+
+def test_a_transform_of_the_logits_that_is_not_known_is_an_error(rows):
+    model = build("llama")
+    forward = type(model).forward
+
+    class Scaled(type(model)):
+        def forward(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            output.logits = output.logits * 3
+            return output
+
+    model.__class__ = Scaled
+    with pytest.raises(RuntimeError, match=r"changes its head's output in a way that is not known"):
+        entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+
+
+@pytest.mark.parametrize("family", ["cohere2", "gemma2"])
+def test_known_transforms_matter(family, rows):
+    """The oracle reads logits after the transform; without it the log-probs would be far off."""
+    model = build(family)
+    scores = entra.score_batch([rows[0][0]], [rows[0][1]], model=model, details=True)
+    model.config.logit_scale, model.config.final_logit_softcapping = 1.0, None
+    _, logprobs, _ = oracle(family, *rows[0])
+    torch.testing.assert_close(scores.logprobs[0].double(), logprobs, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def test_lora_on_the_head_takes_the_modules_own_forward(rows):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+    scores = entra.score_batch([rows[0][0]], [rows[0][1]], model=model, details=True)
+    with torch.no_grad():
+        logits = model(torch.tensor([rows[0][0] + rows[0][1]])).logits[0].double()
+    n = len(rows[0][1])
+    expected = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(rows[0][0] + rows[0][1])[1:, None]).squeeze(1)[-n:]
+    torch.testing.assert_close(scores.logprobs[0].double(), expected, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def test_compiled_and_wrapped_models(rows, llama):
+    expected = entra.score_batch([rows[0][0]], [rows[0][1]], model=llama)
+    assert entra.score_batch([rows[0][0]], [rows[0][1]], model=torch.compile(llama, backend="eager")) == expected
+
+    class DistributedDataParallel(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    assert entra.score_batch([rows[0][0]], [rows[0][1]], model=DistributedDataParallel(llama)) == expected
+
+
+def test_bound_policy_nests_and_ends(rows, llama):
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    expected = entra.score_batch(prompts, completions, model=llama)
+    other = build("qwen3")
+    with entra.bind_policy(llama):
+        assert entra.score_batch(prompts, completions) == expected
+        with entra.bind_policy(other):
+            assert entra.score_batch(prompts, completions) == entra.score_batch(prompts, completions, model=other)
+        assert entra.score_batch(prompts, completions) == expected
+    with pytest.raises(RuntimeError, match=r"no model to score with; pass model=.*bind_policy.*logprobs"):
+        entra.score_batch(prompts, completions)
+
+
+def test_called_by_trl_columns_never_bind_to_options(rows, llama):
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    columns = {
+        "model": ["a"] * 4,
+        "tokenizer": ["b"] * 4,
+        "logprobs": [0] * 4,
+        "incoming": [0] * 4,
+        "config": ["c"] * 4,
+        "details": [True] * 4,
+        "answer": ["4"] * 4,
+        "trainer_state": object(),
+        "log_metric": print,
+        "log_extra": print,
+    }
+    with entra.bind_policy(llama):
+        rewards = entra.score_batch(prompts=prompts, completions=["text"] * 4, completion_ids=completions, **columns)
+    assert rewards == entra.score_batch(prompts, completions, model=llama)
+
+
+def test_a_model_by_folder(tmp_path, rows, llama, tokenizer):
+    llama.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert entra.score_batch(["hi"], ["there"], model=str(tmp_path)) == entra.score_batch(
+        ["hi"], ["there"], model=llama, tokenizer=tokenizer
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"completions": [[5]]}, ValueError, r"completions has 1 rows but prompts has 2; there must be one per prompt"),
+        ({"completion_ids": [[5]] * 3}, ValueError, r"completion_ids has 3 rows but prompts has 2"),
+        ({"logprobs": [[0.0]]}, ValueError, r"logprobs has 1 rows but prompts has 2"),
+        ({"completions": None}, ValueError, r"completions=None and completion_ids=None; one of them must be given"),
+        ({"completions": [[5], [VOCABULARY + 7]]}, ValueError, rf"row 1: the completion holds token id {VOCABULARY + 7}"),
+        ({"completions": [[5], 7]}, TypeError, r"row 1: completion=7 must be text"),
+        ({"logprobs": [[0.0], [0.0, 0.0]]}, ValueError, r"row 1: logprobs has shape \[2\] but the completion has 1 tokens"),
+        ({"configg": 1}, TypeError, r"unknown keyword 'configg'; did you mean 'config'\?"),
+        (
+            {"attention_wieght": 1},
+            TypeError,
+            r"unknown keyword 'attention_wieght'; pass it as config=entra.ScoreConfig\(attention_weight",
+        ),
+        ({"config": {"tau": 1}}, TypeError, r"must be an entra.ScoreConfig, not dict"),
+        (
+            {"logprobs": [[0.0]] * 2, "config": entra.ScoreConfig(ranking_scope="sequence")},
+            ValueError,
+            r"ranking_scope='sequence' ranks prompt tokens too",
+        ),
+    ],
+)
+def test_bad_input(arguments, error, message, llama):
+    with pytest.raises(error, match=message):
+        entra.score_batch(**{"prompts": [[5], [5]], "completions": [[6], [7]], "model": llama, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_weight": math.nan}, r"attention_weight=nan must be finite"),
+        ({"protect_fraction": 1.5}, r"protect_fraction=1.5 must be in \[0, 1\]"),
+        ({"attention_statistic": "median"}, r"attention_statistic='median' must be one of 'mean', 'lift'"),
+        ({"head_reduction": "sum"}, r"head_reduction='sum' must be one of"),
+        ({"ranking_scope": "prompt"}, r"ranking_scope='prompt' must be one of"),
+        ({"backend": "cuda"}, r"backend='cuda' must be one of"),
+        ({"length_adjusted": 1}, r"length_adjusted=1 must be at least 2"),
+        ({"token_budget": 0}, r"token_budget=0 must be at least 1"),
+        ({"degenerate_reward": math.inf}, r"degenerate_reward=inf must be finite"),
+    ],
+)
+def test_config_checks_itself(options, message):
+    with pytest.raises(ValueError, match=message):
+        entra.ScoreConfig(**options)
+
+
+def test_no_warning_and_no_output_on_good_input(rows, llama, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        entra.score_batch([rows[0][0]], [rows[0][1]], model=llama)
+    assert capsys.readouterr() == ("", "")
