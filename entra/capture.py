@@ -150,14 +150,14 @@ class Capture:
             row_weights = _visible_keys(batch, tokens, start, window, q.device)
 
         incoming = incoming_attention(
-            q.detach(),
-            k.detach(),
+            q,
+            k,
             start=start,
             length=length,
             scale=scale,
             sliding_window=window,
             softcap=arguments.get("softcap"),
-            sinks=None if sinks is None else sinks.detach(),
+            sinks=sinks,
             row_weights=row_weights,
             per_head=self._head_reduction == "max",
             backend=self._backend,
@@ -207,13 +207,13 @@ def capture_incoming_attention(
         captured.incoming  # float32 [B, N]
 
     The layer is the last one of full attention, or where every softmax layer has a window the last of those, with its
-    window. The logits are bit-identical to those without capture, and the model's config, mode, and hooks are as
-    before after the block, also when the forward raised. Every forward inside the block replaces the result of the
+    window. The logits are bit-identical to those without capture (inductor compiles another graph, so there up to its
+    rounding), and the model's config, mode, and hooks are as before after the block, also when the forward raised. Every forward inside the block replaces the result of the
     one before; so does gradient checkpointing's second pass, with the same values. No gradient flows through a
     result, and attention dropout is not part of it.
 
     Args:
-        model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, torch.compile without fullgraph).
+        model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, torch.compile with or without fullgraph).
         start: int [B], each row's first token; None: 0. A row is one sequence; packing by position_ids is not seen.
         length: int [B], each row's count of tokens; None: all from `start` on. Pads outside the span count for
             nothing. The model's own attention_mask is the caller's business: right padding needs none.
@@ -286,8 +286,7 @@ def _registered_name(original: str | None) -> str:
 
     name = _PREFIX + (original or "eager").removeprefix(_PREFIX)
     if name not in AttentionInterface():
-        # Dynamo would otherwise trace the config swap and guard on tensors of this one batch.
-        AttentionInterface.register(name, torch.compiler.disable(_capturing_attention))
+        AttentionInterface.register(name, _capturing_attention)
     return name
 
 

@@ -466,23 +466,24 @@ def test_training_forward_under_gradient_checkpointing() -> None:
     assert all(torch.equal(gradient, gradients[True][name]) for name, gradient in gradients[False].items())
 
 
-def test_compiled_model_captures_without_recompiling_per_batch() -> None:
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["graph-breaks-allowed", "fullgraph"])
+def test_compiled_model_captures_without_recompiling_per_batch(fullgraph: bool) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(build("llama"), backend="eager")
+    compiled = torch.compile(build("llama"), backend="eager", fullgraph=fullgraph)
+    plain = build("llama")
     ids, _, start, length = padded("right")
-    expected = capture(build("llama"), ids, start=start, length=length)[0]
     with torch.no_grad():
         without = compiled(ids, use_cache=False).logits
         with capture_incoming_attention(compiled, start=start, length=length) as captured:
             within = compiled(ids, use_cache=False).logits
-        compiled(ids, use_cache=False)  # the graph breaks of the capture split the plain forward's code as well
         assert captured.layer.name == "_orig_mod.model.layers.1.self_attn"
         with torch.compiler.set_stance("fail_on_recompile"):
             for longest in (TOKENS, 9):
-                with capture_incoming_attention(compiled, start=start, length=length.clamp(max=longest)):
+                spans = {"start": start, "length": length.clamp(max=longest)}
+                with capture_incoming_attention(compiled, **spans) as captured:
                     compiled(ids, use_cache=False)
+                torch.testing.assert_close(captured.incoming, capture(plain, ids, **spans)[0], rtol=0, atol=TOLERANCE)
             after = compiled(ids, use_cache=False).logits
-    torch.testing.assert_close(captured.incoming, expected, rtol=0, atol=TOLERANCE)
     assert torch.equal(without, within)
     assert torch.equal(without, after)
 
