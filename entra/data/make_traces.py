@@ -80,6 +80,19 @@ RECIPES = (
         (5, 7),
         {"min_numbers": 3, "max_numbers": 4, "min_decimals": 0, "max_decimals": 0, "min_value": 0, "max_value": 50},
     ),
+    Recipe("spell_backward", 34, (1, 0), {"min_word_len": 3, "max_word_len": 3}),
+    Recipe(
+        "decimal_arithmetic",
+        60,
+        (4, 6),
+        {"min_num_decimal_places": 1, "max_num_decimal_places": 1, "min_terms": 2, "max_terms": 2},
+    ),
+    Recipe(
+        "basic_arithmetic",
+        61,
+        (0, 5),
+        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "allow_negation": False},
+    ),
 )
 
 
@@ -143,7 +156,7 @@ def stated_answer(text: str, answer: str) -> str:
     `answer` is a number; when it is a word, that word where it occurs (the first word for Yes and No); else the line.
     """
     plain = text.replace("**", "")
-    stated = re.findall(r"(?i)answer\s*(?:is|:)\s*(.+)", plain)
+    stated = re.findall(r"(?i)answer\s*(?:is|:)[:\s]*(.+)", plain)
     span = stated[-1].strip(" *$.`'\"") if stated else plain
     if re.fullmatch(r"-?[\d.]+", answer):
         numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", span)
