@@ -208,9 +208,10 @@ def capture_incoming_attention(
 
     The layer is the last one of full attention, or where every softmax layer has a window the last of those, with its
     window. The logits are bit-identical to those without capture (inductor compiles another graph, so there up to its
-    rounding), and the model's config, mode, and hooks are as before after the block, also when the forward raised. Every forward inside the block replaces the result of the
-    one before; so does gradient checkpointing's second pass, with the same values. No gradient flows through a
-    result, and attention dropout is not part of it.
+    rounding), and the model's config, mode, and hooks are as before after the block, also when the forward raised.
+
+    Every forward inside the block replaces the result of the one before; so does gradient checkpointing's second pass,
+    with the same values. No gradient flows through a result, and attention dropout is not part of it.
 
     Args:
         model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, torch.compile with or without fullgraph).
