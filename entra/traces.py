@@ -77,7 +77,7 @@ def load_traces() -> list[Problem]:
     Raises:
         ValueError: when the installed file is damaged; the message names the line.
     """
-    return parse_traces((files("entra") / "data" / TRACES_FILE).read_text(encoding="utf-8").splitlines())
+    return parse_traces((files("entra") / "data" / TRACES_FILE).read_text(encoding="utf-8").split("\n"))
 
 
 def parse_traces(lines: Iterable[str]) -> list[Problem]:

@@ -93,6 +93,7 @@ RECIPES = (
         (0, 5),
         {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "allow_negation": False},
     ),
+    Recipe("syllogism", 201, (5, 6), {}),
 )
 
 
