@@ -105,7 +105,7 @@ def linear_token_logprobs(
     _check_temperature(temperature)
     if softcap is not None and softcap < 0:
         raise ValueError(f"softcap={softcap} must be positive, or None for none")
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden.reshape(targets.numel(), hidden.shape[-1])
     out = _ops.linear_token_logprobs(
         rows,
         weight,

@@ -60,8 +60,8 @@ def redundancy(
         which a log-prob or incoming attention is not finite gets reward NaN and protects nothing; the others are untouched.
 
     Raises:
-        ValueError: shapes that do not agree, fractions outside [0, 1], a cu_seqlens that does not cover the tokens (the
-            last on a CPU only).
+        ValueError: shapes that do not agree, fractions outside [0, 1], a cu_seqlens that descends or leaves the tokens (the
+            last on a CPU only). Tokens that it leaves out belong to no sequence and are not protected.
         TypeError: a dtype that cannot be.
         RuntimeError: an input requires grad (use torch.no_grad()), or the backend named cannot run here.
 
@@ -90,6 +90,7 @@ def redundancy(
             float(attention_weight),
             float(protect_fraction),
             float(degenerate_reward),
-            choose_backend(backend, logprobs),
+            # Either input in float64 makes the result float64, which Triton does not have.
+            choose_backend(backend, incoming if incoming.dtype == torch.float64 else logprobs),
         )
     )
