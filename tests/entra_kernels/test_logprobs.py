@@ -1,0 +1,422 @@
+"""`token_logprobs` and `linear_token_logprobs`: every backend against float64, and what must hold whatever the numbers are.
+
+Error budget: at most twice what plain PyTorch in the same dtype loses against float64, plus 8 float32 units at the size of the
+logits (the result's own rounding, and exp2 and log2 on a GPU, which are good to about 2 units each).
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from entra_kernels import _torch, linear_token_logprobs, reference, token_logprobs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["torch", "triton"]
+# Triton's interpreter returns garbage for bfloat16 dots, so on a CPU the Triton backend meets bfloat16 in no product.
+HEAD_CASES = [
+    pytest.param(
+        backend,
+        dtype,
+        id=f"{backend}-{str(dtype)[6:]}",
+        marks=[pytest.mark.gpu] if backend == "triton" and dtype == torch.bfloat16 else [],
+    )
+    for backend in BACKENDS
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+]
+UNIT = 2.0**-23
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Uninitialised memory holds NaN, so that a result that nobody wrote shows. (On a GPU the switch forbids some products.)"""
+    if DEVICE == "cpu":
+        torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _random(*shape, seed=0, scale=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def _ids(vocabulary, *shape, seed=1):
+    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def _assert_within_budget(ours, eager, exact, size):
+    """`size` is the largest logit's."""
+    assert ours.dtype == torch.float32
+    assert (ours <= 0).all()
+    error = (ours.double() - exact).abs().max().item()
+    budget = 2 * (eager.double() - exact).abs().max().item() + 8 * UNIT * max(size, 1.0)
+    assert error <= budget, f"error {error:.3g}, budget {budget:.3g}"
+
+
+def _check_logits(logits, targets, backend, temperature=1.0):
+    ours = token_logprobs(logits, targets, temperature=temperature, backend=backend)
+    eager = (logits.float() / temperature).log_softmax(-1).gather(-1, targets[..., None].long())[..., 0]
+    exact = reference.token_logprobs(logits.double(), targets, temperature=temperature)
+    assert ours.shape == targets.shape
+    # Not the largest logit: a common offset must cost nothing.
+    _assert_within_budget(ours, eager, exact, exact.abs().max().item())
+
+
+def _eager_head(hidden, weight, targets, bias=None, logit_scale=1.0, softcap=None, temperature=1.0):
+    logits = (hidden @ weight.T).float()
+    if bias is not None:
+        logits = logits + bias.float()
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return (logits / temperature).log_softmax(-1).gather(-1, targets[..., None].long())[..., 0], logits.abs().max().item()
+
+
+def _check_head(hidden, weight, targets, backend, **options):
+    ours = linear_token_logprobs(hidden, weight, targets, backend=backend, **options)
+    eager, size = _eager_head(hidden, weight, targets, **options)
+    everything = {"bias": None, "logit_scale": 1.0, "softcap": None, "temperature": 1.0, **options}
+    if everything["bias"] is not None:
+        everything["bias"] = everything["bias"].double()
+    exact = reference.linear_token_logprobs(hidden.double(), weight.double(), targets, **everything)
+    assert ours.shape == targets.shape
+    _assert_within_budget(ours, eager, exact, size / everything["temperature"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestTokenLogprobs:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("vocabulary", [1, 507, 4096, 9001])
+    def test_matches_float64(self, backend, dtype, vocabulary):
+        _check_logits(_random(23, vocabulary, scale=4.0, dtype=dtype), _ids(vocabulary, 23), backend)
+
+    @pytest.mark.parametrize("temperature", [0.3, 1.7])
+    def test_temperature(self, backend, temperature):
+        _check_logits(_random(9, 507, scale=4.0), _ids(507, 9), backend, temperature)
+
+    @pytest.mark.parametrize("offset", [1e4, -1e4])
+    def test_common_offset_costs_no_digits(self, backend, offset):
+        _check_logits(_random(9, 5003, scale=4.0) + offset, _ids(5003, 9), backend)
+
+    @pytest.mark.parametrize(
+        "view",
+        [
+            pytest.param(lambda x: x[:, :-1], id="shifted"),
+            pytest.param(lambda x: x[..., ::2], id="every-other-entry"),
+            pytest.param(lambda x: x.transpose(0, 1), id="batch-second"),
+            pytest.param(lambda x: x.permute(2, 1, 0), id="vocabulary-first"),
+            pytest.param(lambda x: x[:, :1].expand(-1, 4, -1), id="expanded"),
+            pytest.param(lambda x: x[0], id="rows"),
+            pytest.param(lambda x: x[0, 0], id="one-row"),
+            pytest.param(lambda x: x[None, :, :-1, None].transpose(0, 2), id="five-dims"),
+        ],
+    )
+    def test_any_strides(self, backend, view):
+        logits = view(_random(3, 6, 50))
+        targets = _ids(logits.shape[-1], *logits.shape[:-1])
+        _check_logits(logits, targets, backend)
+
+    def test_targets_of_any_stride_and_width(self, backend):
+        logits, targets = _random(6, 11), _ids(11, 12)[::2]
+        expected = token_logprobs(logits, targets.contiguous(), backend=backend)
+        assert torch.equal(token_logprobs(logits, targets, backend=backend), expected)
+        assert torch.equal(token_logprobs(logits, targets.int(), backend=backend), expected)
+
+    @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (0, 3, 5)])
+    def test_empty(self, backend, shape):
+        out = token_logprobs(_random(*shape), _ids(5, *shape[:-1]), backend=backend)
+        assert out.shape == shape[:-1]
+
+    def test_not_finite_stays_in_its_row(self, backend):
+        logits, targets = _random(6, 300), _ids(300, 6)
+        clean = token_logprobs(logits, targets, backend=backend)
+        logits[1, 7], logits[2, 8], logits[3] = math.nan, math.inf, -math.inf
+        logits[4, targets[4]] = -math.inf
+        ours = token_logprobs(logits, targets, backend=backend)
+        assert ours[1:4].isnan().all()
+        assert ours[4] == -math.inf
+        assert torch.equal(ours[[0, 5]], clean[[0, 5]])
+
+    def test_masked_entries(self, backend):
+        """Logits of -inf, a whole block of them first, are tokens that cannot be: no NaN comes of them."""
+        logits = _random(2, 9000)
+        logits[:, :5000] = -math.inf
+        ours = token_logprobs(logits, torch.tensor([6000, 8999], device=DEVICE), backend=backend)
+        exact = reference.token_logprobs(logits[:, 5000:].double(), torch.tensor([1000, 3999], device=DEVICE), temperature=1.0)
+        assert (ours.double() - exact).abs().max() <= 8 * UNIT * exact.abs().max()
+
+    def test_one_token_vocabulary_is_certain(self, backend):
+        assert torch.equal(
+            token_logprobs(_random(4, 1), torch.zeros(4, dtype=torch.int64, device=DEVICE), backend=backend),
+            torch.zeros(4, device=DEVICE),
+        )
+
+    @settings(max_examples=12, deadline=None)
+    @given(rows=st.integers(0, 40), vocabulary=st.integers(1, 700), scale=st.sampled_from([0.0, 1.0, 30.0]))
+    def test_any_shape(self, backend, rows, vocabulary, scale):
+        if rows:
+            _check_logits(_random(rows, vocabulary, scale=scale), _ids(vocabulary, rows), backend)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), HEAD_CASES)
+class TestLinearTokenLogprobs:
+    def test_matches_float64(self, backend, dtype):
+        """252 x 507 x 123: no multiple of any tile."""
+        _check_head(_random(252, 123, dtype=dtype), _random(507, 123, seed=2, dtype=dtype), _ids(507, 252), backend)
+
+    def test_several_stretches_of_the_vocabulary(self, backend, dtype):
+        _check_head(_random(5, 33, dtype=dtype), _random(4999, 33, seed=2, dtype=dtype), _ids(4999, 5), backend)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param({"logit_scale": 0.0625}, id="logit-scale"),
+            pytest.param({"softcap": 5.0}, id="softcap"),
+            pytest.param({"temperature": 0.6}, id="temperature"),
+            pytest.param({"bias": True}, id="bias"),
+            pytest.param({"bias": True, "logit_scale": 0.5, "softcap": 30.0, "temperature": 1.3}, id="all"),
+        ],
+    )
+    def test_options(self, backend, dtype, options):
+        options = {**options, "bias": _random(301, seed=3, dtype=dtype)} if "bias" in options else options
+        _check_head(_random(37, 40, dtype=dtype), _random(301, 40, seed=2, dtype=dtype), _ids(301, 37), backend, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestLinearProperties:
+    def test_common_offset(self, backend):
+        """An offset of 1e4 in every logit: half a unit of the logits, 5e-4, is lost by anybody who adds it up in float32."""
+        _check_head(
+            _random(20, 16), _random(300, 16, seed=2), _ids(300, 20), backend, bias=torch.full((300,), 1e4, device=DEVICE)
+        )
+
+    def test_any_strides(self, backend):
+        hidden, weight, bias = _random(24, 60).T[::2], _random(24, 200, seed=2).T, _random(400, seed=3)[::2]
+        targets = _ids(200, 60)[::2]
+        ours = linear_token_logprobs(hidden, weight, targets, bias=bias, backend=backend)
+        tidy = (tensor.contiguous() for tensor in (hidden, weight, targets))
+        expected = linear_token_logprobs(*tidy, bias=bias.contiguous(), backend=backend)
+        # Not bitwise: a product may take another path for transposed factors.
+        assert (ours - expected).abs().max() <= 8 * UNIT * expected.abs().max()
+
+    def test_leading_dims(self, backend):
+        hidden, weight, targets = _random(2, 3, 8), _random(50, 8, seed=2), _ids(50, 2, 3)
+        flat = linear_token_logprobs(hidden.view(6, 8), weight, targets.view(6), backend=backend)
+        assert torch.equal(linear_token_logprobs(hidden, weight, targets, backend=backend), flat.view(2, 3))
+        alone = linear_token_logprobs(hidden[0, 0], weight, targets[0, 0], backend=backend)
+        assert alone.shape == ()
+        assert (alone - flat[0]).abs() <= 8 * UNIT * flat[0].abs()
+
+    @pytest.mark.parametrize("shape", [(0, 8), (0, 3, 8)])
+    def test_empty(self, backend, shape):
+        out = linear_token_logprobs(_random(*shape), _random(50, 8, seed=2), _ids(50, *shape[:-1]), backend=backend)
+        assert out.shape == shape[:-1]
+
+    def test_no_channels_is_uniform(self, backend):
+        out = linear_token_logprobs(_random(3, 0), _random(50, 0), _ids(50, 3), backend=backend)
+        assert (out + math.log(50)).abs().max() <= 4 * UNIT * math.log(50)
+
+    def test_not_finite_stays_in_its_row(self, backend):
+        hidden, weight, targets = _random(6, 8), _random(50, 8, seed=2), _ids(50, 6)
+        clean = linear_token_logprobs(hidden, weight, targets, backend=backend)
+        hidden[1, 0], hidden[4, 7] = math.nan, math.inf
+        ours = linear_token_logprobs(hidden, weight, targets, backend=backend)
+        assert ours[[1, 4]].isnan().all()
+        assert torch.equal(ours[[0, 2, 3, 5]], clean[[0, 2, 3, 5]])
+
+    def test_bias_can_mask_tokens(self, backend):
+        """-inf over the first 4100 entries: more than a tile, a stretch, and whatever else is taken at a time."""
+        hidden, weight = _random(3, 8), _random(4500, 8, seed=2)
+        bias = torch.zeros(4500, device=DEVICE)
+        bias[:4100] = -math.inf
+        targets = torch.tensor([4100, 4499, 5], device=DEVICE)
+        ours = linear_token_logprobs(hidden, weight, targets, bias=bias, backend=backend)
+        expected = linear_token_logprobs(hidden[:2], weight[4100:], targets[:2] - 4100, backend=backend)
+        assert (ours[:2] - expected).abs().max() <= 8 * UNIT * expected.abs().max()
+        assert ours[2] == -math.inf
+
+    def test_equals_token_logprobs_of_the_logits(self, backend):
+        hidden, weight, targets = _random(7, 16), _random(333, 16, seed=2), _ids(333, 7)
+        logits = hidden @ weight.T
+        ours = linear_token_logprobs(hidden, weight, targets, temperature=0.7, backend=backend)
+        other = token_logprobs(logits, targets, temperature=0.7, backend=backend)
+        assert (
+            ours - other
+        ).abs().max() <= 16 * UNIT * logits.abs().max() / 0.7  # products of 16 terms, added in another order
+
+    def test_repeats_bitwise(self, backend):
+        arguments = _random(70, 24), _random(2300, 24, seed=2), _ids(2300, 70)
+        first = linear_token_logprobs(*arguments, backend=backend)
+        assert torch.equal(linear_token_logprobs(*arguments, backend=backend), first)
+
+    @settings(max_examples=10, deadline=None)
+    @given(rows=st.integers(1, 80), channels=st.integers(1, 70), vocabulary=st.integers(1, 300))
+    def test_any_shape(self, backend, rows, channels, vocabulary):
+        _check_head(_random(rows, channels), _random(vocabulary, channels, seed=2), _ids(vocabulary, rows), backend)
+
+
+def test_triton_result_does_not_depend_on_the_batch():
+    hidden, weight, targets = _random(150, 24), _random(2300, 24, seed=2), _ids(2300, 150)
+    together = linear_token_logprobs(hidden, weight, targets, backend="triton")
+    for rows in (slice(0, 1), slice(64, 150), slice(149, 150)):
+        alone = linear_token_logprobs(hidden[rows], weight, targets[rows], backend="triton")
+        assert torch.equal(alone, together[rows])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_float64_stays_float64(backend):
+    logits, targets = _random(5, 40, dtype=torch.float64), _ids(40, 5)
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    ours = token_logprobs(logits, targets, backend=backend)
+    assert ours.dtype == torch.float64
+    assert (ours - expected).abs().max() <= 1e-14
+    identity = torch.eye(40, dtype=torch.float64, device=DEVICE)
+    assert (linear_token_logprobs(logits, identity, targets, backend=backend) - expected).abs().max() <= 1e-14
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("wrong", [-1, 40, 2**40])
+def test_target_outside_the_vocabulary(backend, wrong):
+    """An error where looking costs nothing, NaN at its position where it would wait for the device."""
+    logits, targets = _random(5, 40), _ids(40, 5)
+    targets[3] = wrong
+    calls = (
+        lambda: token_logprobs(logits, targets, backend=backend),
+        lambda: linear_token_logprobs(logits, torch.eye(40, device=DEVICE), targets, backend=backend),
+    )
+    for call in calls:
+        if DEVICE == "cpu":
+            with pytest.raises(ValueError, match=rf"targets holds id {wrong}, outside the vocabulary 0 to 39; check the token"):
+                call()
+        else:
+            assert call().isnan().tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_backends_give_nan_for_a_target_outside(backend):
+    """Below the check of the public function, as on a GPU."""
+    import importlib
+
+    module = reference if backend == "reference" else importlib.import_module(f"entra_kernels._{backend}")
+    logits, targets = _random(3, 40), torch.tensor([0, -1, 40], device=DEVICE)
+    expected = [False, True, True]
+    assert module.token_logprobs(logits, targets, temperature=1.0).isnan().tolist() == expected
+    options = {"bias": None, "logit_scale": 1.0, "softcap": None, "temperature": 1.0}
+    identity = torch.eye(40, device=DEVICE)
+    assert module.linear_token_logprobs(logits, identity, targets, **options).isnan().tolist() == expected
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Bytes of the largest storage that any operation inside returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            # A view of an input is no new memory.
+            if isinstance(tensor, torch.Tensor) and not function.is_view:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the bound of a GPU's tile is another one")
+class TestWorkspace:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_head_never_holds_the_logits(self, dtype):
+        hidden, weight, targets = _random(4100, 8, dtype=dtype), _random(9000, 8, seed=2, dtype=dtype), _ids(9000, 4100)
+        with _LargestTensor() as largest:
+            _torch.linear_token_logprobs(hidden, weight, targets, bias=None, logit_scale=0.5, softcap=3.0, temperature=0.5)
+        assert 1 << 20 < largest.bytes <= 16 << 20  # all the logits in float32: 141 MiB
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_logits_are_taken_in_blocks(self, dtype):
+        logits, targets = torch.zeros(120, 100_000, dtype=dtype), _ids(100_000, 120)
+        with _LargestTensor() as largest:
+            _torch.token_logprobs(logits, targets, temperature=0.5)
+        assert 1 << 20 < largest.bytes <= 8 << 20  # all the logits in float32: 46 MiB
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+class TestAsCustomOps:
+    def test_opcheck(self, backend):
+        hidden, weight, bias, targets = _random(5, 8), _random(40, 8, seed=2), _random(40), _ids(40, 5)
+        torch.library.opcheck(torch.ops.entra_kernels.token_logprobs, (_random(5, 40), targets, 0.7, backend))
+        torch.library.opcheck(
+            torch.ops.entra_kernels.linear_token_logprobs, (hidden, weight, targets, bias, 0.5, 3.0, 0.7, backend)
+        )
+
+    def test_compiles_into_one_graph(self, backend):
+        hidden, weight, targets = _random(2, 5, 8), _random(40, 8, seed=2), _ids(40, 2, 5)
+
+        def both(hidden, weight, targets):
+            fused = linear_token_logprobs(hidden, weight, targets, softcap=3.0, backend=backend)
+            return fused, token_logprobs(hidden @ weight.T, targets, temperature=0.7, backend=backend)
+
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(hidden, weight, targets)
+            for ours, eager in zip(compiled, both(hidden, weight, targets), strict=True):
+                assert torch.equal(ours, eager)
+
+
+LOGITS, TARGETS, WEIGHT = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(7, 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (TypeError, r"logits has dtype int64", lambda: token_logprobs(LOGITS.long(), TARGETS)),
+        (TypeError, r"targets has dtype float32", lambda: token_logprobs(LOGITS, TARGETS.float())),
+        (TypeError, r"targets=\[0, 0, 0\] must be a torch.Tensor", lambda: token_logprobs(LOGITS, [0, 0, 0])),
+        (ValueError, r"logits has shape \[3, 0\]; it must be \[..., V\]", lambda: token_logprobs(LOGITS[:, :0], TARGETS)),
+        (ValueError, r"logits has shape \[\]", lambda: token_logprobs(torch.tensor(1.0), TARGETS)),
+        (ValueError, r"targets has shape \[2\]; it must be logits.shape", lambda: token_logprobs(LOGITS, TARGETS[:2])),
+        (ValueError, r"temperature=0 must be greater than 0", lambda: token_logprobs(LOGITS, TARGETS, temperature=0)),
+        (ValueError, r"temperature=nan", lambda: token_logprobs(LOGITS, TARGETS, temperature=math.nan)),
+        (ValueError, r"temperature=-1", lambda: linear_token_logprobs(LOGITS, WEIGHT, TARGETS, temperature=-1)),
+        (ValueError, r"backend='cuda' must be one of 'auto'", lambda: token_logprobs(LOGITS, TARGETS, backend="cuda")),
+        (TypeError, r"'triton' has no float64", lambda: token_logprobs(LOGITS.double(), TARGETS, backend="triton")),
+        (RuntimeError, r"logits requires grad", lambda: token_logprobs(LOGITS.clone().requires_grad_(), TARGETS)),
+        (ValueError, r"targets is on meta, logits on cpu", lambda: token_logprobs(LOGITS, TARGETS.to("meta"))),
+        (TypeError, r"weight has dtype torch.float64", lambda: linear_token_logprobs(LOGITS, WEIGHT.double(), TARGETS)),
+        (TypeError, r"bias has dtype int64", lambda: linear_token_logprobs(LOGITS, WEIGHT, TARGETS, bias=TARGETS)),
+        (ValueError, r"weight has shape \[5\]; it must be \[V, C\]", lambda: linear_token_logprobs(LOGITS, WEIGHT[0], TARGETS)),
+        (ValueError, r"V at least 1", lambda: linear_token_logprobs(LOGITS, WEIGHT[:0], TARGETS)),
+        (ValueError, r"last size must be C=5", lambda: linear_token_logprobs(LOGITS[:, :4], WEIGHT, TARGETS)),
+        (ValueError, r"targets has shape \[2\]", lambda: linear_token_logprobs(LOGITS, WEIGHT, TARGETS[:2])),
+        (
+            ValueError,
+            r"bias has shape \[5\]; it must be \[V\]",
+            lambda: linear_token_logprobs(LOGITS, WEIGHT, TARGETS, bias=WEIGHT[0]),
+        ),
+        (ValueError, r"softcap=-1 must be positive", lambda: linear_token_logprobs(LOGITS, WEIGHT, TARGETS, softcap=-1)),
+        (
+            RuntimeError,
+            r"weight requires grad",
+            lambda: linear_token_logprobs(LOGITS, WEIGHT.clone().requires_grad_(), TARGETS),
+        ),
+    ],
+)
+def test_errors_say_what_and_why(error, match, call):
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_gradients_are_no_matter_without_grad_mode():
+    with torch.no_grad():
+        assert token_logprobs(LOGITS.clone().requires_grad_(), TARGETS).shape == (3,)
+
+
+@pytest.mark.parametrize("off", [None, 0, 0.0])
+def test_softcap_off(off):
+    hidden, weight, targets = _random(3, 5), _random(7, 5, seed=2), _ids(7, 3)
+    assert torch.equal(
+        linear_token_logprobs(hidden, weight, targets, softcap=off), linear_token_logprobs(hidden, weight, targets)
+    )
