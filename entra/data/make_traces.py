@@ -98,39 +98,50 @@ RECIPES = (
 
 
 def main(output: Path = FOLDER / TRACES_FILE) -> None:
-    """Write the traces to `output`, one problem a line."""
-    import reasoning_gym
+    """Write the traces to `output`, one problem a line, once all of them are made.
+
+    Raises:
+        RuntimeError: when reasoning-gym or SmolLM2 is not installed.
+        ValueError: when `written.md` does not hold exactly the problems of `RECIPES`, in their order.
+    """
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise RuntimeError("making the traces needs reasoning-gym; get it with: pip install reasoning-gym") from None
     import torch
 
+    written = read_written((FOLDER / "written.md").read_text(encoding="utf-8"))
+    if list(written) != [recipe.id for recipe in RECIPES]:
+        raise ValueError(f"written.md holds {list(written)}; it must hold the ids of RECIPES in the same order")
     torch.set_num_threads(1)
     model, tokenizer = load_smollm2()
-    written = read_written((FOLDER / "written.md").read_text(encoding="utf-8"))
-    with output.open("w", encoding="utf-8") as file:
-        for recipe in RECIPES:
-            dataset = reasoning_gym.create_dataset(recipe.task, seed=recipe.seed, size=1, **recipe.options)
-            entry = dataset[0]
-            prompt = INSTRUCTION + entry["question"].strip()
-            samples = generate(model, tokenizer, prompt, recipe.seed)
-            completions: list[dict[str, Any]] = []
-            for kind, index in zip(("concise", "sample"), recipe.kept, strict=True):
-                settings = {"seed": recipe.seed, **SAMPLING, "index": index}
-                completions.append({"kind": kind, "text": samples[index], "source": MODEL_NAME, "sampling": settings})
-            for kind, (style, text) in written[recipe.id].items():
-                completions.append({"kind": kind, "text": text, "source": "written", "style": style})
-            for completion in completions:
-                text = completion["text"]
-                completion["tokens"] = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-                is_control = completion["kind"] == "control"
-                completion["correct"] = None if is_control else is_correct(dataset, entry, text)
-            row = {
-                "id": recipe.id,
-                "task": recipe.task,
-                "prompt": prompt,
-                "answer": entry["answer"],
-                "completions": completions,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            print(recipe.id, [(entry["kind"], entry["tokens"], entry["correct"]) for entry in completions], flush=True)
+    lines = []
+    for recipe in RECIPES:
+        dataset = reasoning_gym.create_dataset(recipe.task, seed=recipe.seed, size=1, **recipe.options)
+        entry = dataset[0]
+        prompt = INSTRUCTION + entry["question"].strip()
+        samples = generate(model, tokenizer, prompt, recipe.seed)
+        completions: list[dict[str, Any]] = []
+        for kind, index in zip(("concise", "sample"), recipe.kept, strict=True):
+            settings = {"seed": recipe.seed, **SAMPLING, "index": index}
+            completions.append({"kind": kind, "text": samples[index], "source": MODEL_NAME, "sampling": settings})
+        for kind, (style, text) in written[recipe.id].items():
+            completions.append({"kind": kind, "text": text, "source": "written", "style": style})
+        for completion in completions:
+            text = completion["text"]
+            completion["tokens"] = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            is_control = completion["kind"] == "control"
+            completion["correct"] = None if is_control else is_correct(dataset, entry, text)
+        row = {
+            "id": recipe.id,
+            "task": recipe.task,
+            "prompt": prompt,
+            "answer": entry["answer"],
+            "completions": completions,
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        print(recipe.id, [(entry["kind"], entry["tokens"], entry["correct"]) for entry in completions], flush=True)
+    output.write_text("".join(lines), encoding="utf-8")
 
 
 def generate(model: Any, tokenizer: Any, prompt: str, seed: int) -> dict[int, str]:
