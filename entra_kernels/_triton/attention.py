@@ -39,13 +39,31 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-def tiling(head_dim: int, element_size: int, shared_memory: int) -> Tiling:
-    """The launch size for a head dim, bytes per element, and bytes of shared memory per program."""
-    depth = max(16, triton.next_power_of_2(head_dim))
+SIZES = (  # resident, streamed, num_warps, num_stages
+    (256, 128, 8, 2),
+    (128, 128, 8, 2),
+    (128, 64, 8, 2),
+    (64, 64, 4, 2),
+    (64, 32, 4, 2),
+    (64, 32, 4, 1),
+    (32, 16, 4, 1),
+)
+
+
+def tiling(head_dim: int, element_size: int, shared_memory: int, options: bool) -> Tiling:
+    """The launch size for a head dim, bytes per element, and bytes of shared memory per program: the largest that fits.
+
+    A window, a softcap or row weights (`options`) need registers of their own: with 128 scores per thread, the column pass
+    spilled 359 times on sm_90. `streamed` must divide `resident`.
+    """
     if element_size == 4:
-        # No matrix unit multiplies float32 exactly: this runs on the FMA units, operands in registers.
-        return Tiling(resident=64, streamed=32, depth=min(depth, 32), num_warps=4, num_stages=1)
-    return Tiling(resident=128, streamed=128, depth=depth, num_warps=8, num_stages=2)
+        # No matrix unit multiplies float32 exactly. On the FMA units the operands of a dot sit in registers: a shallow one.
+        return Tiling(resident=64, streamed=64, depth=16, num_warps=4, num_stages=1)
+    depth = max(16, triton.next_power_of_2(head_dim))
+    for resident, streamed, num_warps, num_stages in SIZES[2 if options else 0 :]:
+        if (resident + num_stages * streamed) * depth * element_size <= shared_memory:
+            return Tiling(resident, streamed, depth, num_warps, num_stages)
+    raise ValueError(f"head_dim={head_dim} does not fit into {shared_memory} bytes of shared memory; use backend='torch'")
 
 
 @triton.jit
@@ -59,11 +77,11 @@ def _tanh(x):
 
 
 @triton.jit
-def _load_tile(rows, stride_dim, inside, CUT: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr):
-    """[token, DEPTH] from dimension CUT on, at the row addresses `rows`. 0 past the sequence's end: memory there is others'."""
-    dim = CUT + tl.arange(0, DEPTH)
+def _load_tile(rows, stride_dim, inside, cut, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr):
+    """[token, DEPTH] from dimension `cut` on, at the row addresses `rows`. 0 past the sequence's end."""
+    dim = cut + tl.arange(0, DEPTH)
     mask = inside[:, None]
-    if CUT + DEPTH > HEAD_DIM:
+    if HEAD_DIM % DEPTH != 0:
         mask &= (dim < HEAD_DIM)[None, :]
     return tl.load(rows[:, None] + dim[None, :] * stride_dim, mask=mask, other=0.0)
 
@@ -73,11 +91,13 @@ def _products(
     a_tile, a_rows, a_stride_dim, a_inside, b_rows, b_stride_dim, b_inside, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr
 ):
     """Dot products [a, b] in float32. `a_tile` is resident; where the head dim is cut into pieces it is read again instead."""
+    if DEPTH >= HEAD_DIM:
+        b_tile = _load_tile(b_rows, b_stride_dim, b_inside, 0, HEAD_DIM, DEPTH)
+        return tl.dot(a_tile, tl.trans(b_tile), input_precision="ieee")
     products = tl.zeros((a_rows.shape[0], b_rows.shape[0]), dtype=tl.float32)
-    for CUT in tl.static_range(0, HEAD_DIM, DEPTH):
-        if DEPTH < HEAD_DIM:
-            a_tile = _load_tile(a_rows, a_stride_dim, a_inside, CUT, HEAD_DIM, DEPTH)
-        b_tile = _load_tile(b_rows, b_stride_dim, b_inside, CUT, HEAD_DIM, DEPTH)
+    for cut in range(0, HEAD_DIM, DEPTH):
+        a_tile = _load_tile(a_rows, a_stride_dim, a_inside, cut, HEAD_DIM, DEPTH)
+        b_tile = _load_tile(b_rows, b_stride_dim, b_inside, cut, HEAD_DIM, DEPTH)
         products = tl.dot(a_tile, tl.trans(b_tile), products, input_precision="ieee")
     return products
 
@@ -218,7 +238,8 @@ def _row_lse_kernel(
         total = total * tl.exp2(highest - higher) + tl.exp2(sink - higher)
         highest = higher
     out = negative_lse + (head * slots + tl.load(tiles + 3 * slot + 2)) * RESIDENT + query
-    tl.store(out, tl.where(query < tokens, -(highest + tl.log2(total)), float("-inf")))
+    inside = query < tokens
+    tl.store(out, tl.where(inside, -(highest + tl.log2(tl.where(inside, total, 1.0))), float("-inf")))
 
 
 @triton.jit
@@ -461,16 +482,22 @@ def incoming_attention(
     if lengths.numel() == 0 or shares.numel() == 0:
         return shares if per_head else shares.new_zeros(batch, tokens)
 
-    size = tiling(head_dim, q.element_size(), shared_memory(q.device))
+    options = any(option is not None for option in (sliding_window, softcap, row_weights))
+    size = tiling(head_dim, q.element_size(), shared_memory(q.device), options)
     table = _tile_table(lengths, size.resident, batch, tokens)
     slots = table.shape[0]
     # Scores in log2 units, because the hardware has exp2: log2(e) * s, or log2(e) * softcap * tanh(s / softcap).
     factor = scale / softcap if softcap else scale * LOG2_E.value
     cap = softcap * LOG2_E.value if softcap else 0.0
     window = 0 if sliding_window is None else min(sliding_window, 2**30)
-    sizes = _constexprs(size, head_dim)
-    options = {"PACKED": batch == 1, "SOFTCAP": softcap is not None, "WINDOW": sliding_window is not None}
-    options |= {"num_warps": size.num_warps, "num_stages": size.num_stages}
+    launch = {
+        **_constexprs(size, head_dim),
+        "PACKED": batch == 1,
+        "SOFTCAP": softcap is not None,
+        "WINDOW": sliding_window is not None,
+        "num_warps": size.num_warps,
+        "num_stages": size.num_stages,
+    }
 
     def lay_out(values: Tensor, factor: float, outside: float) -> Tensor:
         out = torch.empty(values.shape[1], slots, size.resident, dtype=torch.float32, device=q.device)
@@ -488,13 +515,13 @@ def incoming_attention(
         _row_lse_kernel[(slots * heads,)](
             q, k, sinks, negative_lse, table, starts, lengths, *q.stride(), *k.stride(),
             0 if sinks is None else sinks.stride(0), slots, heads, group, window, abs(factor), cap,
-            FLIPPED=scale < 0, **sizes, **options,
+            FLIPPED=scale < 0, **launch,
         )  # fmt: skip
     weights = None if row_weights is None else lay_out(row_weights.unsqueeze(1), 1.0, 0.0)
     _column_sum_kernel[(slots * kv_heads,)](
         q, k, negative_lse, weights, shares, table, starts, lengths, *q.stride(), *k.stride(),
         slots, tokens, kv_heads, group, window, factor, cap,
-        PER_HEAD=per_head, NORMALIZE=normalize, **sizes, **options,
+        PER_HEAD=per_head, NORMALIZE=normalize, **launch,
     )  # fmt: skip
     if per_head:
         return shares
@@ -511,45 +538,37 @@ HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128, 192, 256, 512)
 
 
 def aot_cases(dtype: str, shared_memory: int) -> Iterator[KernelCase]:
-    """Both passes for every head dim, plain and with every option at once, and the sum over heads; see `KernelCase`."""
+    """Both passes for every head dim: plain, with a window and every option that goes with it, and with a softcap on top; and
+    the small kernels. See `KernelCase`."""
     for head_dim in HEAD_DIMS:
-        size = tiling(head_dim, 4 if dtype == "fp32" else 2, shared_memory)
-        for options in (False, True):
+        for variant in ("", " window", " window softcap"):
             for kernel, name in ((_row_lse_kernel, "row_lse"), (_column_sum_kernel, "column_sum")):
-                constexprs: dict[str, object] = {
+                softcap, window = "softcap" in variant, "window" in variant
+                size = tiling(head_dim, 4 if dtype == "fp32" else 2, shared_memory, window)
+                values: dict[str, object] = {
                     **_constexprs(size, head_dim),
                     "q_stride_dim": 1,
                     "k_stride_dim": 1,
-                    "PACKED": options,
-                    "SOFTCAP": options,
-                    "WINDOW": options,
+                    "PACKED": window,
+                    "SOFTCAP": softcap,
+                    "WINDOW": window,
+                    "FLIPPED": False,
+                    "PER_HEAD": window,
+                    "NORMALIZE": True,
                 }
-                if kernel is _row_lse_kernel:
-                    constexprs |= {"FLIPPED": options}
-                    arguments = {"sinks": f"*{dtype}"}
-                else:
-                    constexprs |= {"PER_HEAD": options, "NORMALIZE": True}
-                    arguments = {"weights": "*fp32"}
-                if not options:
-                    constexprs |= dict.fromkeys(arguments)
-                arguments |= {"q": f"*{dtype}", "k": f"*{dtype}"}
-                for argument in kernel.arg_names:
-                    if argument in ("negative_lse", "sums_out"):
-                        arguments[argument] = "*fp32"
-                    elif argument in ("tiles", "starts", "lengths"):
-                        arguments[argument] = "*i32"
-                    elif argument in ("scale", "softcap"):
-                        arguments[argument] = "fp32"
-                    else:
-                        arguments.setdefault(argument, "i32")
-                pointers = [argument for argument, kind in arguments.items() if kind.startswith("*")]
-                strides = ["q_stride_batch", "q_stride_head", "q_stride", "k_stride_batch", "k_stride_head", "k_stride"]
+                if not window:
+                    values |= {"sinks": None, "weights": None}
+                pointers = {"q": f"*{dtype}", "k": f"*{dtype}", "sinks": f"*{dtype}"}
+                pointers |= dict.fromkeys(("negative_lse", "weights", "sums_out"), "*fp32")
+                pointers |= dict.fromkeys(("tiles", "starts", "lengths"), "*i32")
+                types = {**dict.fromkeys(kernel.arg_names, "i32"), **pointers, "scale": "fp32", "softcap": "fp32"}
+                strides = ("q_stride_batch", "q_stride_head", "q_stride", "k_stride_batch", "k_stride_head", "k_stride")
                 yield KernelCase(
-                    label=f"{name} d={head_dim}{' options' if options else ''}",
+                    label=f"{name} d={head_dim}{variant}",
                     kernel=kernel,
-                    arguments={argument: arguments[argument] for argument in kernel.arg_names if argument in arguments},
-                    constexprs=constexprs,
-                    divisible=tuple(name for name in pointers + strides if name not in constexprs),
+                    arguments={name: types[name] for name in kernel.arg_names if name not in values},
+                    constexprs={name: values[name] for name in kernel.arg_names if name in values},
+                    divisible=tuple(n for n in (*pointers, *strides) if n in kernel.arg_names and n not in values),
                     num_warps=size.num_warps,
                     num_stages=size.num_stages,
                     head_dim=head_dim,

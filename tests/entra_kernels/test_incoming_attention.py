@@ -1,0 +1,538 @@
+"""`incoming_attention` on every backend, held to the reference in float64.
+
+Error budget: at most twice the error of eager attention in the inputs' dtype, plus `SLACK` of the largest value, because on a
+handful of tokens eager attention can be exact by luck. 16 float32 roundings are about what a sum of products, a scale, an
+exponential and a sum of probabilities take.
+
+Memory outside the sequences holds NaN in every test of values. Triton runs with small tiles, so that a few dozen tokens have
+tiles on the diagonal, tiles off it and a last one cut short; `test_launch_sizes` takes the real ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from entra_kernels import incoming_attention
+from entra_kernels.reference import attention_probabilities, future_queries
+
+SLACK = 16 * torch.finfo(torch.float32).eps
+BACKENDS = ("reference", "torch", "triton")
+# Triton's interpreter multiplies bfloat16 wrongly, so on a CPU there is float16.
+TARGETS = [
+    pytest.param(("cpu", torch.float32), id="cpu-fp32"),
+    pytest.param(("cpu", torch.float16), id="cpu-fp16"),
+    pytest.param(("cuda", torch.float32), id="gpu-fp32", marks=pytest.mark.gpu),
+    pytest.param(("cuda", torch.float16), id="gpu-fp16", marks=pytest.mark.gpu),
+    pytest.param(("cuda", torch.bfloat16), id="gpu-bf16", marks=pytest.mark.gpu),
+]
+DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def runnable(request):
+    """Skips what cannot run: Triton on CPU tensors where a GPU turned the interpreter off."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    device = parameters.get("device") or parameters.get("target", ("cpu",))[0]
+    if parameters.get("backend") == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off because a GPU is present")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    attention = importlib.import_module("entra_kernels._triton.attention")
+
+    def tiling(head_dim, element_size, shared_memory, options):
+        return attention.Tiling(
+            resident=32, streamed=16, depth=max(16, 1 << (head_dim - 1).bit_length()), num_warps=4, num_stages=1
+        )
+
+    monkeypatch.setattr(attention, "tiling", tiling)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def problem(
+    device,
+    dtype,
+    *,
+    lengths=(67, 40),
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    layout="right",
+    strides="contiguous",
+    given_lse=False,
+    sinks=False,
+    row_weights=False,
+    **options,
+):
+    """q, k and keyword arguments. NaN outside the sequences, also behind the last one of a packed batch."""
+    batch, tokens = (1, sum(lengths) + 3) if layout == "packed" else (len(lengths), max(lengths, default=0) + 3)
+    starts = [(0 if layout == "right" else tokens - n if layout == "left" else 2) for n in lengths]
+    if layout == "packed":
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    inside = torch.zeros(batch, tokens, dtype=torch.bool)
+    for i, (first, count) in enumerate(zip(starts, lengths, strict=True)):
+        inside[i if batch > 1 else 0, first : first + count] = True
+    if strides == "expanded":
+        inside = inside.all(dim=0, keepdim=True).expand(batch, -1)
+
+    def embed(values):
+        if strides == "expanded":
+            values = values[:1].expand_as(values)
+        values = values.masked_fill(~inside[:, None, :, None], math.nan).to(dtype).to(device)
+        if strides == "heads inside":
+            return values.transpose(1, 2).contiguous().transpose(1, 2)
+        if strides == "every second":
+            wide = values.new_full((*values.shape[:-1], 2 * values.shape[-1]), math.nan)
+            wide[..., ::2] = values
+            return wide[..., ::2]
+        if strides == "expanded":
+            return values[:1].expand_as(values)
+        return values
+
+    q = embed(random(batch, heads, tokens, head_dim, seed=1))
+    k = embed(random(batch, kv_heads, tokens, head_dim, seed=2))
+    arguments = dict(options)
+    if sinks:
+        arguments["sinks"] = random(heads, seed=3).to(dtype).to(device)
+    if row_weights:
+        weights = random(batch, tokens, seed=4).masked_fill(~inside, math.nan)
+        arguments["row_weights"] = weights.to(torch.float32).to(device)
+    if given_lse:
+        # Not the true one: what is given must be used as it is.
+        lse = (4 + random(batch, heads, tokens, seed=5)).masked_fill(~inside[:, None], math.nan)
+        arguments["lse"] = lse.to(torch.float32).to(device)
+    if layout == "packed":
+        q, k = q[0].transpose(0, 1), k[0].transpose(0, 1)
+        for name in ("lse", "row_weights"):
+            if name in arguments:
+                arguments[name] = arguments[name][0]
+        bounds = torch.tensor([*starts, sum(lengths)], dtype=torch.int32)
+        arguments["cu_seqlens"] = bounds.to(device)
+    else:
+        arguments["start"] = torch.tensor(starts, dtype=torch.int64).to(device)
+        arguments["length"] = torch.tensor(lengths, dtype=torch.int64).to(device)
+    return q, k, arguments
+
+
+def in_dtype(arguments, dtype):
+    """The floating-point arguments in another dtype."""
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
+def eager(q, k, arguments):
+    """What a model's eager attention gives: scores and probabilities rounded to the dtype, sums in float32."""
+    if q.dtype == torch.float32:
+        return incoming_attention(q, k, backend="reference", **arguments)
+    half = q.dtype
+
+    def rounded(q, k, *, scale, lse, **options):
+        probabilities = attention_probabilities(
+            q.to(half).to(torch.float32), k.to(half).to(torch.float32), scale=scale, lse=lse, **options
+        )
+        return probabilities.to(half).to(torch.float32)
+
+    reference = importlib.import_module("entra_kernels.reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "attention_probabilities", rounded)
+        return incoming_attention(q, k, backend="reference", **arguments)
+
+
+def check(q, k, arguments, backend):
+    """Runs the backend and holds it to the budget; returns its result."""
+    exact = incoming_attention(q.double(), k.double(), backend="reference", **in_dtype(arguments, torch.float64))
+    ours = incoming_attention(q, k, backend=backend, **arguments)
+    assert ours.dtype == torch.float32
+    assert ours.shape == exact.shape
+    assert ours.isfinite().all()
+    if exact.numel():
+        error = (ours - exact).abs().max().item()
+        budget = 2 * (eager(q, k, arguments) - exact).abs().max().item() + SLACK * exact.abs().max().item()
+        assert error <= budget, f"error {error:.3g} is over the budget {budget:.3g}"
+    return ours
+
+
+CASES = {
+    "right padded": {},
+    "left padded": {"layout": "left"},
+    "padded on both sides": {"layout": "both"},
+    "packed": {"layout": "packed", "lengths": (33, 1, 64, 0, 16)},
+    "heads inside tokens": {"strides": "heads inside"},
+    "expanded batch": {"strides": "expanded", "lengths": (50, 50)},
+    "every second element": {"strides": "every second"},
+    "one head": {"heads": 1, "kv_heads": 1},
+    "group of 3": {"heads": 9, "kv_heads": 3, "lengths": (37,)},
+    "group of 4": {"heads": 4, "kv_heads": 1},
+    "group of 8": {"heads": 8, "kv_heads": 1, "lengths": (40,)},
+    **{
+        f"d={d}": {"head_dim": d, "lengths": (35,), "heads": 2, "kv_heads": 1} for d in (16, 64, 72, 80, 96, 128, 192, 256, 512)
+    },
+    **{f"window {w}": {"sliding_window": w} for w in (1, 2, 5, 20, 40, 1000)},
+    "window, packed": {"sliding_window": 24, "layout": "packed"},
+    "softcap": {"softcap": 1.5},
+    "wide softcap": {"softcap": 1e4, "scale": 2.0},
+    "saturated softcap": {"softcap": 0.01, "scale": 30.0},
+    "sinks": {"sinks": True},
+    "given lse": {"given_lse": True},
+    "given lse, packed": {"given_lse": True, "layout": "packed"},
+    "per head": {"per_head": True},
+    "per head, packed": {"per_head": True, "layout": "packed"},
+    "row weights": {"row_weights": True},
+    "not normalized": {"normalize": False},
+    "large scale": {"scale": 3.0},
+    "negative scale": {"scale": -0.7},
+    "scale 0": {"scale": 0.0},
+    "everything": {
+        "sliding_window": 20,
+        "softcap": 2.0,
+        "sinks": True,
+        "row_weights": True,
+        "layout": "packed",
+        "per_head": True,
+        "strides": "every second",
+        "head_dim": 24,
+    },
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+def test_against_the_reference(case, target, backend, small_tiles):
+    q, k, arguments = problem(*target, **case)
+    check(q, k, arguments, backend)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 150}], ids=["full", "window"])
+def test_launch_sizes(options, target, backend):
+    """Tiles as they are launched, with more than two of them to a sequence."""
+    tokens = 600 if target[1] != torch.float32 else 200
+    q, k, arguments = problem(*target, lengths=(tokens, 13), heads=2, kv_heads=1, **options)
+    check(q, k, arguments, backend)
+
+
+def test_float16_is_computed_in_float32(backend, small_tiles):
+    """Rounding the probabilities to float16 would be an error of 5e-4: a thousand times this budget."""
+    q, k, arguments = problem("cpu", torch.float16)
+    exact = incoming_attention(q.double(), k.double(), backend="reference", **arguments)
+    single = incoming_attention(q.float(), k.float(), backend="reference", **arguments)
+    budget = 2 * (single - exact).abs().max() + SLACK * exact.max()
+    assert (incoming_attention(q, k, backend=backend, **arguments) - exact).abs().max() <= budget
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("name", BACKENDS)
+def test_any_shape(name, data):
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off because a GPU is present")
+    layout = data.draw(st.sampled_from(["left", "right", "both", "packed"]))
+    kv_heads = data.draw(st.integers(1, 2))
+    q, k, arguments = problem(
+        "cpu",
+        data.draw(st.sampled_from([torch.float32, torch.float16])),
+        lengths=tuple(data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=3))),
+        heads=kv_heads * data.draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        head_dim=data.draw(st.integers(1, 40)),
+        layout=layout,
+        strides=data.draw(st.sampled_from(["contiguous", "heads inside", "every second"])),
+        sliding_window=data.draw(st.none() | st.integers(1, 50)),
+        softcap=data.draw(st.none() | st.floats(0.1, 50)),
+        row_weights=data.draw(st.booleans()),
+        per_head=data.draw(st.booleans()),
+        normalize=data.draw(st.booleans()),
+        **data.draw(st.sampled_from([{}, {"sinks": True}, {"given_lse": True}])),
+    )
+    check(q, k, arguments, name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [None, 7], ids=["full", "window"])
+def test_columns_with_the_diagonal_add_up_to_the_tokens(window, device, backend, small_tiles):
+    """Each row of A sums to 1, so the sums over strictly future queries and the diagonal make N per head."""
+    tokens = 50
+    q, k, _ = problem(device, torch.float32, lengths=(tokens,))
+    q, k = q[:, :, :tokens], k[:, :, :tokens]
+    sums = incoming_attention(q, k, per_head=True, normalize=False, sliding_window=window, backend=backend).sum(-1)[0]
+    attention = attention_probabilities(q[0].double(), k[0].double(), scale=32**-0.5, sliding_window=window)
+    diagonal = attention.diagonal(dim1=1, dim2=2).sum(-1)
+    assert (sums + diagonal - tokens).abs().max() <= tokens * SLACK
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_equal_scores_give_harmonic_numbers(device, backend, small_tiles):
+    """With K = 0, A_ji = 1 / j and mu_i = (H_N - H_i) / (N - i); lift (w_j = j) is 1 everywhere but on the last token."""
+    tokens = 70
+    q = random(1, 4, tokens, 16).to(torch.float32).to(device)
+    k = torch.zeros(1, 2, tokens, 16, device=device)
+    harmonic = (1 / torch.arange(1, tokens + 1, dtype=torch.float64, device=device)).cumsum(0)
+    future = future_queries(tokens, None, torch.device(device))
+    expected = (harmonic[-1] - harmonic) / future.clamp(min=1)
+    mu = incoming_attention(q, k, backend=backend)[0]
+    assert (mu - expected).abs().max() <= SLACK * expected.max()
+
+    j = torch.arange(1, tokens + 1, dtype=torch.float32, device=device)
+    lift = incoming_attention(q, k, row_weights=j[None], backend=backend)[0]
+    assert (lift[:-1] - 1).abs().max() <= SLACK
+    assert lift[-1] == 0
+
+    window = 9
+    weights = j.clamp(max=window)
+    lift = incoming_attention(q, k, row_weights=weights[None], sliding_window=window, backend=backend)[0]
+    assert (lift[:-1] - 1).abs().max() <= SLACK
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 20, "per_head": True}, {"given_lse": True}], ids=["plain", "window", "lse"]
+)
+def test_packed_equals_separate(options, target, backend, small_tiles):
+    """Bit for bit, in another layout, at another place of another batch, and in another run."""
+    lengths = (45, 7, 0, 64, 1)
+    q, k, arguments = problem(*target, lengths=lengths, layout="packed", **options)
+    packed = incoming_attention(q, k, backend=backend, **arguments)
+    assert torch.equal(packed, incoming_attention(q, k, backend=backend, **arguments))
+    bounds = arguments.pop("cu_seqlens").tolist()
+    lse = arguments.pop("lse", None)
+    for first, end in itertools.pairwise(bounds):
+        span = slice(first, end)
+        alone = incoming_attention(
+            q[None, span].transpose(1, 2),
+            k[None, span].transpose(1, 2),
+            lse=None if lse is None else lse[None, :, span],
+            backend=backend,
+            **arguments,
+        )
+        assert torch.equal(packed[..., span], alone[0])
+    assert (packed[..., bounds[-1] :] == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_appending_a_token_adds_its_row(device, backend, small_tiles):
+    """Causal: sums over N + 1 tokens are those over N plus what the new query gives."""
+    q, k, _ = problem(device, torch.float32, lengths=(65,))
+    q, k = q[:, :, :65], k[:, :, :65]
+    before = incoming_attention(q[:, :, :64], k[:, :, :64], per_head=True, normalize=False, backend=backend)
+    after = incoming_attention(q, k, per_head=True, normalize=False, backend=backend)
+    row = attention_probabilities(q[0].double(), k[0].double(), scale=32**-0.5)[:, -1]
+    added = after[0].double()
+    added[:, :-1] -= before[0]
+    row[:, -1] = 0  # the diagonal does not count
+    assert (added - row).abs().max() <= SLACK * after.max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_last_token_and_lonely_token_get_nothing(device, backend):
+    q, k, arguments = problem(device, torch.float32, lengths=(9, 1, 0), layout="packed")
+    out = incoming_attention(q, k, backend=backend, **arguments)
+    assert out[8] == 0
+    assert out[9] == 0
+    assert (out[:8] > 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_in_nothing_out(device, backend):
+    q, k = torch.zeros(5, 4, 16, device=device), torch.zeros(5, 2, 16, device=device)
+    nothing = torch.zeros(1, dtype=torch.int32, device=device)
+    assert torch.equal(incoming_attention(q, k, cu_seqlens=nothing, backend=backend), torch.zeros(5, device=device))
+    assert incoming_attention(q[:0], k[:0], cu_seqlens=nothing, backend=backend).shape == (0,)
+    assert incoming_attention(q[:0], k[:0], cu_seqlens=nothing, per_head=True, backend=backend).shape == (4, 0)
+    padded_q, padded_k = torch.zeros(0, 4, 5, 16, device=device), torch.zeros(0, 2, 5, 16, device=device)
+    assert incoming_attention(padded_q, padded_k, backend=backend).shape == (0, 5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+def test_bad_values_stay_in_their_sequence(value, device, backend, small_tiles):
+    q, k, arguments = problem(device, torch.float32, lengths=(40, 40, 30), layout="packed")
+    clean = incoming_attention(q, k, backend=backend, **arguments)
+    q, k = q.clone(), k.clone()
+    q[40:80:7] = value
+    k[50] = value
+    out = incoming_attention(q, k, backend=backend, **arguments)
+    assert out[40:80].isnan().any()
+    assert torch.equal(out[:40], clean[:40])
+    assert torch.equal(out[80:], clean[80:])
+
+
+def test_no_copy_of_q_or_k_and_no_wait_for_the_device(small_tiles):
+    """What the Triton launcher does besides launching stays smaller than q and never reads a value back."""
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.calls.append((str(function), out.untyped_storage().data_ptr() if isinstance(out, torch.Tensor) else 0, out))
+            return out
+
+    attention = importlib.import_module("entra_kernels._triton.attention")
+    q, k, arguments = problem("cpu", torch.float32, strides="every second")
+    with pytest.MonkeyPatch.context() as patch, Recorder() as recorder:
+        for name in ("_row_lse_kernel", "_column_sum_kernel", "_lay_out_kernel", "_add_heads_kernel"):
+            patch.setattr(attention, name, NoLaunch())
+        attention.incoming_attention(
+            q,
+            k,
+            arguments["start"].int(),
+            arguments["length"].int(),
+            scale=1.0,
+            sliding_window=None,
+            softcap=None,
+            sinks=None,
+            lse=None,
+            row_weights=torch.ones(2, 70),
+            per_head=False,
+            normalize=True,
+        )
+    mine = {q.untyped_storage().data_ptr(), k.untyped_storage().data_ptr()}
+    assert recorder.calls
+    for name, storage, out in recorder.calls:
+        assert "_local_scalar_dense" not in name, f"{name} waits for the device"
+        assert "nonzero" not in name, f"{name} waits for the device"
+        if isinstance(out, torch.Tensor) and storage not in mine:
+            assert out.numel() < k.numel(), f"{name} makes {list(out.shape)}"
+
+
+class NoLaunch:
+    """A kernel that is not launched."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_custom_op(device, backend, small_tiles):
+    q, k, arguments = problem(device, torch.float32, lengths=(20, 11))
+    q, k = q.nan_to_num(), k.nan_to_num()
+    torch.library.opcheck(
+        torch.ops.entra_kernels.incoming_attention.default,
+        (q, k, arguments["start"], arguments["length"], 0.2, None, None, None, None, None, False, True, backend),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_into_one_graph(device, backend, small_tiles):
+    q, k, arguments = problem(device, torch.float32, lengths=(20, 11), sinks=True, sliding_window=9)
+
+    def score(q, k, **arguments):
+        return 2 * incoming_attention(q, k, backend=backend, **arguments)
+
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, **arguments), score(q, k, **arguments))
+
+
+@pytest.mark.gpu
+def test_auto_is_triton_on_a_gpu():
+    q, k, arguments = problem("cuda", torch.bfloat16)
+    assert torch.equal(incoming_attention(q, k, **arguments), incoming_attention(q, k, backend="triton", **arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tensors need not be on a CPU")
+def test_auto_is_torch_on_a_cpu():
+    q, k, arguments = problem("cpu", torch.float32)
+    assert torch.equal(incoming_attention(q, k, **arguments), incoming_attention(q, k, backend="torch", **arguments))
+
+
+def test_float64_stays_float64():
+    q, k, arguments = problem("cpu", torch.float64)
+    exact = incoming_attention(q, k, backend="reference", **arguments)
+    ours = incoming_attention(q, k, backend="torch", **arguments)
+    assert ours.dtype == exact.dtype == torch.float64
+    assert (ours - exact).abs().max() <= 16 * torch.finfo(torch.float64).eps * exact.max()
+
+
+Q, K = torch.zeros(2, 4, 8, 16), torch.zeros(2, 2, 8, 16)
+PACKED_Q, PACKED_K, BOUNDS = torch.zeros(8, 4, 16), torch.zeros(8, 2, 16), torch.tensor([0, 8])
+REFUSALS = {
+    "dtype of q": ((Q.int(), K), {}, TypeError, "q has dtype int32; it must be one of .* convert"),
+    "not a tensor": (([1.0], K), {}, TypeError, "q=.* must be a torch.Tensor, not list"),
+    "dtypes differ": ((Q.half(), K), {}, TypeError, "k has dtype torch.float32 but q has torch.float16.*k.to"),
+    "dtype of start": ((Q, K), {"start": torch.zeros(2)}, TypeError, "start has dtype float32"),
+    "dtype of sinks": ((Q, K), {"sinks": torch.zeros(4, dtype=torch.int64)}, TypeError, "sinks has dtype int64"),
+    "float64 in Triton": ((Q.double(), K.double()), {"backend": "triton"}, TypeError, "no float64; use backend='torch'"),
+    "devices": ((Q, K.to("meta")), {}, ValueError, "k is on meta, q on cpu; move it with k.to"),
+    "unknown backend": ((Q, K), {"backend": "cuda"}, ValueError, "backend='cuda' must be one of 'auto', 'reference'"),
+    "both layouts": ((PACKED_Q, PACKED_K), {"cu_seqlens": BOUNDS, "start": BOUNDS}, ValueError, "pass one or the other"),
+    "packed, 4 dims": ((Q, K), {"cu_seqlens": BOUNDS}, ValueError, r"q has shape \[2, 4, 8, 16\].*must be \[T, H, D\]"),
+    "padded, 3 dims": ((PACKED_Q, PACKED_K), {}, ValueError, "with cu_seqlens"),
+    "cu_seqlens dims": ((PACKED_Q, PACKED_K), {"cu_seqlens": BOUNDS[None]}, ValueError, r"cu_seqlens has shape \[1, 2\]"),
+    "tokens": ((Q, K[:, :, :7]), {}, ValueError, "all but the number of heads must agree"),
+    "heads": ((Q[:, :3], K), {}, ValueError, "q_heads=3 must be a multiple of kv_heads=2; check the model's config"),
+    "no kv heads": ((Q, K[:, :0]), {}, ValueError, "q_heads=4 must be a multiple of kv_heads=0"),
+    "head dim": ((torch.zeros(1, 1, 2, 513), torch.zeros(1, 1, 2, 513)), {}, ValueError, "head_dim=513 must be 1 to 512"),
+    "window": ((Q, K), {"sliding_window": 0}, ValueError, "sliding_window=0 must be at least 1"),
+    "softcap": ((Q, K), {"softcap": -1.0}, ValueError, "softcap=-1.0 must be positive"),
+    "sinks and lse": (
+        (Q, K),
+        {"sinks": torch.zeros(4), "lse": torch.zeros(2, 4, 8)},
+        ValueError,
+        "sinks and lse were both given",
+    ),
+    "shape of sinks": ((Q, K), {"sinks": torch.zeros(2)}, ValueError, r"sinks has shape \[2\]; it must be \[H\] = \[4\]"),
+    "shape of lse": ((Q, K), {"lse": torch.zeros(2, 4, 7)}, ValueError, r"lse has shape .*\[B, H, N\] = \[2, 4, 8\]"),
+    "shape of row_weights": ((Q, K), {"row_weights": torch.zeros(8)}, ValueError, r"row_weights has shape \[8\]"),
+    "shape of start": ((Q, K), {"start": BOUNDS[:1]}, ValueError, r"start has shape \[1\]; it must be \[B\] = \[2\]"),
+    "shape of length": ((Q, K), {"length": BOUNDS[:1]}, ValueError, r"length has shape \[1\]; it must be \[B\] = \[2\]"),
+    "length too long": ((Q, K), {"length": torch.tensor([8, 9])}, ValueError, "sequence 1 spans tokens 0 to 9, outside 0 to 8"),
+    "start negative": ((Q, K), {"start": torch.tensor([-1, 0])}, ValueError, "sequence 0 spans tokens -1"),
+    "cu_seqlens fall": (
+        (PACKED_Q, PACKED_K),
+        {"cu_seqlens": torch.tensor([0, 5, 3])},
+        ValueError,
+        "sequence 1 spans tokens 5 to 3.*check start and length, or cu_seqlens",
+    ),
+    "cu_seqlens too long": ((PACKED_Q, PACKED_K), {"cu_seqlens": BOUNDS + 1}, ValueError, "spans tokens 1 to 9"),
+    "q requires grad": ((Q.clone().requires_grad_(), K), {}, RuntimeError, "q requires grad.*no_grad.*q.detach"),
+    "lse requires grad": ((Q, K), {"lse": torch.zeros(2, 4, 8, requires_grad=True)}, RuntimeError, "lse requires grad"),
+}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "arguments", "error", "message"), [pytest.param(*case, id=name) for name, case in REFUSALS.items()]
+)
+def test_refusals(tensors, arguments, error, message):
+    with pytest.raises(error, match=message):
+        incoming_attention(*tensors, **arguments)
+
+
+def test_no_grad_is_enough():
+    with torch.no_grad():
+        assert incoming_attention(Q.clone().requires_grad_(), K).shape == (2, 8)
+
+
+def test_triton_on_a_cpu_says_what_to_do(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="move them to a GPU, use backend='torch', or set TRITON_INTERPRET=1"):
+        incoming_attention(Q, K, backend="triton")
+
+
+def test_missing_triton_says_what_to_do(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    with pytest.raises(RuntimeError, match="pip install triton, or use backend='torch'"):
+        incoming_attention(Q, K, backend="triton")
