@@ -1,0 +1,45 @@
+"""The command line: `entra score` for a file of traces, `entra demo` for a first look.
+
+Exit codes: 0 finished (also when rows were bad: they are in the output, with an `error`), 1 stopped by something that the
+message names, 2 bad usage, 130 interrupted with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+class CommandError(Exception):
+    """What went wrong and what to do about it, for people: printed as one line, without a traceback."""
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line with `arguments` (None: those of the process) and return the exit code.
+
+    Raises:
+        SystemExit: from argparse, for `--help`, `--version` and options that it cannot parse (exit code 2).
+    """
+    import entra.cli.demo as demo
+    import entra.cli.score as score
+
+    parser = argparse.ArgumentParser(prog="entra", description="Score how redundant reasoning traces are.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {score.versions()['entra']}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    score.add_parser(commands)
+    demo.add_parser(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except CommandError as error:
+        print(f"entra {options.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\nentra {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0

