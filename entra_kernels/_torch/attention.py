@@ -44,6 +44,8 @@ def incoming_attention(
     dtype = accumulation_dtype(q.dtype)
     out = q.new_zeros(batch, kv_heads, group if per_head else 1, tokens, dtype=dtype)
     for sequence, (first, count) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        if count == 0:
+            continue
         row = sequence if batch > 1 else 0
         span = slice(first, first + count)
         weights = q.new_ones(count, dtype=dtype) if row_weights is None else row_weights[row, span].to(dtype)

@@ -18,7 +18,7 @@ pytestmark = [
 PROMPT = [{"role": "user", "content": "What is 17 + 26? Think step by step."}]
 COMPLETIONS = [
     "17 + 26: 7 + 6 = 13, write 3 and carry 1; 1 + 2 + 1 = 4. The answer is 43.",
-    "17 + 26 is 43. Wait, let me check: 17 + 26 is 43. Let me check again: 17 + 26 is 43. Yes, 17 + 26 is 43.",
+    "17 + 26: 7 + 6 = 13, write 3 and carry 1; 1 + 2 + 1 = 4. The answer is 43." + " Wait, let me check: 17 + 26 is 43." * 8,
 ]
 
 
@@ -54,6 +54,6 @@ def test_text_survives_the_round_trip(scores):
     assert [tokenizer.decode(ids) for ids in scores.token_ids] == COMPLETIONS
 
 
-def test_the_looping_answer_scores_lower(scores):
+def test_looping_at_the_end_lowers_the_reward(scores):
     concise, looping = scores.rewards
     assert concise - looping > 0.1
