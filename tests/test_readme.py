@@ -1,0 +1,51 @@
+"""Every block of code in README runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SHELL = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+def test_there_are_blocks_of_both_kinds_and_no_others():
+    assert len(PYTHON) >= 3
+    assert len(SHELL) >= 3
+    assert len(re.findall(r"^```\w", README, re.MULTILINE)) == README.count("```python") + README.count("```bash")
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
+def test_python_block(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("command", SHELL)
+def test_shell_command(command, tmp_path):
+    words = shlex.split(command)
+    if words[0] == "make":  # this test is part of make test; that the target exists and its recipe parses must do
+        subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+        return
+    assert words[0] == "entra"
+    (tmp_path / "traces.jsonl").write_text('{"prompt": "What is 2 + 2?", "completion": "It is 4. It is 4."}\n')
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, env=environment)
+    assert '"reward"' in (tmp_path / "scores.jsonl").read_text()
+
+
+def test_pictures_exist():
+    for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README):
+        assert (ROOT / picture).stat().st_size > 0
