@@ -22,7 +22,7 @@ $(VENV)/demo.done: $(VENV)/torch.done pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev.done: $(VENV)/demo.done
-	$(PIP) install -q -c constraints.txt -e ".[demo,plot,dev]"
+	$(PIP) install -q -c constraints.txt -e ".[demo,plot,train,dev]"
 	@touch $@
 
 demo: $(VENV)/demo.done

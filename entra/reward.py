@@ -1,7 +1,7 @@
 """`EntraReward`: from scores to a reward that is safe to optimise. Everything here is pure but the call to `score_batch`.
 
-r alone can be gamed: five distinct tokens score 1, gibberish raises it, and group-scaled advantages turn a spread of 0.004 into
-+-1.5. Hence the options below; docs/method.md argues each.
+r alone can be gamed: five distinct tokens score 1, gibberish never repeats, and group-scaled advantages blow up any spread,
+however small. Hence the options below; docs/method.md argues each.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from entra_kernels._checks import (
 def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, backend: str = "auto") -> Tensor:
     """`log_softmax(logits.float() / temperature, -1).gather(-1, targets)`, without the log-softmax.
 
-    Natural log, at most 0. Computed in float32 as gather minus log-sum-exp: bfloat16 log-softmax makes 56 % of confident
-    tokens exactly 0.
+    Natural log, at most 0. Computed in float32 as gather minus log-sum-exp: a bfloat16 log-softmax rounds the
+    log-probs of confident tokens to exactly 0.
 
     Args:
         logits: [..., V]; bfloat16, float16, float32 or (not with Triton) float64; any strides.
