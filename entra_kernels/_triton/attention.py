@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entra_kernels._triton.launch import KernelCase, shared_memory
+from entra_kernels._triton.launch import HOPPER_SHARED_MEMORY, KernelCase, shared_memory
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: two of them subtracted give 0, not NaN
@@ -39,11 +39,11 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-SIZES = (  # resident, streamed, num_warps, num_stages
+SIZES = (  # resident, streamed, num_warps, num_stages; the streamed divide the resident, see `_lay_out_kernel`
     (256, 128, 8, 2),
     (128, 128, 8, 2),
     (128, 64, 8, 2),
-    (64, 64, 4, 2),
+    (64, 64, 8, 2),
     (64, 32, 4, 2),
     (64, 32, 4, 1),
     (32, 16, 4, 1),
@@ -53,14 +53,22 @@ SIZES = (  # resident, streamed, num_warps, num_stages
 def tiling(head_dim: int, element_size: int, shared_memory: int, options: bool) -> Tiling:
     """The launch size for a head dim, bytes per element, and bytes of shared memory per program: the largest that fits.
 
-    A window, a softcap or row weights (`options`) need registers of their own: with 128 scores per thread, the column pass
-    spilled 359 times on sm_90. `streamed` must divide `resident`.
+    `options` says whether there is a window, a softcap or row weights. 256 keys take 128 accumulators per thread. That is
+    the best for a plain column pass on sm_90 (4.9 instructions per score, against 6.6 with 128 keys and 7.5 with 128 x 64),
+    where the matrix unit reads its operands from shared memory; with a window it spilled 359 times there, and on sm_80,
+    where operands take registers too, 158 times without.
     """
     if element_size == 4:
         # No matrix unit multiplies float32 exactly. On the FMA units the operands of a dot sit in registers: a shallow one.
+        # These are the sizes that compiled for sm_90 without a spill.
+        if head_dim <= 16:
+            return Tiling(resident=64, streamed=32, depth=16, num_warps=4, num_stages=1)
+        if head_dim <= 32:
+            return Tiling(resident=64, streamed=64, depth=32, num_warps=8, num_stages=1)
         return Tiling(resident=64, streamed=64, depth=16, num_warps=4, num_stages=1)
     depth = max(16, triton.next_power_of_2(head_dim))
-    for resident, streamed, num_warps, num_stages in SIZES[2 if options else 0 :]:
+    small = options or shared_memory < HOPPER_SHARED_MEMORY
+    for resident, streamed, num_warps, num_stages in SIZES[2 if small else 0 :]:
         if (resident + num_stages * streamed) * depth * element_size <= shared_memory:
             return Tiling(resident, streamed, depth, num_warps, num_stages)
     raise ValueError(f"head_dim={head_dim} does not fit into {shared_memory} bytes of shared memory; use backend='torch'")
@@ -440,23 +448,25 @@ def _add_heads_kernel(shares, out, row_tokens, kv_heads, BLOCK: tl.constexpr):
     tl.store(out + batch * row_tokens + token, total, mask=inside)
 
 
-def _tile_table(lengths: Tensor, resident: int, batch: int, tokens: int) -> Tensor:
+def _tile_table(lengths: Tensor, resident: int, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
     """int32 [slots, 3]: sequence, tile, and slot of the sequence's first tile, for every tile of every sequence; those with
-    the most tokens after them first.
+    the most tokens after them first. And int32 [S], the lengths of the sequences whose tiles have slots.
 
     The number of slots is the bound that shapes alone give, so that nothing waits for the device. Surplus slots come last
-    and hold a tile past its sequence's end, which programs leave at once.
+    and hold a tile past its sequence's end, which programs leave at once. Only spans that overlap (a cu_seqlens that falls,
+    which nobody can check on a GPU without waiting) need more slots than there are; those sequences count as empty.
     """
     sequences = lengths.numel()
     slots = min(sequences * triton.cdiv(tokens, resident), batch * tokens // resident + sequences)
     tiles = (lengths + resident - 1) // resident
     ends = tiles.cumsum(0)
+    lengths = lengths.where(ends <= slots, 0)
     slot = torch.arange(slots, device=lengths.device)
     sequence = torch.searchsorted(ends, slot, right=True).clamp(max=sequences - 1)
     first_slot = (ends - tiles)[sequence]
     tile = slot - first_slot
     longest_first = (lengths[sequence] - tile * resident).argsort(descending=True)
-    return torch.stack((sequence, tile, first_slot), dim=1)[longest_first].to(torch.int32)
+    return torch.stack((sequence, tile, first_slot), dim=1)[longest_first].to(torch.int32), lengths
 
 
 def incoming_attention(
@@ -484,7 +494,7 @@ def incoming_attention(
 
     options = any(option is not None for option in (sliding_window, softcap, row_weights))
     size = tiling(head_dim, q.element_size(), shared_memory(q.device), options)
-    table = _tile_table(lengths, size.resident, batch, tokens)
+    table, lengths = _tile_table(lengths, size.resident, batch, tokens)
     slots = table.shape[0]
     # Scores in log2 units, because the hardware has exp2: log2(e) * s, or log2(e) * softcap * tanh(s / softcap).
     factor = scale / softcap if softcap else scale * LOG2_E.value
@@ -500,33 +510,34 @@ def incoming_attention(
     }
 
     def lay_out(values: Tensor, factor: float, outside: float) -> Tensor:
-        out = torch.empty(values.shape[1], slots, size.resident, dtype=torch.float32, device=q.device)
         rows = values.shape[1]
+        out = torch.empty(rows, slots, size.resident, dtype=torch.float32, device=q.device)
         _lay_out_kernel[(slots * rows,)](
             values, out, table, starts, lengths, *values.stride(), slots, rows, factor, outside,
             RESIDENT=size.resident, PACKED=batch == 1,
         )  # fmt: skip
         return out
 
-    if lse is not None:
-        negative_lse = lay_out(lse, -LOG2_E.value, -math.inf)
-    else:
-        negative_lse = torch.empty(heads, slots, size.resident, dtype=torch.float32, device=q.device)
-        _row_lse_kernel[(slots * heads,)](
-            q, k, sinks, negative_lse, table, starts, lengths, *q.stride(), *k.stride(),
-            0 if sinks is None else sinks.stride(0), slots, heads, group, window, abs(factor), cap,
-            FLIPPED=scale < 0, **launch,
+    with torch.cuda.device_of(q):
+        if lse is not None:
+            negative_lse = lay_out(lse, -LOG2_E.value, -math.inf)
+        else:
+            negative_lse = torch.empty(heads, slots, size.resident, dtype=torch.float32, device=q.device)
+            _row_lse_kernel[(slots * heads,)](
+                q, k, sinks, negative_lse, table, starts, lengths, *q.stride(), *k.stride(),
+                0 if sinks is None else sinks.stride(0), slots, heads, group, window, abs(factor), cap,
+                FLIPPED=scale < 0, **launch,
+            )  # fmt: skip
+        weights = None if row_weights is None else lay_out(row_weights.unsqueeze(1), 1.0, 0.0)
+        _column_sum_kernel[(slots * kv_heads,)](
+            q, k, negative_lse, weights, shares, table, starts, lengths, *q.stride(), *k.stride(),
+            slots, tokens, kv_heads, group, window, factor, cap, PER_HEAD=per_head, NORMALIZE=normalize, **launch,
         )  # fmt: skip
-    weights = None if row_weights is None else lay_out(row_weights.unsqueeze(1), 1.0, 0.0)
-    _column_sum_kernel[(slots * kv_heads,)](
-        q, k, negative_lse, weights, shares, table, starts, lengths, *q.stride(), *k.stride(),
-        slots, tokens, kv_heads, group, window, factor, cap,
-        PER_HEAD=per_head, NORMALIZE=normalize, **launch,
-    )  # fmt: skip
-    if per_head:
-        return shares
-    out = torch.empty(batch, tokens, dtype=torch.float32, device=q.device)
-    _add_heads_kernel[(triton.cdiv(tokens, ADD_BLOCK), batch)](shares, out, tokens, kv_heads, BLOCK=ADD_BLOCK, num_warps=4)
+        if per_head:
+            return shares
+        out = torch.empty(batch, tokens, dtype=torch.float32, device=q.device)
+        grid = (triton.cdiv(tokens, ADD_BLOCK), batch)
+        _add_heads_kernel[grid](shares, out, tokens, kv_heads, BLOCK=ADD_BLOCK)
     return out
 
 

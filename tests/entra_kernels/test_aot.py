@@ -1,0 +1,49 @@
+"""Every Triton kernel compiles without a GPU: a subset here, all of it with `make compile-all`.
+
+In a process of its own, because a kernel of the interpreter, which the other tests need, cannot be compiled.
+"""
+
+import os
+import subprocess
+import sys
+
+CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+TOO_LITTLE_MEMORY = """
+from entra_kernels._triton import aot, attention
+case = next(case for case in attention.aot_cases("bf16", 227 * 1024) if case.head_dim == 16)
+chip = aot.Chip(backend="cuda", arch=90, shared_memory=1024)
+print(aot.inspect(case, chip, "row_lse").problem)
+"""
+
+
+def python(*arguments):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_representative_kernels_compile_for_every_chip():
+    done = python("-m", "entra_kernels._triton.aot", "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for chip in CHIPS:
+        for kernel in (
+            "bf16 attention row_lse",
+            "bf16 attention column_sum",
+            "fp32 attention column_sum",
+            "bf16 logprobs head",
+        ):
+            assert f"\n{chip} {kernel}" in "\n" + done.stdout
+
+
+def test_too_much_shared_memory_is_a_problem():
+    done = python("-c", TOO_LITTLE_MEMORY)
+    assert done.returncode == 0, done.stderr
+    assert "B of shared memory, sm_90 has 1024" in done.stdout
+
+
+def test_the_interpreter_is_refused():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "entra_kernels._triton.aot"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "unset it" in done.stderr
