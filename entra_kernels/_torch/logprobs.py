@@ -53,8 +53,8 @@ def linear_token_logprobs(
 ) -> Tensor:
     """`token_logprobs(hidden @ weight.T, targets)` tile by tile, with an online log-sum-exp over the vocabulary.
 
-    Accumulates in float32. Beside the result: one tile of logits (CPU: 16 MiB in float32); on a CPU, for bfloat16 and float16,
-    2048 rows of `hidden` and 2048 of `weight` in float32; and a few numbers per row of the tile.
+    Accumulates in float32. Beside the result: one tile of logits (CPU: 16 MiB in float32); for bfloat16 and float16, except on
+    CUDA, a tile's rows of `hidden` and `weight` in float32; and a few numbers per row of the tile.
     """
     dtype = accumulation_dtype(hidden.dtype)
     tile_rows, tile_columns = _CPU_TILE if hidden.device.type == "cpu" else _DEVICE_TILE
@@ -111,12 +111,14 @@ def _columns(ids: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _operand(matrix: Tensor) -> Tensor:
-    """A factor as the product takes it: upcast on a CPU, where half-precision products would round their result."""
-    return matrix if matrix.is_cuda else matrix.to(accumulation_dtype(matrix.dtype))
+    """A factor as the product takes it: upcast, except on CUDA, where half-precision factors can have a float32 product."""
+    if matrix.is_cuda and torch.version.hip is None:
+        return matrix
+    return matrix.to(accumulation_dtype(matrix.dtype))
 
 
 def _product(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """left @ right in `out`'s dtype: float32 out of bfloat16 or float16 factors on a GPU, from its tensor cores."""
+    """left @ right in `out`'s dtype."""
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
     else:

@@ -33,7 +33,11 @@ FREE = tl.constexpr(-(2**63))
 BLOCK = 1024
 """Tokens that a program takes at a time."""
 
-COUNTERS = 8
+COUNTED = 256
+"""Tokens that a program of `_count_kernel` takes at a time: with 8 warps at most one per thread, because Triton 3.6 for ROCm
+does not compile a compare-and-swap of several."""
+
+COUNTERS = 16
 """Programs of `_count_kernel` per sequence. Any number gives the same counts."""
 
 
@@ -172,7 +176,7 @@ def redundancy(
     with torch.cuda.device_of(logprobs):
         _select_kernel[(sequences,)](importance, starts, lengths, wanted, protected, broken, BLOCK=BLOCK)
         _count_kernel[(sequences, COUNTERS)](
-            token_ids.contiguous(), protected, starts, lengths, keys, counts, BLOCK=BLOCK, COUNTERS=COUNTERS
+            token_ids.contiguous(), protected, starts, lengths, keys, counts, BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8
         )
         _reward_kernel[(sequences,)](counts, starts, lengths, wanted, broken, reward, degenerate_reward, BLOCK=BLOCK)
     return reward, importance, protected
@@ -181,24 +185,19 @@ def redundancy(
 def aot_cases(dtype: str, shared_memory: int) -> Iterator[KernelCase]:
     """What this module launches, whatever the inputs' dtype; see `KernelCase`."""
     spans = {"starts": "*i32", "lengths": "*i32"}
-    for kernel, arguments, constexprs in (
-        (_select_kernel, {"importance": "*fp32", "counts": "*i32", "protected_out": "*i1", "broken_out": "*i32"}, {}),
-        (
-            _count_kernel,
-            {"token_ids": "*i64", "protected": "*i1", "keys": "*i64", "counts": "*i32"},
-            {"COUNTERS": COUNTERS},
-        ),
-        (
-            _reward_kernel,
-            {"counts": "*i32", "wanted": "*i32", "broken": "*i32", "reward": "*fp32", "degenerate_reward": "fp32"},
-            {},
-        ),
+    select = {"importance": "*fp32", "counts": "*i32", "protected_out": "*i1", "broken_out": "*i32"}
+    count = {"token_ids": "*i64", "protected": "*i1", "keys": "*i64", "counts": "*i32"}
+    reward = {"counts": "*i32", "wanted": "*i32", "broken": "*i32", "reward": "*fp32", "degenerate_reward": "fp32"}
+    for label, kernel, arguments, constexprs, num_warps in (
+        ("select", _select_kernel, select, {"BLOCK": BLOCK}, 4),
+        ("count", _count_kernel, count, {"BLOCK": COUNTED, "COUNTERS": COUNTERS}, 8),
+        ("reward", _reward_kernel, reward, {"BLOCK": BLOCK}, 4),
     ):
-        arguments = arguments | spans
         yield KernelCase(
-            label=kernel.__name__.strip("_"),
+            label=label,
             kernel=kernel,
-            arguments=arguments,
-            constexprs={"BLOCK": BLOCK, **constexprs},
-            divisible=tuple(name for name, kind in arguments.items() if kind.startswith("*")),
+            arguments=arguments | spans,
+            constexprs=constexprs,
+            divisible=tuple(name for name, kind in (arguments | spans).items() if kind.startswith("*")),
+            num_warps=num_warps,
         )
