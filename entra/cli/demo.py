@@ -30,8 +30,8 @@ _MARKS = ("«", "»")
 
 _READING = (
     "The reward falls with the length by itself, so that overthinking scores lower than its shorter twin proves nothing. The "
-    "control is about as long, but goes on to new things instead of repeating itself: that comparison counts. Whether new words "
-    "are to the point the reward does not ask: see how much less probable the model finds the control (log-prob). "
+    "control is about as long, but goes on to new things instead of repeating itself: that comparison counts. The reward does "
+    "not ask whether new words are to the point: see how much less probable the model finds the control (log-prob). "
     "Length-adjusted is the reward expected of {positions} unprotected tokens drawn at random, the smallest number that any "
     "shipped completion has.\n"
 )
