@@ -56,7 +56,13 @@ def traces(tmp_path_factory):
             prompt = f"add {i} and 4" if i % 3 else [{"role": "user", "content": f"add {i} and 4"}]
             text = f"first we add {i} and 4. " + "then we check; " * (i % 5)
             completion = text if i % 2 else [{"role": "assistant", "content": text}]
-            row = {"id": i, "prompt": prompt, "completion": completion, "mixed": [i, "x", None, 1.5][i % 4], "é": {"a": [i]}}
+            row = {
+                "id": i,
+                "prompt": prompt,
+                "completion": completion,
+                "mixed": [i, "\u2028 \ud800", None, 1.5][i % 4],
+                "é": {"a": [i]},
+            }
             file.write(json.dumps(row, ensure_ascii=bool(i % 2)) + "\n")
     return path
 
