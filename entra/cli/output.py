@@ -25,12 +25,13 @@ class Output:
         path: of the file.
         identity: what the rows belong to, nested dicts of JSON values; must be as it was.
         facts: recorded beside it, and not compared.
+        overwrite: throw away what is there, whatever it belongs to.
 
     Raises:
         CommandError: the file belongs to something else, is being written by another process, or cannot be opened.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any], facts: Mapping[str, Any], overwrite: bool = False) -> None:
         self._path = path
         try:
             self._file: BinaryIO = path.open("a+b")
@@ -38,6 +39,8 @@ class Output:
             raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
         try:
             _lock(self._file, path)
+            if overwrite:
+                self._file.truncate(0)
             check(path, identity)
             if recorded(path) is None:
                 _write_whole(_sidecar(path), json.dumps({**identity, **facts}, indent=1, default=json_value) + "\n")
@@ -108,12 +111,6 @@ def check(path: Path, identity: Mapping[str, Any]) -> None:
                 f"{path} exists and was made with {name}={then.get(name)!r}, now it is {now!r}; "
                 "use another --output, or --overwrite to start again"
             )
-
-
-def remove(path: Path) -> None:
-    """Delete an output and its sidecar, if they are there."""
-    path.unlink(missing_ok=True)
-    _sidecar(path).unlink(missing_ok=True)
 
 
 def json_value(value: Any) -> Any:

@@ -31,7 +31,7 @@ import torch
 
 from entra import __version__
 from entra.cli import CommandError
-from entra.cli.output import Output, check, recorded, remove
+from entra.cli.output import Output, check, recorded
 from entra.cli.rows import Row, Survey, read_rows, survey
 from entra.config import ScoreConfig
 from entra.encode import Encoder
@@ -86,8 +86,6 @@ def run(options: argparse.Namespace) -> None:
     config = _config(options)
     source = survey(options.traces)
     _check_options(options, source)
-    if options.overwrite:
-        remove(options.output)
     identity: dict[str, Any] = {
         "input": source._asdict(),
         "config": asdict(config),
@@ -95,15 +93,17 @@ def run(options: argparse.Namespace) -> None:
         "versions": versions(),
         "device": _device(),
     }
-    check(options.output, identity)
-    before = recorded(options.output)
-    if before is not None:
-        # The last digits of a CPU's sums depend on the number of threads.
-        torch.set_num_threads(int(before["threads"]))
+    if not options.overwrite:
+        check(options.output, identity)  # before the model is loaded, which takes long
+        before = recorded(options.output)
+        if before is not None:
+            # The last digits of a CPU's sums depend on the number of threads.
+            torch.set_num_threads(int(before["threads"]))
     policy = load(options.model)
     identity["weights"] = fingerprint(policy)
     summary = _Summary(options.prefix)
-    with Output(options.output, identity, {"model": options.model, "threads": torch.get_num_threads()}) as output:
+    facts = {"model": options.model, "threads": torch.get_num_threads()}
+    with Output(options.output, identity, facts, options.overwrite) as output:
         for row in output.finished():
             summary.add(row)
         summary.earlier = summary.rows

@@ -340,6 +340,8 @@ def test_output_of_something_else_is_refused(model, tmp_path, capsys):
     assert score(traces, model, output) == 2
     assert "s.jsonl.meta.json" in capsys.readouterr().err
     assert output.read_bytes() == before
+    assert score(traces, "no/such-model", output, "--overwrite") == 2
+    assert output.read_bytes() == before, "--overwrite must wait until the model is there"
     (tmp_path / "kept.json").rename(tmp_path / "s.jsonl.meta.json")
     assert score(other, model, output, "--overwrite") == 0
     assert [row["prompt"] for row in rows_of(output)] == ["add 3 and 4", "add", "add 3 and 4"]
