@@ -113,8 +113,8 @@ class Encoder:
                 "set tokenizer.chat_template or pass the prompt as text"
             )
         continued = messages[-1].get("role") == "assistant"
-        return list(
-            tokenizer.apply_chat_template(
+        try:
+            ids = tokenizer.apply_chat_template(
                 list(messages),
                 tokenize=True,
                 return_dict=False,
@@ -122,7 +122,9 @@ class Encoder:
                 continue_final_message=continued,
                 **self._chat_template_kwargs,
             )
-        )
+        except Exception as error:  # a template is a program: it raises what it likes, such as jinja2's TemplateError
+            raise ValueError(f"the chat template refuses prompt={_short(messages)}: {error}; change the messages") from error
+        return list(ids)
 
     def _completion_ids(self, completion: Any) -> list[int]:
         ids = _as_ids(completion)

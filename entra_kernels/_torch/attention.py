@@ -1,9 +1,7 @@
 """Incoming attention in blocks of query rows: softmax of a block, then one matrix product that sums its columns.
 
 A block holds [G, rows, keys] scores of one kv head, all keys up to the diagonal, so a plain softmax is exact and a single
-pass is enough: Q K^T is computed once, where two passes (log-sum-exp, then columns) would compute it twice. On 2 CPU cores
-one pass took 0.8 to 1.0 times one fused SDPA call, the fused kernel's log-sum-exp plus a column pass 1.5 to 1.7
-(9 query heads, 3 kv heads, D = 64, 1k to 4k tokens).
+pass is enough: Q K^T is computed once, where two passes (log-sum-exp, then columns) would compute it twice.
 """
 
 from __future__ import annotations
@@ -15,9 +13,10 @@ from torch import Tensor
 
 from entra_kernels._checks import accumulation_dtype
 
-# Scores in a block. On a CPU 2**18 float32 scores (1 MiB) stay in a core's L2 cache between the product, the softmax and the
-# column sums; elsewhere a block only has to be large enough to hide the launches.
-CPU_BLOCK = 2**18
+# Scores in a block. On 2 CPU cores of 2 MiB L2 each, 2**20 float32 scores and at most 128 rows took 1.00 to 1.10 times one
+# fused SDPA call at 1k to 8k tokens; 2**18 took 1.16 to 1.31 times (small products), 256 rows up to 1.37. Elsewhere a block
+# only has to be large enough to hide the launches.
+CPU_BLOCK = 2**20
 DEVICE_BLOCK = 2**24
 MIN_ROWS, MAX_ROWS = 16, 128
 
@@ -91,33 +90,38 @@ def _column_sums(
     keys = k.to(dtype).T  # [D, n]
     extra = 0 if sinks is None else 1  # a sink is one more column of the softmax, dropped afterwards
     budget = CPU_BLOCK if q.device.type == "cpu" else DEVICE_BLOCK
-    reach = count if sliding_window is None else min(count, sliding_window + MAX_ROWS)
-    most_rows = min(count, max(MIN_ROWS, min(MAX_ROWS, budget // (group * max(reach, 1)))))
-    # Two buffers for the whole sequence: a fresh allocation per block costs more in page faults than the block's arithmetic.
-    scores_buffer = q.new_empty(group * most_rows * (reach + extra), dtype=dtype)
-    probabilities_buffer = torch.empty_like(scores_buffer)
     sums = q.new_zeros(group if per_head else 1, count, dtype=dtype)
-    for begin in range(0, count, most_rows):
-        end = min(begin + most_rows, count)
+    widest = (count if sliding_window is None else min(count, sliding_window - 1 + MAX_ROWS)) + extra
+    capacity = min(max(budget, group * MIN_ROWS * widest), group * min(count, MAX_ROWS) * widest)
+    # Two buffers for the whole sequence: a fresh allocation per block costs more in page faults than the block's arithmetic.
+    buffers = q.new_empty(2, capacity, dtype=dtype)
+    end = 0
+    while end < count:
+        begin = end
         low = 0 if sliding_window is None else max(0, begin - sliding_window + 1)
+        most = min(MAX_ROWS, count - begin)
+        end = begin + min(most, max(MIN_ROWS, budget // (group * (begin + most - low + extra))))
         rows, width = end - begin, end - low
-        shape = (group, rows, width + extra)
-        scores = scores_buffer[: math.prod(shape)].view(shape)
-        visible = scores[..., :width]
-        torch.matmul(q[:, begin:end].to(dtype) * scale, keys[:, low:end], out=visible)
+        size = group * rows * (width + extra)
+        scores = buffers[0, :size].view(group * rows, width + extra)
+        visible = scores[:, :width]
+        torch.mm((q[:, begin:end].to(dtype) * scale).reshape(group * rows, -1), keys[:, low:end], out=visible)
         if softcap is not None:
             visible.div_(softcap).tanh_().mul_(softcap)
-        _hide(visible, begin - low, sliding_window)
+        _hide(visible.view(group, rows, width), begin - low, sliding_window)
         if lse is not None:
-            probabilities = visible.sub_(lse[:, begin:end, None]).exp_()
+            probabilities = visible.sub_(lse[:, begin:end].reshape(-1, 1)).exp_()
         else:
             if sinks is not None:
-                scores[..., width] = sinks[:, None]
-            softmax = torch.softmax(scores, dim=-1, out=probabilities_buffer[: math.prod(shape)].view(shape))
-            probabilities = softmax[..., :width]
-        probabilities.diagonal(begin - low, dim1=1, dim2=2).zero_()  # strictly future queries: j > i
-        block_sums = torch.matmul(weights[begin:end], probabilities)  # [G, width]
-        sums[:, low:end] += block_sums if per_head else block_sums.sum(dim=0)
+                scores[:, width] = sinks.repeat_interleave(rows)
+            probabilities = torch.softmax(scores, dim=-1, out=buffers[1, :size].view_as(scores))[:, :width]
+        by_head = probabilities.view(group, rows, width)
+        by_head.diagonal(begin - low, dim1=1, dim2=2).zero_()  # strictly future queries: j > i
+        w = weights[begin:end]
+        if per_head:
+            sums[:, low:end] += torch.matmul(w, by_head)
+        else:
+            sums[0, low:end] += torch.mv(probabilities.T, w.repeat(group))
     return sums
 
 

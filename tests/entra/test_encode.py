@@ -128,3 +128,9 @@ def test_messages_without_a_chat_template_are_an_error():
 
 def test_text_of_several_assistant_messages_is_joined():
     assert completion_text([{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]) == "ab"
+
+
+def test_a_template_that_refuses_is_a_value_error():
+    tokenizer = build_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ValueError, match=r"the chat template refuses prompt=.*roles must alternate"):
+        encoder(tokenizer).encode([{"role": "user", "content": "hi"}], "x")
