@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import difflib
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
+
+Class = TypeVar("Class", bound=type)
+
+
+def names_unknown_options(cls: Class) -> Class:
+    """Class decorator: an unknown keyword raises a TypeError that names the nearest right one. For keyword-only classes."""
+    original = cls.__init__  # type: ignore[misc]
+    known = [name for name in inspect.signature(original).parameters if name != "self"]
+
+    @functools.wraps(original)
+    def __init__(self: Any, **options: Any) -> None:
+        unknown = next((name for name in options if name not in known), None)
+        if unknown is not None:
+            raise TypeError(f"{cls.__name__}() got an unknown keyword {unknown!r}; {nearest_of(unknown, known)}")
+        original(self, **options)
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+def nearest_of(name: str, known: Sequence[str]) -> str:
+    """The end of an error message: the known name that is meant, or all of them."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
+
+
+# What scoring itself passes to apply_chat_template.
+_TEMPLATE_ARGUMENTS = {"conversation", "tokenize", "return_dict", "add_generation_prompt", "continue_final_message"}
+FLOAT32_MAX = 3.4028234663852886e38
 
 Statistic = Literal["mean", "lift"]
 HeadReduction = Literal["mean", "max"]
@@ -13,12 +44,14 @@ RankingScope = Literal["completion", "sequence"]
 Backend = Literal["auto", "reference", "torch", "triton"]
 
 
+@names_unknown_options
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """How a completion is scored. Frozen, keyword-only, checks itself; the defaults are docs/method.md's.
 
     Raises:
         ValueError: a value outside its range; the message names the field, the value and the rule.
+        TypeError: a value of another type, or an unknown option (the nearest right one is named).
     """
 
     attention_weight: float = 2.0
@@ -50,17 +83,18 @@ class ScoreConfig:
     """Padded tokens in one forward: memory and speed, results do not depend on it. None: 16,384 on a GPU, 1,024 on a CPU, where
     large batches gain nothing and padding costs as much as tokens."""
 
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Further arguments of `apply_chat_template` for chat prompts, e.g. {"enable_thinking": False}."""
 
     backend: Backend = "auto"
     """The kernels' backend: "auto" is Triton on CUDA and ROCm, else torch."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.attention_weight):
-            raise ValueError(f"attention_weight={self.attention_weight} must be finite; the paper used 2.0 and 1e-4")
-        if not 0.0 <= self.protect_fraction <= 1.0:
-            raise ValueError(f"protect_fraction={self.protect_fraction} must be in [0, 1]; 0.2 protects the top 20 %")
+        check_number("attention_weight", self.attention_weight, -FLOAT32_MAX, FLOAT32_MAX, "the paper used 2.0 and 1e-4")
+        check_number("protect_fraction", self.protect_fraction, 0.0, 1.0, "0.2 protects the top 20 %")
+        check_number("degenerate_reward", self.degenerate_reward, -FLOAT32_MAX, FLOAT32_MAX, "rewards lie in 0 to 1")
+        check_integer("length_adjusted", self.length_adjusted, 2, "positions, or None for no adjustment")
+        check_integer("token_budget", self.token_budget, 1, "tokens, or None")
         for name, kind in (
             ("attention_statistic", Statistic),
             ("head_reduction", HeadReduction),
@@ -70,9 +104,30 @@ class ScoreConfig:
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, get_args(kind)))}")
-        if not math.isfinite(self.degenerate_reward):
-            raise ValueError(f"degenerate_reward={self.degenerate_reward} must be finite")
-        if self.length_adjusted is not None and self.length_adjusted < 2:
-            raise ValueError(f"length_adjusted={self.length_adjusted} must be at least 2 positions, or None for no adjustment")
-        if self.token_budget is not None and self.token_budget < 1:
-            raise ValueError(f"token_budget={self.token_budget} must be at least 1 token, or None")
+        if not isinstance(self.chat_template_kwargs, Mapping):
+            raise TypeError(f"chat_template_kwargs={self.chat_template_kwargs!r} must be a mapping of names to values")
+        reserved = _TEMPLATE_ARGUMENTS & set(self.chat_template_kwargs)
+        if reserved:
+            raise ValueError(f"chat_template_kwargs holds {min(reserved)!r}, which scoring sets itself; leave it out")
+
+
+def check_number(name: str, value: Any, low: float, high: float, hint: str) -> None:
+    """Raises when `value` is no number (TypeError) or outside [low, high] (ValueError)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}; {hint}")
+    if not low <= value <= high:
+        if high == FLOAT32_MAX:
+            rule = "finite" if low == -FLOAT32_MAX else f"at least {low:g} and finite"
+        else:
+            rule = f"at most {high:g} and finite" if low == -FLOAT32_MAX else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}={value} must be {rule}; {hint}")
+
+
+def check_integer(name: str, value: Any, low: int, unit: str) -> None:
+    """Raises when `value` is neither None nor a whole number (TypeError), or below `low` (ValueError)."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be a whole number of {unit}, not {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name}={value} must be at least {low} {unit}")

@@ -10,6 +10,7 @@ Decisions taken here:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,17 +56,9 @@ class Encoder:
             ValueError: text without a tokenizer, messages without a chat template, an empty prompt without a BOS id, ids
                 outside the vocabulary, or more tokens than the model's context.
         """
-        row = EncodedRow(
-            self._prompt_ids(prompt), self._completion_ids(completion if completion_ids is None else completion_ids)
-        )
-        if self.vocab_size is not None:
-            for name, ids in (("prompt", row.prompt), ("completion", row.completion)):
-                wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-                if wrong is not None:
-                    raise ValueError(
-                        f"the {name} holds token id {wrong}, outside the model's vocabulary 0 to {self.vocab_size - 1}; "
-                        "tokenizer and model do not belong together"
-                    )
+        ids = self._prompt_ids(prompt)
+        self._check_vocabulary("prompt", ids)
+        row = EncodedRow(ids, self.encode_completion(completion if completion_ids is None else completion_ids))
         tokens = len(row.prompt) + len(row.completion)
         if self.context is not None and tokens > self.context:
             raise ValueError(
@@ -73,6 +66,38 @@ class Encoder:
                 "shorten the row or score with a model of longer context"
             )
         return row
+
+    def encode_completion(self, completion: Any) -> list[int]:
+        """Token ids of a completion without pads and trailing EOS; raises as `encode` does."""
+        ids = as_ids(completion)
+        if ids is None:
+            text = completion_text(completion)
+            ids = list(self._tokenizer_for("text")(text, add_special_tokens=False)["input_ids"])
+        ids = self.trimmed(ids)
+        self._check_vocabulary("completion", ids)
+        return ids
+
+    def has_ended(self, ids: Sequence[int]) -> bool:
+        """Whether a completion's ids end in EOS, pads apart.
+
+        Raises:
+            ValueError: neither tokenizer nor model names an EOS id.
+        """
+        if not self.eos_ids:
+            raise ValueError(
+                "neither the tokenizer nor the model names an EOS id, so nothing tells which completions have ended"
+            )
+        kept = [int(i) for i in ids if int(i) in self.eos_ids or int(i) not in self._pad_ids]
+        return bool(kept) and kept[-1] in self.eos_ids
+
+    def _check_vocabulary(self, name: str, ids: Sequence[int]) -> None:
+        wrong = next((i for i in ids if i < 0 or (self.vocab_size is not None and i >= self.vocab_size)), None)
+        if wrong is not None:
+            last = "" if self.vocab_size is None else f" to {self.vocab_size - 1}"
+            raise ValueError(
+                f"the {name} holds token id {wrong}, outside the model's vocabulary 0{last}; "
+                "tokenizer and model do not belong together"
+            )
 
     def trimmed(self, ids: Sequence[int]) -> list[int]:
         """`ids` without trailing EOS and pads."""
@@ -82,7 +107,7 @@ class Encoder:
         return list(ids[:end])
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
-        ids = _as_ids(prompt)
+        ids = as_ids(prompt)
         if ids is not None:
             first = 0
             while first < len(ids) and ids[first] in self._pad_ids:
@@ -92,8 +117,10 @@ class Encoder:
             ids = ids[first:]
         elif isinstance(prompt, str):
             ids = list(self._tokenizer_for("text")(prompt)["input_ids"])
+            if ids and ids[-1] in self.eos_ids and not prompt.endswith(self._tokenizer_for("text").eos_token or "\0"):
+                ids.pop()  # some tokenizers end every text with EOS; the completion continues this one
         elif _is_chat(prompt):
-            ids = self._chat_ids(prompt)
+            ids = self._chat_ids(_as_list(prompt))
         else:
             raise TypeError(f"prompt={_short(prompt)} must be text, a list of chat messages, or a list of token ids")
         if not ids:
@@ -126,13 +153,6 @@ class Encoder:
             raise ValueError(f"the chat template refuses prompt={_short(messages)}: {error}; change the messages") from error
         return list(ids)
 
-    def _completion_ids(self, completion: Any) -> list[int]:
-        ids = _as_ids(completion)
-        if ids is None:
-            text = completion_text(completion)
-            ids = list(self._tokenizer_for("text")(text, add_special_tokens=False)["input_ids"])
-        return self.trimmed(ids)
-
     def _tokenizer_for(self, what: str) -> Any:
         if self._tokenizer is None:
             raise ValueError(f"tokenizer=None, but {what} must be tokenised; pass tokenizer=..., or token ids")
@@ -156,21 +176,36 @@ def completion_text(completion: Any) -> str:
                 f"completion={_short(completion)} holds a message of role {message.get('role')!r}; only the assistant's can be "
                 "scored: pass completion_ids for tool-using rollouts"
             )
+        if message.get("reasoning_content"):
+            raise ValueError(
+                f"completion={_short(completion)} holds reasoning_content, which would go unscored; put the reasoning into "
+                "content as the model wrote it, or pass completion_ids"
+            )
         if not isinstance(message.get("content"), str):
             raise TypeError(f"completion={_short(completion)} holds a message whose content is not text")
     return "".join(message["content"] for message in completion)
 
 
-def _as_ids(value: Any) -> list[int] | None:
-    """A list of ints when `value` is one (or a 1-D integer tensor or array); an empty list counts as ids; else None."""
-    if hasattr(value, "tolist") and not isinstance(value, str):
-        value = value.tolist()
+def as_ids(value: Any) -> list[int] | None:
+    """A list of ints when `value` is one, or a 1-D integer tensor or array; an empty list counts as ids; else None."""
+    value = _as_list(value)
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return None
-    return list(value) if all(isinstance(i, int) and not isinstance(i, bool) for i in value) else None
+    if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in value):
+        return None
+    try:
+        return [operator.index(i) for i in value]
+    except TypeError:  # floating-point tensors have an __index__ that refuses
+        return None
+
+
+def _as_list(value: Any) -> Any:
+    """Arrays and tensors as lists: what pandas and datasets make of ids and messages in a Parquet file."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_chat(value: Any) -> bool:
+    value = _as_list(value)
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str | bytes)

@@ -3,17 +3,20 @@
 A hook on the language-model head takes the hidden states on their way in, turns those of the wanted positions into
 log-probabilities in chunks, and lets only the last position through. So the model computes [B, 1, vocabulary] logits instead of
 [B, N, vocabulary], whatever its class, and the work happens while the head's weight is whole (FSDP2 and ZeRO-3 gather it only
-for the head's own forward). What the model does to its logits after the head (scaling, softcap) is read from its config and
-then checked against the logits that it returns, so an unknown transform is an error and never a silently wrong number.
+for the head's own forward). What the model does to its logits after the head (scaling, softcap) is read from its config; the
+last position's logits, computed the same way, are then compared with those that the model returns, so an unknown transform is
+an error and never a silently wrong number.
 
 Rows are padded on the right and run without an attention mask, which is exact for causal models: no token sees a later one.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +28,7 @@ from entra_kernels import linear_token_logprobs, token_logprobs
 # Logits of one chunk when the head must be called as a module (LoRA on the head, quantised heads): 2**24 are 64 MiB in float32.
 _CHUNK_LOGITS = 2**24
 
-# Padded tokens of one forward when the config leaves it open. 48 rows of mixed length on 2 CPU cores took 22 s with 1,024 and
-# 29 s with 16,384 (SmolLM2-135M): a CPU is busy with a single row, and padding only adds to it.
+# Padded tokens of one forward when the config leaves it open. A CPU is busy with a single row, and padding only adds to it.
 _CPU_TOKEN_BUDGET, _DEVICE_TOKEN_BUDGET = 1_024, 16_384
 
 
@@ -66,7 +68,7 @@ def token_signals(model: Any, rows: Sequence[Sequence[int]], last: Sequence[int]
     """
     model = unwrapped(model)
     signals: list[TokenSignals | None] = [None] * len(rows)
-    with torch.no_grad(), _evaluation_mode(model):
+    with _lock(model), torch.no_grad(), _evaluation_mode(model):
         device = model.get_input_embeddings().weight.device
         budget = config.token_budget or (_CPU_TOKEN_BUDGET if device.type == "cpu" else _DEVICE_TOKEN_BUDGET)
         for batch in _micro_batches([len(row) for row in rows], budget):
@@ -74,6 +76,14 @@ def token_signals(model: Any, rows: Sequence[Sequence[int]], last: Sequence[int]
             for r, result in zip(batch, results, strict=True):
                 signals[r] = result
     return [signal for signal in signals if signal is not None]
+
+
+_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+
+
+def _lock(model: Any) -> threading.RLock:
+    """One thread at a time runs a model: hooks, mode and the captured module's config belong to its forward."""
+    return _LOCKS.setdefault(model, threading.RLock())
 
 
 def unwrapped(model: Any) -> Any:
@@ -113,7 +123,7 @@ def _forward(
     targets = input_ids.view(-1)[positions + 1].to(device)
     positions, input_ids = positions.to(device), input_ids.to(device)
     with (
-        _head_logprobs(model, positions, targets, config.backend) as head,
+        _head_logprobs(model, input_ids.shape, positions, targets, config.backend) as head,
         capture_incoming_attention(
             model,
             length=length.to(device),
@@ -122,7 +132,7 @@ def _forward(
             backend=config.backend,
         ) as captured,
     ):
-        output = model(input_ids=input_ids, use_cache=False)
+        output = model(input_ids=input_ids, use_cache=False, return_dict=True)
     head.check(output.logits)
     logprobs = head.logprobs.to(device).split(last)
     incoming = captured.incoming.to(device)
@@ -132,42 +142,49 @@ def _forward(
 
 
 class _HeadLogprobs:
-    """Hooks of the language-model head: log-probabilities of the wanted positions, logits of the last one only."""
+    """A hook on the language-model head: log-probabilities of the wanted positions, logits of the last one only."""
 
-    def __init__(self, transform: _LogitTransform, positions: Tensor, targets: Tensor, backend: str) -> None:
+    def __init__(self, transform: _LogitTransform, shape: torch.Size, positions: Tensor, targets: Tensor, backend: str) -> None:
         self._transform = transform
+        self._shape = shape
         self._positions = positions
         self._targets = targets
         self._backend = backend
         self._busy = False
-        self._last: Tensor | None = None
-        self._logprobs: Tensor | None = None
+        self._results: tuple[Tensor, Tensor] | None = None
 
     @property
     def logprobs(self) -> Tensor:
         """float32 [positions]; RuntimeError when the head never ran."""
-        if self._logprobs is None:
+        return self._finished()[0]
+
+    def _finished(self) -> tuple[Tensor, Tensor]:
+        if self._results is None:
             raise RuntimeError(
                 "the model's forward did not call the head that get_output_embeddings() names; pass another model"
             )
-        return self._logprobs
+        return self._results
 
     def before(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The pre-forward hook: takes hidden [B, N, C], lets [B, 1, C] through."""
         if self._busy:
             return None
         hidden = args[0]
+        if hidden.shape[:2] != self._shape:
+            raise RuntimeError(
+                f"the head received hidden states of shape {list(hidden.shape)} for ids of shape {list(self._shape)}; adapters "
+                "that add virtual tokens (prompt tuning) cannot be scored: merge or disable the adapter"
+            )
         self._busy = True  # the head may be called below, and must then run as it is
         try:
-            self._logprobs = self._compute(head, hidden.reshape(-1, hidden.shape[-1])[self._positions.to(hidden.device)])
+            self._results = self._compute(head, hidden)
         finally:
             self._busy = False
         return (hidden[:, -1:], *args[1:])
 
-    def after(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if not self._busy:
-            self._last = output
-
-    def _compute(self, head: nn.Module, hidden: Tensor) -> Tensor:
+    def _compute(self, head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of the wanted positions, and the last position's logits [B, 1, V] by the same arithmetic."""
+        wanted = hidden.reshape(-1, hidden.shape[-1])[self._positions.to(hidden.device)]
         targets = self._targets.to(hidden.device)
         weight = getattr(head, "weight", None)
         if (
@@ -176,50 +193,52 @@ class _HeadLogprobs:
             and type(weight) is nn.Parameter
             and weight.is_floating_point()
         ):
-            return linear_token_logprobs(
-                hidden.to(weight.dtype),
+            bias: Any = head.bias
+            last = nn.functional.linear(hidden[:, -1:].to(weight.dtype), weight, bias)
+            logprobs = linear_token_logprobs(
+                wanted.to(weight.dtype),
                 weight,
                 targets,
-                bias=head.bias,  # type: ignore[arg-type]
+                bias=bias,
                 logit_scale=self._transform.scale,
                 softcap=self._transform.softcap,
                 backend=self._backend,
             )
-        rows = max(1, _CHUNK_LOGITS // int(getattr(head, "out_features", _CHUNK_LOGITS // 64)))
-        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-        return torch.cat([token_logprobs(self._transform(head(h).float()), t, backend=self._backend) for h, t in chunks])
+            return logprobs, self._transform(last.float())
+        last = head(hidden[:, -1:])
+        rows = max(1, _CHUNK_LOGITS // last.shape[-1])
+        chunks = zip(wanted.split(rows), targets.split(rows), strict=True)
+        parts = [token_logprobs(self._transform(head(h).float()), t, backend=self._backend) for h, t in chunks]
+        return torch.cat(parts), self._transform(last.float())
 
     def check(self, logits: Tensor) -> None:
-        """Raises a RuntimeError when the model's own logits are not the head's output after the known transform."""
-        if self._last is None:
-            raise RuntimeError(
-                "the model's forward did not call the head that get_output_embeddings() names; pass another model"
-            )
-        expected = self._transform(self._last.float())
+        """Raises a RuntimeError when the model's own logits [B, 1, V] are not what the log-probs were computed from."""
+        expected = self._finished()[1]
         got = logits.float().to(expected.device)
-        # The model applies the transform in its own precision; a wrong transform is off by far more than one rounding.
-        tolerance = 4 * torch.finfo(logits.dtype).eps * expected.abs().amax().nan_to_num(0.0, 0.0) + 1e-6
+        # The model transforms in its own precision; a wrong transform is off by far more than one rounding. Rows that are not
+        # finite are not compared: they become None, and must not take the others with them.
+        largest = expected.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=-1, keepdim=True)
+        tolerance = 4 * torch.finfo(logits.dtype).eps * largest + 1e-6
         if got.shape != expected.shape or bool(((got - expected).abs() > tolerance).any()):
             raise RuntimeError(
                 f"the model changes its head's output in a way that is not known (known: logit_scale={self._transform.scale}, "
-                f"softcap={self._transform.softcap}); score with your own logprobs=..., or with another model"
+                f"softcap={self._transform.softcap}, no hooks on the head); score with your own logprobs=..., or another model"
             )
 
 
 @contextmanager
-def _head_logprobs(model: Any, positions: Tensor, targets: Tensor, backend: str) -> Iterator[_HeadLogprobs]:
+def _head_logprobs(model: Any, shape: torch.Size, positions: Tensor, targets: Tensor, backend: str) -> Iterator[_HeadLogprobs]:
     head = model.get_output_embeddings()
     if head is None:
         raise RuntimeError(
             f"{type(model).__name__} has no language-model head (get_output_embeddings() is None); pass a causal LM"
         )
-    hooks = _HeadLogprobs(_logit_transform(model), positions, targets, backend)
-    handles = [head.register_forward_pre_hook(hooks.before), head.register_forward_hook(hooks.after)]
+    hook = _HeadLogprobs(_logit_transform(model), shape, positions, targets, backend)
+    handle = head.register_forward_pre_hook(hook.before)
     try:
-        yield hooks
+        yield hook
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 def _logit_transform(model: Any) -> _LogitTransform:

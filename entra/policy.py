@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,13 +24,17 @@ _BOUND: ContextVar[Policy | None] = ContextVar("entra_bound_policy", default=Non
 def bind_policy(model: Any, tokenizer: Any | None = None) -> Iterator[None]:
     """Inside the block, `score_batch` and `EntraReward` without a model of their own score with this one.
 
-    This is how a reward function, which a trainer hands nothing but text and ids, reaches the live policy:
-    `EntraGRPOTrainer` enters it around its reward functions. Blocks nest; each thread and task has its own binding.
+    This is how a reward function, which a trainer hands nothing but text and ids, reaches the live policy: enter it around
+    `trainer.train()`. Blocks nest; each thread and task has its own binding. One model is scored by one thread at a time.
 
     Args:
         model: a transformers causal LM, or a wrapper around one (PEFT, DDP, FSDP2, torch.compile).
         tokenizer: its tokenizer; not needed when prompts and completions are token ids.
+
+    Raises:
+        TypeError: `model` is not a torch module.
     """
+    _check_model(model)
     token = _BOUND.set(Policy(model, tokenizer))
     try:
         yield
@@ -39,10 +44,11 @@ def bind_policy(model: Any, tokenizer: Any | None = None) -> Iterator[None]:
 
 def resolve_policy(model: Any | None, tokenizer: Any | None) -> Policy | None:
     """The policy to score with: `model` when given (loaded when it is a name), else the bound one, else None."""
-    if isinstance(model, str):
-        loaded = load_policy(model)
+    if isinstance(model, str | os.PathLike):
+        loaded = load_policy(os.fspath(model))
         return Policy(loaded.model, loaded.tokenizer if tokenizer is None else tokenizer)
     if model is not None:
+        _check_model(model)
         return Policy(model, tokenizer)
     bound = _BOUND.get()
     if bound is not None and tokenizer is not None:
@@ -50,9 +56,19 @@ def resolve_policy(model: Any | None, tokenizer: Any | None) -> Policy | None:
     return bound
 
 
-@lru_cache(maxsize=1)
+def _check_model(model: Any) -> None:
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"model={model!r} must be a transformers causal LM, or for score_batch a folder, a hub name or 'smollm2'; "
+            f"not {type(model).__name__}"
+        )
+
+
+@lru_cache(maxsize=2)
 def load_policy(name: str) -> Policy:
-    """Model and tokenizer by name; the last one stays in memory for the next call.
+    """Model and tokenizer by name, on the GPU where there is one; the last two stay in memory for the next call.
 
     Args:
         name: a folder or a hub name, as for `AutoModelForCausalLM.from_pretrained`, or "smollm2" for the
@@ -62,13 +78,14 @@ def load_policy(name: str) -> Policy:
         RuntimeError: "smollm2" without its packages; the message says how to install them.
         OSError: transformers cannot find the name.
     """
+    import torch
+
     if name == "smollm2":
         from entra.smollm2 import load_smollm2
 
-        return Policy(*load_smollm2())
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+        model, tokenizer = load_smollm2()
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Policy(model, AutoTokenizer.from_pretrained(name))
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
+    return Policy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)

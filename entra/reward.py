@@ -6,11 +6,12 @@ however small. Hence the options below; docs/method.md argues each.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from entra.config import ScoreConfig
+from entra.config import FLOAT32_MAX, ScoreConfig, check_integer, check_number, names_unknown_options
 from entra.encode import Encoder
 from entra.forward import unwrapped
 from entra.policy import resolve_policy
@@ -19,20 +20,21 @@ from entra.score import score_batch
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
+@names_unknown_options
 class EntraReward:
     """A TRL reward function: `score_batch` behind a correctness gate and guards against reward hacking.
 
-        trainer = entra_trainer_or_trl_trainer(reward_funcs=[entra.EntraReward(gate=accuracy_reward)], ...)
+        trainer = trl.GRPOTrainer(reward_funcs=[entra.EntraReward(model=frozen, tokenizer=tok, gate=accuracy_reward)], ...)
 
-    Picklable when its parts are, named, synchronous. Works in a plain `trl.GRPOTrainer` with a model of its own (a frozen
-    scorer), or with the policy bound by `entra.bind_policy`.
+    Picklable when its parts are, named, synchronous. Scores with a model of its own (a frozen scorer), or with the live policy
+    when `entra.bind_policy` is around `trainer.train()`.
 
     Args:
         model: a frozen scorer, as for `score_batch`; None: the bound policy.
         tokenizer: its tokenizer.
         config: the options of the method; None: the defaults.
         gate: any TRL reward function, such as an accuracy reward. Each reward is multiplied by what it returns (at least 0), so
-            only right answers are paid for being concise; None from the gate gives None.
+            only right answers are paid for being concise; None from the gate gives None. Must not be async.
         min_length: completions of fewer tokens get 0, because few tokens never repeat.
         min_mean_logprob: completions whose mean log P is lower get 0, because gibberish never repeats either; None: no floor.
         dead_band: rewards of one prompt's completions that differ by less than this in all are set to their mean, so that noise
@@ -42,7 +44,7 @@ class EntraReward:
 
     Raises:
         ValueError: an option outside its range.
-        TypeError: a gate that cannot be called.
+        TypeError: an option of another type, or an unknown one (the nearest right one is named).
 
     Source: docs/method.md, "The reward as an objective".
     """
@@ -60,14 +62,18 @@ class EntraReward:
         skip_truncated: bool = False,
         name: str = "entra_reward",
     ) -> None:
-        if gate is not None and not callable(gate):
-            raise TypeError(f"gate={gate!r} must be a reward function: called with prompts, completions and columns")
-        if min_length < 0:
-            raise ValueError(f"min_length={min_length} must be at least 0 tokens")
-        if min_mean_logprob is not None and not min_mean_logprob <= 0:
-            raise ValueError(f"min_mean_logprob={min_mean_logprob} must be a mean log-probability, at most 0; or None")
-        if not 0 <= dead_band < math.inf:
-            raise ValueError(f"dead_band={dead_band} must be at least 0 and finite; rewards lie in [0, 1]")
+        if gate is not None and (not callable(gate) or inspect.iscoroutinefunction(gate)):
+            raise TypeError(
+                f"gate={gate!r} must be a synchronous reward function: called with prompts, completions and columns"
+            )
+        if config is not None and not isinstance(config, ScoreConfig):
+            raise TypeError(f"config={config!r} must be an entra.ScoreConfig, not {type(config).__name__}")
+        if not isinstance(name, str):
+            raise TypeError(f"name={name!r} must be text, under which the trainer logs the reward")
+        check_integer("min_length", min_length, 0, "tokens")
+        if min_mean_logprob is not None:
+            check_number("min_mean_logprob", min_mean_logprob, -FLOAT32_MAX, 0.0, "it is a mean log-probability")
+        check_number("dead_band", dead_band, 0.0, FLOAT32_MAX, "rewards lie in 0 to 1")
         self.model = model
         self.tokenizer = tokenizer
         self.config = ScoreConfig() if config is None else config
@@ -88,7 +94,8 @@ class EntraReward:
         """One reward per completion, or None for those that are not scored. `columns` go to the gate.
 
         Raises:
-            ValueError: `skip_truncated` without completion ids, or a gate that returns another number of values.
+            ValueError: `skip_truncated` without completion ids or EOS id, or a gate that does not return one finite number or
+                None for each completion.
         """
         scores = score_batch(
             prompts,
@@ -104,11 +111,7 @@ class EntraReward:
         rewards = guarded(scores.rewards, lengths, mean_logprobs, self.min_length, self.min_mean_logprob)
         if self.gate is not None:
             allowed = self.gate(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-            if len(allowed) != len(rewards):
-                raise ValueError(
-                    f"gate returned {len(allowed)} values for {len(rewards)} completions; it must return one for each"
-                )
-            rewards = gated(rewards, allowed)
+            rewards = gated(rewards, _checked_gate(allowed, len(rewards)))
         if self.skip_truncated:
             rewards = self._without_truncated(rewards, completion_ids)
         return dead_banded(rewards, [_group_key(prompt) for prompt in prompts], self.dead_band)
@@ -118,9 +121,19 @@ class EntraReward:
             raise ValueError("skip_truncated=True needs completion_ids, whose last id tells whether the completion had ended")
         policy = resolve_policy(self.model, self.tokenizer)
         model = None if policy is None else unwrapped(policy.model)
-        eos_ids = Encoder(None if policy is None else policy.tokenizer, model, {}).eos_ids
-        ended = [len(ids) > 0 and int(ids[-1]) in eos_ids for ids in completion_ids]
-        return [reward if end else None for reward, end in zip(rewards, ended, strict=True)]
+        encoder = Encoder(None if policy is None else policy.tokenizer, model, {})
+        return [reward if encoder.has_ended(ids) else None for reward, ids in zip(rewards, completion_ids, strict=True)]
+
+
+def _checked_gate(values: Any, count: int) -> list[float | None]:
+    """The gate's values, one finite number or None for each completion."""
+    if not isinstance(values, Sequence) or len(values) != count:
+        got = f"{len(values)} values" if isinstance(values, Sequence) else repr(values)
+        raise ValueError(f"gate returned {got} for {count} completions; it must return a list with one number or None for each")
+    for i, value in enumerate(values):
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"gate returned {value!r} for row {i}; it must be a finite number, or None for not scored")
+    return list(values)
 
 
 def guarded(

@@ -12,8 +12,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from entra.config import ScoreConfig
-from entra.encode import EncodedRow, Encoder
+from entra.config import ScoreConfig, nearest_of
+from entra.encode import EncodedRow, Encoder, as_ids
 from entra.forward import TokenSignals, token_signals, unwrapped
 from entra.policy import Policy, resolve_policy
 from entra.rarefaction import rarefied_redundancy
@@ -51,8 +51,13 @@ def score_batch(
     completions: Sequence[Any] | None,
     completion_ids: Sequence[Any] | None = ...,
     *,
+    model: Any | None = ...,
+    tokenizer: Any | None = ...,
+    logprobs: Sequence[Any] | None = ...,
+    incoming: Sequence[Any] | None = ...,
+    config: ScoreConfig | None = ...,
     details: Literal[False] = ...,
-    **options: Any,
+    **columns: Any,
 ) -> list[float | None]: ...
 @overload
 def score_batch(
@@ -60,8 +65,13 @@ def score_batch(
     completions: Sequence[Any] | None,
     completion_ids: Sequence[Any] | None = ...,
     *,
+    model: Any | None = ...,
+    tokenizer: Any | None = ...,
+    logprobs: Sequence[Any] | None = ...,
+    incoming: Sequence[Any] | None = ...,
+    config: ScoreConfig | None = ...,
     details: Literal[True],
-    **options: Any,
+    **columns: Any,
 ) -> Scores: ...
 def score_batch(
     prompts: Sequence[Any],
@@ -102,7 +112,7 @@ def score_batch(
         ValueError: numbers of rows that differ, a row that cannot be encoded (see `entra.encode`), logprobs or incoming that do
             not fit the tokens, a model that cannot be scored.
         TypeError: an unknown keyword (the nearest right one is named), or a row that is neither text nor messages nor ids.
-        RuntimeError: no model at all.
+        RuntimeError: no model at all; logprobs or incoming that require grad; a model whose logits cannot be reproduced.
 
     Source: arXiv 2601.07123; docs/method.md.
     """
@@ -114,6 +124,11 @@ def score_batch(
     config = ScoreConfig() if config is None else config
     if not isinstance(config, ScoreConfig):
         raise TypeError(f"config={config!r} must be an entra.ScoreConfig, not {type(config).__name__}")
+    for name, rows in (("prompts", prompts), ("completions", completions), ("completion_ids", completion_ids)):
+        if isinstance(rows, str | bytes):
+            raise TypeError(
+                f"{name}={rows[:40]!r} must be a list with one entry per completion, not a single text; use [{name}]"
+            )
     count = len(prompts)
     for name, rows in (
         ("completions", completions),
@@ -130,39 +145,43 @@ def score_batch(
     if policy is None and count and (logprobs is None or incoming is None):
         raise RuntimeError(
             "there is no model to score with; pass model=... (and tokenizer=... for text), or call inside "
-            "entra.bind_policy(model, tokenizer) as EntraGRPOTrainer does, or pass logprobs=... and incoming=..."
+            "entra.bind_policy(model, tokenizer), or pass logprobs=... and incoming=..."
         )
-    rows = _encode(prompts, completions, completion_ids, policy, tokenizer, config)
-    signals = _signals(rows, policy, logprobs, incoming, config, completions if completion_ids is None else completion_ids)
+    given = completions if completion_ids is None else completion_ids
+    rows = _encode(prompts, given, policy, tokenizer, config, forward=logprobs is None or incoming is None)
+    signals = _signals(rows, policy, logprobs, incoming, config, given)
     scores = _assemble(rows, signals, config)
     return scores if details else scores.rewards
 
 
 def _unknown_keyword(name: str) -> str:
     config_fields = [field.name for field in fields(ScoreConfig)]
-    nearest = difflib.get_close_matches(name, [*_OPTIONS, *config_fields], n=1, cutoff=0.5)
-    if nearest and nearest[0] in config_fields:
-        remedy = f"pass it as config=entra.ScoreConfig({nearest[0]}=...)"
+    if difflib.get_close_matches(name, [*_OPTIONS, *config_fields], n=1, cutoff=0.5)[:1] in (
+        [field] for field in config_fields
+    ):
+        remedy = f"{nearest_of(name, config_fields)} Pass it as config=entra.ScoreConfig(...)"
     else:
-        remedy = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(_OPTIONS)}"
+        remedy = nearest_of(name, _OPTIONS)
     return f"score_batch() got an unknown keyword {name!r}; {remedy}"
 
 
 def _encode(
     prompts: Sequence[Any],
     completions: Sequence[Any] | None,
-    completion_ids: Sequence[Any] | None,
     policy: Policy | None,
     tokenizer: Any | None,
     config: ScoreConfig,
+    forward: bool,
 ) -> list[EncodedRow]:
+    """Token ids of every row; of the completions alone when no forward will run."""
     model = None if policy is None else unwrapped(policy.model)
     encoder = Encoder(tokenizer if policy is None else policy.tokenizer, model, config.chat_template_kwargs)
     rows = []
-    for i, prompt in enumerate(prompts):
-        ids = None if completion_ids is None else completion_ids[i]
+    for i, (prompt, completion) in enumerate(zip(prompts, completions or (), strict=True)):
         try:
-            rows.append(encoder.encode(prompt, None if completions is None else completions[i], ids))
+            rows.append(
+                encoder.encode(prompt, completion) if forward else EncodedRow([], encoder.encode_completion(completion))
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"row {i}: {error}") from error
     return rows
@@ -188,7 +207,8 @@ def _signals(
     signals = []
     for i, row in enumerate(rows):
         ranked = len(_ranked(row, config))
-        length = None if given is None or isinstance(given[i], str) else len(given[i])
+        ids = None if given is None else as_ids(given[i])
+        length = None if ids is None else len(ids)
         signals.append(
             TokenSignals(
                 computed[i].logprobs if logprobs is None else _given("logprobs", i, logprobs[i], ranked, length),
@@ -220,7 +240,14 @@ def _ranked(row: EncodedRow, config: ScoreConfig) -> list[int]:
 
 def _given(name: str, i: int, value: Any, tokens: int, untrimmed: int | None) -> Tensor:
     """One row of values that were passed in: [n], or with values for the trailing EOS and pads that were dropped."""
-    tensor = torch.as_tensor(value, dtype=torch.float32).detach()
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"row {i}: {name} requires grad, but scores have no gradient; pass {name} detached")
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"row {i}: {name} must be one number per completion token, not {type(value).__name__}: {error}"
+        ) from error
     if tensor.ndim != 1 or tensor.shape[0] not in (tokens, untrimmed):
         raise ValueError(
             f"row {i}: {name} has shape {list(tensor.shape)} but the completion has {tokens} tokens without pads and trailing "
@@ -253,10 +280,11 @@ def _assemble(rows: list[EncodedRow], signals: list[TokenSignals], config: Score
             warnings.warn(f"row {i}: a log-prob or incoming attention is not finite; its reward is None", RuntimeWarning, 3)
             rewards.append(None)
             continue
-        if config.length_adjusted is not None:
-            unprotected = ranked[i][~protected[i]]
-            if unprotected.numel() > 1:
-                reward = rarefied_redundancy(unprotected, config.length_adjusted)
+        unprotected = ranked[i][~protected[i]]
+        if unprotected.numel() <= 1:
+            reward = config.degenerate_reward  # as given, not rounded to float32
+        elif config.length_adjusted is not None:
+            reward = rarefied_redundancy(unprotected, config.length_adjusted)
         rewards.append(reward)
 
     def completion(values: Sequence[Tensor]) -> list[Tensor]:

@@ -1,9 +1,11 @@
 """Text, chat messages and ids become the same ids, and what cannot be encoded says why."""
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import VOCABULARY, build
 from tiny_tokenizer import build_tokenizer
+from tokenizers import processors
 
 from entra.encode import Encoder, completion_text
 
@@ -134,3 +136,39 @@ def test_a_template_that_refuses_is_a_value_error():
     tokenizer = build_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match=r"the chat template refuses prompt=.*roles must alternate"):
         encoder(tokenizer).encode([{"role": "user", "content": "hi"}], "x")
+
+
+def test_ids_come_as_arrays_numpy_integers_and_tensors(tokenizer):
+    ids = [7, 8, 9]
+    for form in (np.array(ids), list(np.array(ids)), tuple(ids), torch.tensor(ids), [torch.tensor(i) for i in ids]):
+        assert encoder(tokenizer).encode(form, form) == (ids, ids)
+    for form in (np.array([7.0, 8.0]), [torch.tensor(7.0)], [True, False]):
+        with pytest.raises(TypeError, match="must be text"):
+            encoder(tokenizer).encode([5], form)
+
+
+def test_messages_come_as_arrays_too(tokenizer):
+    messages = np.array([{"role": "user", "content": "hi"}], dtype=object)
+    row = encoder(tokenizer).encode(messages, np.array([{"role": "assistant", "content": "ok"}], dtype=object))
+    assert tokenizer.decode(row.prompt) == "<s><user>hi<assistant>"
+    assert tokenizer.decode(row.completion) == "ok"
+
+
+def test_exactly_the_context_is_allowed(tokenizer, model):
+    assert len(encoder(tokenizer, model).encode([5] * 4000, [6] * 96).completion) == 96
+
+
+def test_negative_ids_are_an_error_without_a_model_too():
+    with pytest.raises(ValueError, match=r"the completion holds token id -1, outside the model's vocabulary 0;"):
+        encoder(None).encode([5], [-1])
+
+
+def test_an_eos_that_the_tokenizer_appends_to_a_prompt_is_dropped():
+    tokenizer = build_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    assert encoder(tokenizer).encode("hi", [9]).prompt == characters(build_tokenizer(), "hi")
+
+
+def test_reasoning_beside_the_content_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="holds reasoning_content, which would go unscored"):
+        encoder(tokenizer).encode([5], [{"role": "assistant", "content": "a", "reasoning_content": "b"}])

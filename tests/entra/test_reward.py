@@ -1,5 +1,6 @@
 """The guards around the reward, and that a trainer can name, pickle and call it."""
 
+import math
 import pickle
 
 import pytest
@@ -106,10 +107,14 @@ def test_dead_band_groups_by_prompt(model, tokenizer):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"gate": 1.0}, TypeError, r"gate=1.0 must be a reward function"),
+        ({"gate": 1.0}, TypeError, r"gate=1.0 must be a synchronous reward function"),
         ({"min_length": -1}, ValueError, r"min_length=-1 must be at least 0"),
-        ({"min_mean_logprob": 1.0}, ValueError, r"min_mean_logprob=1.0 must be a mean log-probability, at most 0"),
+        ({"min_mean_logprob": 1.0}, ValueError, r"min_mean_logprob=1.0 must be at most 0"),
         ({"dead_band": -0.1}, ValueError, r"dead_band=-0.1 must be at least 0"),
+        ({"min_length": "3"}, TypeError, r"min_length='3' must be a whole number of tokens, not str"),
+        ({"config": {"a": 1}}, TypeError, r"config=.* must be an entra.ScoreConfig, not dict"),
+        ({"name": 5}, TypeError, r"name=5 must be text"),
+        ({"gat": 1}, TypeError, r"EntraReward\(\) got an unknown keyword 'gat'; did you mean 'gate'\?"),
     ],
 )
 def test_bad_options(options, error, message):
@@ -117,6 +122,45 @@ def test_bad_options(options, error, message):
         entra.EntraReward(**options)
 
 
-def test_a_gate_of_the_wrong_length_is_an_error(model, tokenizer):
-    with pytest.raises(ValueError, match=r"gate returned 1 values for 3 completions"):
-        entra.EntraReward(model=model, tokenizer=tokenizer, gate=lambda **_: [1.0])(PROMPTS, COMPLETIONS)
+async def coroutine_gate(**_):
+    return [1.0]
+
+
+def test_an_async_gate_is_refused():
+    with pytest.raises(TypeError, match="must be a synchronous reward function"):
+        entra.EntraReward(gate=coroutine_gate)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0], r"gate returned 1 values for 3 completions"),
+        (None, r"gate returned None for 3 completions"),
+        ([1.0, math.nan, 1.0], r"gate returned nan for row 1; it must be a finite number"),
+        ([1.0, 1.0, math.inf], r"gate returned inf for row 2"),
+        (["x", 1.0, 1.0], r"gate returned 'x' for row 0"),
+    ],
+)
+def test_a_gate_that_returns_nonsense_is_an_error(values, message, model, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        entra.EntraReward(model=model, tokenizer=tokenizer, gate=lambda **_: values)(PROMPTS, COMPLETIONS)
+
+
+def test_pads_do_not_make_a_completion_truncated(model, tokenizer):
+    reward = entra.EntraReward(model=model, tokenizer=tokenizer, skip_truncated=True)
+    ended, truncated = reward(["a", "a"], ["", ""], [[9, 10, 9, 2, 0, 0], [9, 10, 9, 0, 0]])
+    assert ended is not None
+    assert truncated is None
+
+
+def test_truncation_without_an_eos_id_is_an_error():
+    model = build("llama", eos_token_id=None)
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="neither the tokenizer nor the model names an EOS id"):
+        entra.EntraReward(model=model, skip_truncated=True)([[5]], [[6, 7]], [[6, 7]])
+
+
+def test_guards_and_dead_band_at_their_boundaries():
+    assert guarded([0.9], [3], [-5.0], 3, -5.0) == [0.9]
+    assert guarded([0.9], [2], [-5.0], 3, -5.0) == [0.0]
+    assert dead_banded([0.25, 0.5], ["a", "a"], 0.25) == [0.25, 0.5]

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -269,14 +270,88 @@ def test_a_transform_of_the_logits_that_is_not_known_is_an_error(rows):
         entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
 
 
-@pytest.mark.parametrize("family", ["cohere2", "gemma2"])
-def test_known_transforms_matter(family, rows):
-    """The oracle reads logits after the transform; without it the log-probs would be far off."""
-    model = build(family)
-    scores = entra.score_batch([rows[0][0]], [rows[0][1]], model=model, details=True)
-    model.config.logit_scale, model.config.final_logit_softcapping = 1.0, None
-    _, logprobs, _ = oracle(family, *rows[0])
-    torch.testing.assert_close(scores.logprobs[0].double(), logprobs, rtol=0, atol=LOGPROB_TOLERANCE)
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("cohere2", {}),
+        ("gemma2", {}),
+        ("llama", {"model_type": "granite", "logits_scaling": 8.0}),
+    ],
+    ids=["cohere2", "gemma2", "granite"],
+)
+def test_known_transforms_matter(family, overrides, rows, monkeypatch):
+    """With the transform the log-probs are those of the model's own logits; without it the check refuses them."""
+    model = build(family, **overrides)
+    prompt, completion = rows[0]
+    scores = entra.score_batch([prompt], [completion], model=model, details=True)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion])).logits[0].double()
+    expected = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(prompt + completion)[1:, None])[-len(completion) :, 0]
+    torch.testing.assert_close(scores.logprobs[0].double(), expected, rtol=0, atol=LOGPROB_TOLERANCE)
+    monkeypatch.setattr(entra.forward, "_logit_transform", lambda model: entra.forward._LogitTransform(1.0, None))
+    with pytest.raises(RuntimeError, match="changes its head's output in a way that is not known"):
+        entra.score_batch([prompt], [completion], model=model)
+
+
+def test_a_hook_on_the_head_is_not_ignored(rows, llama):
+    handle = llama.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    try:
+        with pytest.raises(RuntimeError, match="changes its head's output"):
+            entra.score_batch([rows[0][0]], [rows[0][1]], model=llama)
+    finally:
+        handle.remove()
+
+
+def test_prompt_tuning_is_refused(rows):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(
+        (RuntimeError, ValueError), match=r"virtual tokens \(prompt tuning\) cannot be scored|one entry per row"
+    ):
+        entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+
+
+def test_threads_share_a_model(rows, llama):
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    expected = entra.score_batch(prompts, completions, model=llama)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: entra.score_batch(prompts, completions, model=llama), range(12)))
+    assert results == [expected] * 12
+    with torch.no_grad():
+        llama(torch.tensor([[5, 6, 7]]))  # runs as before: nothing of ours was left behind
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_a_row_that_is_not_finite_does_not_take_the_others_with_it(dtype, rows):
+    model = build("gemma2").to(dtype)  # a softcap: its logits are rounded once more
+
+    def poison(module, args, output):
+        return output.masked_fill((args[0] == 50)[..., None], math.nan)
+
+    model.get_input_embeddings().register_forward_hook(poison)
+    config = entra.ScoreConfig(token_budget=1)
+    prompts, completions = [rows[0][0], rows[3][0]], [[50, *rows[0][1]], rows[3][1]]
+    with pytest.warns(RuntimeWarning, match="row 0"):
+        first, second = entra.score_batch(prompts, completions, model=model, config=config)
+    assert first is None
+    assert 0 < second <= 1
+
+
+def test_importance_is_what_the_method_says(rows, llama):
+    config = entra.ScoreConfig(attention_weight=7.0)
+    scores = entra.score_batch([p for p, _ in rows], [c for _, c in rows], model=llama, config=config, details=True)
+    for l, mu, importance in zip(scores.logprobs, scores.incoming, scores.importance, strict=True):
+        torch.testing.assert_close(importance, l + 7.0 * mu, rtol=1e-6, atol=1e-6)
+
+
+def test_given_signals_need_neither_prompt_nor_tokenizer(rows, llama):
+    computed = entra.score_batch([rows[0][0]], [rows[0][1]], model=llama, details=True)
+    signals = {"logprobs": computed.logprobs, "incoming": computed.incoming}
+    assert entra.score_batch(["text"], None, [rows[0][1]], **signals) == computed.rewards
+
+
+def test_the_degenerate_reward_comes_out_as_it_went_in(llama):
+    assert entra.score_batch([[5]], [[6]], model=llama, config=entra.ScoreConfig(degenerate_reward=0.3)) == [0.3]
 
 
 def test_lora_on_the_head_takes_the_modules_own_forward(rows):
@@ -352,11 +427,19 @@ def test_a_model_by_folder(tmp_path, rows, llama, tokenizer):
         ({"completions": [[5], [VOCABULARY + 7]]}, ValueError, rf"row 1: the completion holds token id {VOCABULARY + 7}"),
         ({"completions": [[5], 7]}, TypeError, r"row 1: completion=7 must be text"),
         ({"logprobs": [[0.0], [0.0, 0.0]]}, ValueError, r"row 1: logprobs has shape \[2\] but the completion has 1 tokens"),
+        ({"prompts": "ab", "completions": "cd"}, TypeError, r"prompts='ab' must be a list with one entry per completion"),
+        ({"model": 42}, TypeError, r"model=42 must be a transformers causal LM"),
+        ({"logprobs": [None, [0.0]]}, TypeError, r"row 0: logprobs must be one number per completion token, not NoneType"),
+        (
+            {"logprobs": [torch.zeros(1, requires_grad=True), [0.0]]},
+            RuntimeError,
+            r"row 0: logprobs requires grad, but scores have no gradient",
+        ),
         ({"configg": 1}, TypeError, r"unknown keyword 'configg'; did you mean 'config'\?"),
         (
             {"attention_wieght": 1},
             TypeError,
-            r"unknown keyword 'attention_wieght'; pass it as config=entra.ScoreConfig\(attention_weight",
+            r"unknown keyword 'attention_wieght'; did you mean 'attention_weight'\? Pass it as config=entra.ScoreConfig",
         ),
         ({"config": {"tau": 1}}, TypeError, r"must be an entra.ScoreConfig, not dict"),
         (
@@ -372,22 +455,39 @@ def test_bad_input(arguments, error, message, llama):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"attention_weight": math.nan}, r"attention_weight=nan must be finite"),
-        ({"protect_fraction": 1.5}, r"protect_fraction=1.5 must be in \[0, 1\]"),
-        ({"attention_statistic": "median"}, r"attention_statistic='median' must be one of 'mean', 'lift'"),
-        ({"head_reduction": "sum"}, r"head_reduction='sum' must be one of"),
-        ({"ranking_scope": "prompt"}, r"ranking_scope='prompt' must be one of"),
-        ({"backend": "cuda"}, r"backend='cuda' must be one of"),
-        ({"length_adjusted": 1}, r"length_adjusted=1 must be at least 2"),
-        ({"token_budget": 0}, r"token_budget=0 must be at least 1"),
-        ({"degenerate_reward": math.inf}, r"degenerate_reward=inf must be finite"),
+        ({"attention_weight": math.nan}, ValueError, r"attention_weight=nan must be finite"),
+        ({"attention_weight": 1e300}, ValueError, r"attention_weight=1e\+300 must be finite"),
+        ({"attention_weight": "2"}, TypeError, r"attention_weight='2' must be a number, not str"),
+        ({"protect_fraction": 1.5}, ValueError, r"protect_fraction=1.5 must be in \[0, 1\]"),
+        ({"protect_fraction": True}, TypeError, r"protect_fraction=True must be a number, not bool"),
+        ({"attention_statistic": "median"}, ValueError, r"attention_statistic='median' must be one of 'mean', 'lift'"),
+        ({"head_reduction": "sum"}, ValueError, r"head_reduction='sum' must be one of"),
+        ({"ranking_scope": "prompt"}, ValueError, r"ranking_scope='prompt' must be one of"),
+        ({"backend": "cuda"}, ValueError, r"backend='cuda' must be one of"),
+        ({"length_adjusted": 1}, ValueError, r"length_adjusted=1 must be at least 2"),
+        ({"length_adjusted": 2.5}, TypeError, r"length_adjusted=2.5 must be a whole number"),
+        ({"token_budget": 0}, ValueError, r"token_budget=0 must be at least 1"),
+        ({"token_budget": "5"}, TypeError, r"token_budget='5' must be a whole number"),
+        ({"degenerate_reward": math.inf}, ValueError, r"degenerate_reward=inf must be finite"),
+        ({"chat_template_kwargs": "x"}, TypeError, r"chat_template_kwargs='x' must be a mapping"),
+        ({"chat_template_kwargs": {"tokenize": False}}, ValueError, r"chat_template_kwargs holds 'tokenize'"),
+        (
+            {"attention_wieght": 1},
+            TypeError,
+            r"ScoreConfig\(\) got an unknown keyword 'attention_wieght'; did you mean 'attention_weight'",
+        ),
     ],
 )
-def test_config_checks_itself(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_config_checks_itself(options, error, message):
+    with pytest.raises(error, match=message):
         entra.ScoreConfig(**options)
+
+
+def test_config_is_a_value():
+    assert hash(entra.ScoreConfig()) == hash(entra.ScoreConfig(chat_template_kwargs={}))
+    assert entra.ScoreConfig(attention_weight=1) != entra.ScoreConfig()
 
 
 def test_no_warning_and_no_output_on_good_input(rows, llama, capsys):
