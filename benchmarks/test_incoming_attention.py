@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICE, peak_memory, side_by_side
+from measure import DEVICE, peak_memory, side_by_side
 
 from entra_kernels import incoming_attention
 

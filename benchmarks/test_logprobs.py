@@ -1,7 +1,7 @@
 """Log-probs from hidden states beside the plain way, at SmolLM2's head: C = 576, V = 49,152."""
 
 import torch
-from conftest import DEVICE, peak_memory, side_by_side
+from measure import DEVICE, peak_memory, side_by_side
 
 from entra_kernels import linear_token_logprobs, token_logprobs
 
@@ -38,6 +38,7 @@ def test_linear_token_logprobs(benchmark):
     )
     benchmark.pedantic(linear_token_logprobs, args=(hidden, weight, targets), rounds=3)
     assert memory["ours"] < memory["matmul"]
+    assert times["ours"] <= times["plain"]
 
 
 def test_token_logprobs(benchmark):
@@ -47,6 +48,8 @@ def test_token_logprobs(benchmark):
     def plain_from_logits():
         return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)
 
+    torch.testing.assert_close(token_logprobs(logits, targets), plain_from_logits(), rtol=1e-5, atol=1e-5)
     times = side_by_side({"ours": lambda: token_logprobs(logits, targets), "plain": plain_from_logits}, rounds=5)
     benchmark.extra_info.update(times_of_plain=times["ours"] / times["plain"])
     benchmark.pedantic(token_logprobs, args=(logits, targets), rounds=3)
+    assert times["ours"] <= times["plain"]

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import torch
-from conftest import DEVICE, side_by_side
+from measure import DEVICE, side_by_side
 
 from entra_kernels import redundancy
 

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import DEVICE, peak_memory, side_by_side
+from measure import DEVICE, peak_memory, side_by_side
 
 import entra
 
