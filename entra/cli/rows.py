@@ -5,6 +5,8 @@ Decisions taken here:
 - JSON Lines are read line by line and not through `datasets`, whose reader gives up on a whole file for one malformed line,
   and forces one type on a column. Only `\\n` ends a line: text may hold Unicode line separators. Blank lines are no rows.
 - Parquet is streamed through `datasets`.
+- NaN and Infinity, which JSON does not have, are read as Python and pandas write them, and written again as they came:
+  refusing them would refuse every Parquet file with a missing number.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from entra.cli import CommandError
+from entra.cli import CommandError, one_line
 
 
 class Row(NamedTuple):
@@ -41,13 +44,16 @@ def survey(path: Path) -> Survey:
     """Rows, columns and fingerprint of a file, in one pass.
 
     Raises:
-        CommandError: the file cannot be read, or is not Parquet although its name ends in .parquet.
+        CommandError: the file cannot be read, is not Parquet although its name ends in .parquet, or starts as something
+            other than JSON Lines does.
     """
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while block := file.read(2**20):
+            head = block = file.read(2**20)
+            while block:
                 digest.update(block)
+                block = file.read(2**20)
     except OSError as error:
         raise CommandError(f"cannot read {path}: {error.strerror or error}") from error
     if _is_parquet(path):
@@ -57,8 +63,11 @@ def survey(path: Path) -> Survey:
         try:
             with ParquetFile(path) as parquet:
                 return Survey(parquet.metadata.num_rows, parquet.schema_arrow.names, digest.hexdigest())
-        except ArrowException as error:
-            raise CommandError(f"{path} is not a Parquet file ({error}); JSON Lines must not be named .parquet") from error
+        except (ArrowException, OSError) as error:
+            raise CommandError(
+                f"{path} is not a Parquet file ({one_line(error)}); JSON Lines must not be named .parquet"
+            ) from error
+    _check_json_lines(path, head)
     rows = 0
     columns: dict[str, None] = {}
     for row in read_rows(path, 0):
@@ -68,12 +77,26 @@ def survey(path: Path) -> Survey:
 
 
 def read_rows(path: Path, start: int) -> Iterator[Row]:
-    """The rows of a file from row `start` (counted from 0) on; a malformed line is a row, too."""
-    if not _is_parquet(path):
-        with path.open("rb") as file:
-            for number, line in islice(_lines(file), start, None):
-                yield _parsed(number, line)
-        return
+    """The rows of a file from row `start` (counted from 0) on; a malformed line is a row, too.
+
+    Raises:
+        CommandError: the file cannot be read any further.
+    """
+    parquet = _is_parquet(path)
+    try:
+        if parquet:
+            yield from _parquet_rows(path, start)
+        else:
+            with path.open("rb") as file:
+                for number, line in islice(_lines(file), start, None):
+                    yield _parsed(number, line)
+    except (OSError, ValueError, RuntimeError) as error:  # pyarrow's errors about damaged pages are one of these
+        raise CommandError(
+            f"cannot read {path} to its end: {one_line(error)}; the file is damaged or has changed, write it again", 1
+        ) from error
+
+
+def _parquet_rows(path: Path, start: int) -> Iterator[Row]:
     from datasets import load_dataset
 
     stream = load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
@@ -89,6 +112,22 @@ def _is_parquet(path: Path) -> bool:
     except ImportError:
         raise CommandError("reading Parquet needs datasets; get it with: pip install datasets") from None
     return True
+
+
+def _check_json_lines(path: Path, head: bytes) -> None:
+    """Refuse a file whose start shows that it is something else; a line that is merely bad is a row with an error."""
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"\x1f\x8b"):
+        found = "gzip; unpack it first"
+    elif head.startswith(b"PAR1"):
+        found = "Parquet; name it *.parquet"
+    elif b"\0" in head.partition(b"\n")[0]:
+        found = "a binary file, or text in UTF-16; write one JSON object a line, in UTF-8"
+    elif re.match(rb"\[\s*(\{|$)", head):
+        found = "a JSON array; write its objects one a line"
+    else:
+        return
+    raise CommandError(f"{path} is not JSON Lines but starts as {found}")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

