@@ -7,7 +7,7 @@
 | `linear_token_logprobs` | log P of given tokens, from hidden states, without `[tokens, vocabulary]` memory |
 | `redundancy` | importance, protected tokens and the ENTRA reward of each sequence |
 
-Each runs on three backends: `reference` (the specification), `torch` (any device) and `triton` (CUDA, ROCm).
+Each runs on three backends: `reference` (the specification), `torch` (CPU, CUDA) and `triton` (CUDA, ROCm).
 `entra_kernels` needs torch alone; Triton is imported at the first call that uses it.
 """
 

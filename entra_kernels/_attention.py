@@ -10,9 +10,12 @@ from entra_kernels._checks import (
     FLOATS,
     INTEGERS,
     check_dtype,
+    check_number,
     check_same_device,
     check_scoring_only,
     check_shape,
+    check_softcap,
+    check_window,
     choose_backend,
 )
 
@@ -48,14 +51,16 @@ def incoming_attention(
     - packed: q [T, H, D], k [T, Hkv, D] and cu_seqlens [S + 1], as for FlashAttention's varlen functions.
 
     Args:
-        q: queries after RoPE; bfloat16, float16, float32 or (not with Triton) float64. D is 16 to 512.
+        q: queries after RoPE; bfloat16, float16, float32 or (not with Triton) float64. D is 1 to 512.
         k: keys after RoPE, same dtype; H must be a multiple of Hkv (GQA, MQA), keys are not repeated.
         start: int [B], padded layout only; None means 0.
         length: int [B], padded layout only; None means up to the end of the row.
         cu_seqlens: int [S + 1], packed layout only: 0, then the running sums of the sequence lengths.
+            Sequences that leave their row, or a cu_seqlens that falls, are an error on a CPU. On a GPU, where looking would
+            wait for the device, they are clamped to the row; packed sequences that then overlap may count as empty.
         scale: factor on q @ k.T; None means D ** -0.5.
         sliding_window: W >= 1, in tokens, the query itself counted; None for full attention.
-        softcap: c > 0 turns each scaled score s into c * tanh(s / c); None or 0 for none.
+        softcap: c > 0 (1e-30 to 1e30) turns each scaled score s into c * tanh(s / c); None or 0 for none.
         sinks: [H] logits that only add to the softmax denominator, as in gpt-oss.
         lse: float [B, H, N] (packed: [H, T]) natural-log row log-sum-exp of the scores, sinks included, when the attention
             forward already knows it: saves one of the two passes. Excludes `sinks`.
@@ -69,8 +74,9 @@ def incoming_attention(
         float32 (float64 for float64 inputs), [B, N] (packed: [T]); with per_head [B, H, N] (packed: [H, T]).
 
     Raises:
-        ValueError: shapes, layouts or options that do not go together.
-        TypeError: a dtype that cannot be.
+        ValueError: shapes, layouts or options that do not go together, an option out of its range, or (on a CPU only) a
+            start, length or cu_seqlens outside the tokens.
+        TypeError: a dtype that cannot be, an option that is no number.
         RuntimeError: an input requires grad (use torch.no_grad()), or the backend named cannot run here.
 
     Source: arXiv 2601.07123; docs/method.md.
@@ -96,6 +102,10 @@ def incoming_attention(
             )
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
             raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1]")
+        tokens, q_heads, head_dim = q.shape
+        check_shape("k", k, (tokens, k.shape[1], head_dim), "[T, Hkv, D]")
+        check_shape("lse", lse, (q_heads, tokens), "[H, T]")
+        check_shape("row_weights", row_weights, (tokens,), "[T]")
         # The packed layout is the padded one with a single row that holds every sequence.
         q, k = q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0)
         starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
@@ -109,35 +119,32 @@ def incoming_attention(
 
     batch, q_heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
-    if (k.shape[0], k.shape[2], k.shape[3]) != (batch, tokens, head_dim):
-        raise ValueError(f"k has shape {list(k.shape)}, q {list(q.shape)}; all but the number of heads must agree")
-    if kv_heads == 0 or q_heads % kv_heads:
-        raise ValueError(f"q_heads={q_heads} must be a multiple of kv_heads={kv_heads}; check the model's config")
-    if not 1 <= head_dim <= 512:
-        raise ValueError(f"head_dim={head_dim} must be 1 to 512")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window={sliding_window} must be at least 1 token, or None for full attention")
-    if softcap is not None and softcap < 0:
-        raise ValueError(f"softcap={softcap} must be positive, or None for none")
-    if lse is not None and sinks is not None:
-        raise ValueError("sinks and lse were both given; lse already holds the sinks' share, so pass one of them")
-    check_shape("sinks", sinks, (q_heads,), "[H]")
-    check_shape("lse", lse, (batch, q_heads, tokens), "[1, H, T]" if packed else "[B, H, N]")
-    check_shape("row_weights", row_weights, (batch, tokens), "[1, T]" if packed else "[B, N]")
     if not packed:
+        check_shape("k", k, (batch, kv_heads, tokens, head_dim), "[B, Hkv, N, D]")
+        check_shape("lse", lse, (batch, q_heads, tokens), "[B, H, N]")
+        check_shape("row_weights", row_weights, (batch, tokens), "[B, N]")
         check_shape("start", start, (batch,), "[B]")
         check_shape("length", length, (batch,), "[B]")
         starts = torch.zeros(batch, dtype=torch.int32, device=q.device) if start is None else start
         lengths = tokens - starts if length is None else length
+    if q_heads == 0:
+        raise ValueError("q_heads=0 must be at least 1; check the shape of q, [B, H, N, D] or packed [T, H, D]")
+    if kv_heads == 0 or q_heads % kv_heads:
+        raise ValueError(f"q_heads={q_heads} must be a multiple of kv_heads={kv_heads}; check the model's config")
+    if not 1 <= head_dim <= 512:
+        raise ValueError(f"head_dim={head_dim} must be 1 to 512")
+    if lse is not None and sinks is not None:
+        raise ValueError("sinks and lse were both given; lse already holds the sinks' share, so pass one of them")
+    check_shape("sinks", sinks, (q_heads,), "[H]")
 
     out = _ops.incoming_attention(
         q,
         k,
         starts,
         lengths,
-        scale=head_dim**-0.5 if scale is None else float(scale),
-        sliding_window=sliding_window,
-        softcap=float(softcap) if softcap else None,
+        scale=head_dim**-0.5 if scale is None else check_number("scale", scale, "finite; None for head_dim ** -0.5"),
+        sliding_window=check_window(sliding_window),
+        softcap=check_softcap(softcap),
         sinks=sinks,
         lse=lse,
         row_weights=row_weights,

@@ -1,4 +1,4 @@
-"""Checks that every operation shares: backend, gradients, dtype, device.
+"""Checks that every operation shares: backend, gradients, dtype, device, options.
 
 Nothing here reads a tensor's values, so nothing here waits for a GPU or breaks a torch.compile graph. What needs values
 is checked inside the custom ops (`_ops.py`), on the CPU only, where looking costs nothing.
@@ -6,12 +6,16 @@ is checked inside the custom ops (`_ops.py`), on the CPU only, where looking cos
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+LARGEST = torch.finfo(torch.float32).max
+"""Options are numbers that float32 can hold: kernels take them as float32."""
 
 
 def choose_backend(backend: str, tensor: Tensor) -> str:
@@ -78,6 +82,45 @@ def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], let
     """Raises a ValueError with the letters and the sizes when `tensor` has another shape than `expected`."""
     if tensor is not None and tuple(tensor.shape) != expected:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {letters} = {list(expected)}")
+
+
+def check_number(name: str, value: float, rule: str, *, low: float = -LARGEST, high: float = LARGEST) -> float:
+    """`value` as a float. `rule` continues "must be": the rule and the remedy.
+
+    Raises:
+        TypeError: when it is not a number.
+        ValueError: when it is not in low ... high; NaN never is.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}; pass a float")
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} must be {rule}")
+    return float(value)
+
+
+def check_temperature(temperature: float) -> float:
+    """`temperature` as a float. Below the least normal float32 its reciprocal would overflow."""
+    rule = "greater than 0 (from 1.2e-38) and finite; 1.0 is the model's own distribution"
+    return check_number("temperature", temperature, rule, low=torch.finfo(torch.float32).tiny)
+
+
+def check_softcap(softcap: float | None) -> float | None:
+    """`softcap` as a float, or None for None and 0. Logits divided by it, and it in log2 units, must stay inside float32."""
+    if softcap is None:
+        return None
+    rule = "positive, 1e-30 to 1e30, or None for none"
+    return check_number("softcap", softcap, rule, low=1e-30, high=1e30) if softcap != 0 else None
+
+
+def check_window(sliding_window: int | None) -> int | None:
+    """`sliding_window` as an int that any kernel can add to a position: beyond 2**30 tokens no window cuts anything off."""
+    if sliding_window is None:
+        return None
+    if isinstance(sliding_window, bool) or not isinstance(sliding_window, numbers.Integral):
+        raise TypeError(f"sliding_window={sliding_window!r} must be an int, not {type(sliding_window).__name__}; pass tokens")
+    if sliding_window < 1:
+        raise ValueError(f"sliding_window={sliding_window} must be at least 1 token, or None for full attention")
+    return min(int(sliding_window), 2**30)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

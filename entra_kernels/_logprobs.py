@@ -9,9 +9,12 @@ from entra_kernels._checks import (
     FLOATS,
     INTEGERS,
     check_dtype,
+    check_number,
     check_same_device,
     check_scoring_only,
     check_shape,
+    check_softcap,
+    check_temperature,
     choose_backend,
 )
 
@@ -34,8 +37,8 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0,
 
     Raises:
         ValueError: shapes that do not agree, a target outside the vocabulary (on a GPU, where nobody waits to look at
-            values, that position is NaN instead), a temperature that is not positive.
-        TypeError: a dtype that cannot be.
+            values, that position is NaN instead), a temperature that is not positive and finite.
+        TypeError: a dtype that cannot be, a temperature that is no number.
         RuntimeError: an input requires grad (use torch.no_grad()), or the backend named cannot run here.
 
     Source: docs/method.md.
@@ -47,8 +50,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0,
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits has shape {list(logits.shape)}; it must be [..., V] with V at least 1")
     check_shape("targets", targets, tuple(logits.shape[:-1]), "logits.shape[:-1]")
-    _check_temperature(temperature)
-    return _ops.token_logprobs(logits, targets, float(temperature), choose_backend(backend, logits))
+    return _ops.token_logprobs(logits, targets, check_temperature(temperature), choose_backend(backend, logits))
 
 
 def linear_token_logprobs(
@@ -74,18 +76,19 @@ def linear_token_logprobs(
         targets: int [...], ids in 0 ... V - 1.
         bias: [V] of the head, or None.
         logit_scale: factor on the logits.
-        softcap: c > 0 turns each logit z into c * tanh(z / c); None or 0 for none.
+        softcap: c > 0 (1e-30 to 1e30) turns each logit z into c * tanh(z / c); None or 0 for none.
         temperature: > 0, divides the logits.
         backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
 
     Returns:
         float32 (float64 for float64 inputs), [...], natural log, at most 0. A hidden state that is not finite gives NaN
-        at its own position only.
+        at its own position only. With Triton a position's result does not depend on the other positions, bit for bit. The
+        other backends leave the product to a BLAS, whose last digits may depend on the number of positions.
 
     Raises:
         ValueError: shapes that do not agree, a target outside the vocabulary (on a GPU that position is NaN instead), a
-            temperature that is not positive.
-        TypeError: a dtype that cannot be.
+            temperature that is not positive and finite, a softcap or logit_scale out of its range.
+        TypeError: a dtype that cannot be, an option that is no number.
         RuntimeError: an input requires grad (use torch.no_grad()), or the backend named cannot run here.
 
     Source: docs/method.md; the chunked head of Cut Your Losses (arXiv 2411.09009) is the idea's origin.
@@ -102,23 +105,15 @@ def linear_token_logprobs(
         raise ValueError(f"hidden has shape {list(hidden.shape)}; its last size must be C={weight.shape[1]} of weight [V, C]")
     check_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
     check_shape("bias", bias, (weight.shape[0],), "[V]")
-    _check_temperature(temperature)
-    if softcap is not None and softcap < 0:
-        raise ValueError(f"softcap={softcap} must be positive, or None for none")
     rows = hidden.reshape(targets.numel(), hidden.shape[-1])
     out = _ops.linear_token_logprobs(
         rows,
         weight,
         targets.reshape(-1),
         bias,
-        float(logit_scale),
-        float(softcap) if softcap else None,
-        float(temperature),
+        check_number("logit_scale", logit_scale, "finite; 1.0 leaves the logits as they are"),
+        check_softcap(softcap),
+        check_temperature(temperature),
         choose_backend(backend, hidden),
     )
     return out.reshape(targets.shape)
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be greater than 0; 1.0 is the model's own distribution")

@@ -12,6 +12,7 @@ from entra_kernels._checks import (
     FLOATS,
     INTEGERS,
     check_dtype,
+    check_number,
     check_same_device,
     check_scoring_only,
     check_shape,
@@ -52,7 +53,7 @@ def redundancy(
         cu_seqlens: int [S + 1]: 0, then the running sums of the sequence lengths.
         attention_weight: lambda, finite.
         protect_fraction: tau, in [0, 1].
-        degenerate_reward: the reward when M <= 1, where entropy over log M is undefined.
+        degenerate_reward: finite, the reward when M <= 1, where entropy over log M is undefined.
         backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
 
     Returns:
@@ -60,9 +61,11 @@ def redundancy(
         which a log-prob or incoming attention is not finite gets reward NaN and protects nothing; the others are untouched.
 
     Raises:
-        ValueError: shapes that do not agree, fractions outside [0, 1], a cu_seqlens that descends or leaves the tokens (the
-            last on a CPU only). Tokens that it leaves out belong to no sequence and are not protected.
-        TypeError: a dtype that cannot be.
+        ValueError: shapes that do not agree, an option out of its range, a cu_seqlens that descends or leaves the tokens (on
+            a CPU only; on a GPU, where looking would wait for the device, its sequences are clamped to the tokens, and
+            the results of sequences that overlap mean nothing). Tokens that it leaves out belong to no sequence and are not
+            protected.
+        TypeError: a dtype that cannot be, an option that is no number.
         RuntimeError: an input requires grad (use torch.no_grad()), or the backend named cannot run here.
 
     Source: arXiv 2601.07123; docs/method.md.
@@ -77,19 +80,15 @@ def redundancy(
     check_shape("token_ids", token_ids, tuple(logprobs.shape), "[T]")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1]")
-    if not 0.0 <= protect_fraction <= 1.0:
-        raise ValueError(f"protect_fraction={protect_fraction} must be in [0, 1]; 0.2 protects the top 20 %")
-    if not torch.finfo(torch.float32).min <= attention_weight <= torch.finfo(torch.float32).max:
-        raise ValueError(f"attention_weight={attention_weight} must be a finite float32 number")
     return Redundancy(
         *_ops.redundancy(
             logprobs,
             incoming,
             token_ids,
             cu_seqlens,
-            float(attention_weight),
-            float(protect_fraction),
-            float(degenerate_reward),
+            check_number("attention_weight", attention_weight, "finite; 2.0 is the default"),
+            check_number("protect_fraction", protect_fraction, "in [0, 1]; 0.2 protects the top 20 %", low=0.0, high=1.0),
+            check_number("degenerate_reward", degenerate_reward, "finite; 0.0 is the default"),
             # Either input in float64 makes the result float64, which Triton does not have.
             choose_backend(backend, incoming if incoming.dtype == torch.float64 else logprobs),
         )

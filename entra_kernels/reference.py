@@ -43,7 +43,7 @@ def attention_probabilities(
         lse = torch.logsumexp(scores, dim=-1)
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
-    return torch.exp(scores - lse[..., None])
+    return torch.exp(scores - lse[..., None]).masked_fill(~visible, 0.0)  # else an lse that is not finite makes NaN there too
 
 
 def future_queries(tokens: int, sliding_window: int | None, device: torch.device) -> Tensor:
@@ -89,7 +89,13 @@ def incoming_attention(
         incoming[row, :, span] = future.sum(dim=1)
         if normalize:
             incoming[row, :, span] /= future_queries(count, sliding_window, q.device).clamp(min=1)
-    return incoming if per_head else incoming.mean(dim=1)
+    if per_head:
+        return incoming
+    # Head by head: `mean` adds in an order that depends on a token's place in the row.
+    total = torch.zeros_like(incoming[:, 0])
+    for head in range(heads):
+        total += incoming[:, head]
+    return total / heads
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float) -> Tensor:

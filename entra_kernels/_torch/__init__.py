@@ -1,4 +1,7 @@
-"""The torch backend: blocked PyTorch with bounded memory, for the CPU and for any device without Triton."""
+"""The torch backend: blocked PyTorch with bounded memory, for CPU and CUDA, with or without Triton.
+
+The first three run on any device of torch's; `redundancy` needs one with float64, which MPS is not.
+"""
 
 from entra_kernels._torch.attention import incoming_attention
 from entra_kernels._torch.logprobs import linear_token_logprobs, token_logprobs

@@ -58,7 +58,7 @@ def incoming_attention(
                 scale=scale,
                 sliding_window=sliding_window,
                 softcap=softcap,
-                sinks=None if sinks is None else sinks[head].to(dtype),
+                sinks=None if sinks is None else sinks[head].to(dtype).clamp(max=torch.finfo(dtype).max),  # inf - inf is NaN
                 lse=None if lse is None else lse[row, head, span].to(dtype),
                 per_head=per_head,
             )
@@ -69,7 +69,11 @@ def incoming_attention(
             out[row, :, :, span] /= future
     if per_head:
         return out.view(batch, heads, tokens)
-    return out.sum(dim=1).squeeze(1) / heads
+    # Head by head: `sum` adds in an order that depends on a token's place in the row.
+    total = torch.zeros_like(out[:, 0, 0])
+    for kv_head in range(kv_heads):
+        total += out[:, kv_head, 0]
+    return total / heads
 
 
 def _column_sums(
@@ -95,6 +99,8 @@ def _column_sums(
     capacity = min(max(budget, group * MIN_ROWS * widest), group * min(count, MAX_ROWS) * widest)
     # Two buffers for the whole sequence: a fresh allocation per block costs more in page faults than the block's arithmetic.
     buffers = q.new_empty(2, capacity, dtype=dtype)
+    itself_or_later = torch.ones(MAX_ROWS, MAX_ROWS, dtype=torch.bool, device=q.device).triu()
+    later = itself_or_later.triu(1)
     end = 0
     while end < count:
         begin = end
@@ -108,7 +114,7 @@ def _column_sums(
         torch.mm((q[:, begin:end].to(dtype) * scale).reshape(group * rows, -1), keys[:, low:end], out=visible)
         if softcap is not None:
             visible.div_(softcap).tanh_().mul_(softcap)
-        _hide(visible.view(group, rows, width), begin - low, sliding_window)
+        _fill_hidden(visible.view(group, rows, width), -math.inf, begin - low, sliding_window, later)
         if lse is not None:
             probabilities = visible.sub_(lse[:, begin:end].reshape(-1, 1)).exp_()
         else:
@@ -116,7 +122,8 @@ def _column_sums(
                 scores[:, width] = sinks.repeat_interleave(rows)
             probabilities = torch.softmax(scores, dim=-1, out=buffers[1, :size].view_as(scores))[:, :width]
         by_head = probabilities.view(group, rows, width)
-        by_head.diagonal(begin - low, dim1=1, dim2=2).zero_()  # strictly future queries: j > i
+        # Strictly future queries, j > i. All that is hidden again, because a row that is not finite is NaN there as well.
+        _fill_hidden(by_head, 0.0, begin - low, sliding_window, itself_or_later)
         w = weights[begin:end]
         if per_head:
             sums[:, low:end] += torch.matmul(w, by_head)
@@ -125,13 +132,14 @@ def _column_sums(
     return sums
 
 
-def _hide(scores: Tensor, diagonal: int, sliding_window: int | None) -> None:
-    """Sets to -inf what a query may not see. scores [G, rows, width]; row r and column r + diagonal are the same token."""
-    _, rows, width = scores.shape
-    if sliding_window is None:  # only the square that ends at the diagonal holds anything hidden
-        square = scores[..., diagonal:]
-        square.masked_fill_(torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1), -math.inf)
-        return
-    query = torch.arange(rows, device=scores.device)[:, None] + diagonal
-    key = torch.arange(width, device=scores.device)[None, :]
-    scores.masked_fill_((key > query) | (key <= query - sliding_window), -math.inf)
+def _fill_hidden(scores: Tensor, value: float, diagonal: int, sliding_window: int | None, ahead: Tensor) -> None:
+    """Sets to `value` what `ahead` [MAX_ROWS, MAX_ROWS] says of the query's own and later keys, and what the window hides.
+
+    scores [G, rows, width]; row r and column r + diagonal are the same token, the last column is the last row's token. All
+    that is hidden lies in two squares: the one that ends at the diagonal, and the one at the window's far edge.
+    """
+    rows = scores.shape[1]
+    scores[..., diagonal:].masked_fill_(ahead[:rows, :rows], value)
+    if sliding_window is not None:
+        square = torch.ones(rows, rows, dtype=torch.bool, device=scores.device)
+        scores[..., :rows].masked_fill_(square.tril(diagonal - sliding_window), value)

@@ -55,6 +55,9 @@ def linear_token_logprobs(
 
     Accumulates in float32. Beside the result: one tile of logits (CPU: 16 MiB in float32); for bfloat16 and float16, except on
     CUDA, a tile's rows of `hidden` and `weight` in float32; and a few numbers per row of the tile.
+
+    The product is a BLAS's, which chooses its order of additions by the shape: a row's last digits may depend on the number of
+    rows.
     """
     dtype = accumulation_dtype(hidden.dtype)
     tile_rows, tile_columns = _CPU_TILE if hidden.device.type == "cpu" else _DEVICE_TILE

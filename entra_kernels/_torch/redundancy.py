@@ -1,4 +1,7 @@
-"""Redundancy of every sequence at once: sorts for who is protected and how often a token occurs, and no host sync."""
+"""Redundancy of every sequence at once: sorts for who is protected and how often a token occurs, and no host sync.
+
+Counts and logarithms are float64 on the inputs' device, which CPU and CUDA have and MPS does not.
+"""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from entra_kernels._triton.launch import HOPPER_SHARED_MEMORY, KernelCase, share
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: two of them subtracted give 0, not NaN
+HIGHEST = tl.constexpr(3.0e38)
 ADD_BLOCK = 1024  # tokens per program of the sum over kv heads
 
 
@@ -91,7 +92,7 @@ def _load_tile(rows, stride_dim, inside, cut, HEAD_DIM: tl.constexpr, DEPTH: tl.
     mask = inside[:, None]
     if HEAD_DIM % DEPTH != 0:
         mask &= (dim < HEAD_DIM)[None, :]
-    return tl.load(rows[:, None] + dim[None, :] * stride_dim, mask=mask, other=0.0)
+    return tl.load(rows[:, None] + dim.to(tl.int64)[None, :] * stride_dim, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -242,6 +243,7 @@ def _row_lse_kernel(
 
     if sinks is not None:
         sink = tl.load(sinks + head * sinks_stride).to(tl.float32) * LOG2_E
+        sink = tl.where(sink > HIGHEST, HIGHEST, sink)  # not a minimum, which would drop NaN
         higher = tl.maximum(highest, sink)
         total = total * tl.exp2(highest - higher) + tl.exp2(sink - higher)
         highest = higher
@@ -439,8 +441,9 @@ def _lay_out_kernel(
 @triton.jit(do_not_specialize=["row_tokens", "kv_heads"])
 def _add_heads_kernel(shares, out, row_tokens, kv_heads, BLOCK: tl.constexpr):
     """out [B, N]: the kv heads' shares [B, Hkv, N] added in the order of the heads."""
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    batch = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(row_tokens, BLOCK)  # one axis for both: CUDA allows 65,535 programs on the others
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    token = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = token < row_tokens
     total = tl.zeros((BLOCK,), tl.float32)
     for head in range(kv_heads):
@@ -499,7 +502,7 @@ def incoming_attention(
     # Scores in log2 units, because the hardware has exp2: log2(e) * s, or log2(e) * softcap * tanh(s / softcap).
     factor = scale / softcap if softcap else scale * LOG2_E.value
     cap = softcap * LOG2_E.value if softcap else 0.0
-    window = 0 if sliding_window is None else min(sliding_window, 2**30)
+    window = sliding_window or 0
     launch = {
         **_constexprs(size, head_dim),
         "PACKED": batch == 1,
@@ -536,8 +539,7 @@ def incoming_attention(
         if per_head:
             return shares
         out = torch.empty(batch, tokens, dtype=torch.float32, device=q.device)
-        grid = (triton.cdiv(tokens, ADD_BLOCK), batch)
-        _add_heads_kernel[grid](shares, out, tokens, kv_heads, BLOCK=ADD_BLOCK)
+        _add_heads_kernel[(batch * triton.cdiv(tokens, ADD_BLOCK),)](shares, out, tokens, kv_heads, BLOCK=ADD_BLOCK)
     return out
 
 
@@ -550,7 +552,7 @@ HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128, 192, 256, 512)
 
 def aot_cases(dtype: str, shared_memory: int) -> Iterator[KernelCase]:
     """Both passes for every head dim: plain, with a window and every option that goes with it, and with a softcap on top; and
-    the small kernels. See `KernelCase`."""
+    the small kernels. All for a stride of 1 along the head dim, see `entra_kernels/_triton/aot.py`."""
     for head_dim in HEAD_DIMS:
         for variant in ("", " window", " window softcap"):
             for kernel, name in ((_row_lse_kernel, "row_lse"), (_column_sum_kernel, "column_sum")):

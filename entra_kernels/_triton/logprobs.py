@@ -309,7 +309,7 @@ def linear_token_logprobs(
 
 
 def aot_cases(dtype: str, shared_memory: int) -> Iterator[KernelCase]:
-    """What this module launches for inputs of `dtype`, see `KernelCase`."""
+    """What this module launches for inputs of `dtype` with a stride of 1 along C and V, see `KernelCase`."""
     yield KernelCase(
         label="token_logprobs",
         kernel=_row_kernel,

@@ -486,7 +486,7 @@ REFUSALS = {
     "packed, 4 dims": ((Q, K), {"cu_seqlens": BOUNDS}, ValueError, r"q has shape \[2, 4, 8, 16\].*must be \[T, H, D\]"),
     "padded, 3 dims": ((PACKED_Q, PACKED_K), {}, ValueError, "with cu_seqlens"),
     "cu_seqlens dims": ((PACKED_Q, PACKED_K), {"cu_seqlens": BOUNDS[None]}, ValueError, r"cu_seqlens has shape \[1, 2\]"),
-    "tokens": ((Q, K[:, :, :7]), {}, ValueError, "all but the number of heads must agree"),
+    "tokens": ((Q, K[:, :, :7]), {}, ValueError, r"k has shape \[2, 2, 7, 16\]; it must be \[B, Hkv, N, D\] = \[2, 2, 8, 16\]"),
     "heads": ((Q[:, :3], K), {}, ValueError, "q_heads=3 must be a multiple of kv_heads=2; check the model's config"),
     "no kv heads": ((Q, K[:, :0]), {}, ValueError, "q_heads=4 must be a multiple of kv_heads=0"),
     "head dim": ((torch.zeros(1, 1, 2, 513), torch.zeros(1, 1, 2, 513)), {}, ValueError, "head_dim=513 must be 1 to 512"),
