@@ -24,8 +24,8 @@ class CommandError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """All of an error's message on one line, or the error's type when it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """All of an error's message on one line without its full stop, or the error's type when it has none."""
+    return " ".join(str(error).split()).removesuffix(".") or type(error).__name__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

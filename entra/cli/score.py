@@ -19,6 +19,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import os
 import sys
 import time
 import warnings
@@ -174,8 +175,13 @@ def _config(options: argparse.Namespace) -> ScoreConfig:
 def _check_options(options: argparse.Namespace, source: Survey) -> None:
     if options.batch_size < 1:
         raise CommandError(f"--batch-size {options.batch_size} must be at least 1 row")
-    if options.output.exists() and options.output.samefile(options.traces):
-        raise CommandError(f"--output {options.output} is the input; choose another file")
+    if os.path.exists(options.output):  # Path.exists raises when the name is too long
+        if not options.output.is_file():
+            raise CommandError(f"cannot write --output {options.output}: it is no ordinary file; name one")
+        if options.output.samefile(options.traces):
+            raise CommandError(f"--output {options.output} is the input; choose another file")
+    elif not os.path.isdir(options.output.parent):
+        raise CommandError(f"cannot write --output {options.output}: there is no folder {options.output.parent}; make it first")
     for option, column in (("--prompt-column", options.prompt_column), ("--completion-column", options.completion_column)):
         if source.columns and column not in source.columns:
             raise CommandError(f"no row has a column {column!r}; there are {', '.join(source.columns)}: use {option}")

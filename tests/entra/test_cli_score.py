@@ -364,7 +364,8 @@ def test_output_that_another_process_writes_is_refused(model, tmp_path, capsys):
         pytest.param({"traces": "missing.jsonl"}, "cannot read missing.jsonl: No such file", id="no-input"),
         pytest.param({"traces": "text.parquet"}, "is not a Parquet file", id="not-parquet"),
         pytest.param({"model": "no/such-model"}, "cannot load --model no/such-model", id="no-model"),
-        pytest.param({"output": "no/such/folder.jsonl"}, "cannot write", id="no-folder"),
+        pytest.param({"output": "no/such/s.jsonl", "model": "none"}, "there is no folder no/such; make it", id="no-folder"),
+        pytest.param({"output": "x" * 300}, "x: File name too long; choose another --output", id="long-name"),
         pytest.param({"output": "traces.jsonl"}, "is the input", id="output-is-input"),
         pytest.param({"--prompt-column": "question"}, "no row has a column 'question'; there are prompt", id="no-column"),
         pytest.param({"--batch-size": "0"}, "--batch-size 0 must be at least 1", id="batch-size"),
@@ -374,7 +375,7 @@ def test_output_that_another_process_writes_is_refused(model, tmp_path, capsys):
         pytest.param({"traces": "array.json"}, "array.json is not JSON Lines but starts as a JSON array", id="array"),
         pytest.param({"traces": "lines.json"}, "lines.json is not JSON Lines but starts as a JSON array", id="array-of-lines"),
         pytest.param({"traces": "table.jsonl"}, "table.jsonl is not JSON Lines but starts as Parquet; name", id="parquet"),
-        pytest.param({"output": "/dev/full"}, "cannot write /dev/full: it is no ordinary file", id="device"),
+        pytest.param({"output": "/dev/full"}, "cannot write --output /dev/full: it is no ordinary file", id="device"),
         pytest.param({"output": "taken"}, "cannot write taken.meta.json: Is a directory", id="folder-as-sidecar"),
         pytest.param({"model": "damaged"}, "cannot load --model damaged: ", id="damaged-weights"),
     ],
@@ -474,7 +475,7 @@ def test_all_of_a_loading_error_is_told_on_one_line(text, tmp_path, capsys, monk
 
     monkeypatch.setattr("entra.cli.score.load_policy", refuse)
     assert score(write_rows(tmp_path / "t.jsonl", [GOOD]), "m", tmp_path / "s.jsonl") == 2
-    told = " ".join(text.split()) or "LookupError"
+    told = " ".join(text.split())[:-1] or "LookupError"
     assert capsys.readouterr().err.startswith(f"entra score: cannot load --model m: {told}; give a folder")
 
 
