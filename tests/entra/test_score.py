@@ -305,9 +305,7 @@ def test_a_hook_on_the_head_is_not_ignored(rows, llama):
 def test_prompt_tuning_is_refused(rows):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    with pytest.raises(
-        (RuntimeError, ValueError), match=r"virtual tokens \(prompt tuning\) cannot be scored|one entry per row"
-    ):
+    with pytest.raises(RuntimeError, match=r"virtual tokens \(prompt tuning\) cannot be scored"):
         entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
 
 
