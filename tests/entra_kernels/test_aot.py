@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 TOO_LITTLE_MEMORY = """
@@ -33,6 +35,42 @@ def test_representative_kernels_compile_for_every_chip():
             "bf16 logprobs head",
         ):
             assert f"\n{chip} {kernel}" in "\n" + done.stdout
+
+
+def test_the_subset_holds_every_kernel():
+    names = (
+        "from entra_kernels._triton import aot, attention, logprobs, redundancy\n"
+        + """
+for module in (attention, logprobs, redundancy):
+    short = module.__name__.rpartition(".")[2]
+    for chip in aot.CHIPS:
+        taken = {
+            case.kernel.__name__
+            for dtype in aot.DTYPES
+            for case in module.aot_cases(dtype, chip.shared_memory)
+            if aot.SUBSET.search(aot._name(short, chip, dtype, case))
+        }
+        print(chip.name, short, *sorted(taken))
+"""
+    )
+    done = python("-c", names)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "sm_90 attention _add_heads_kernel _column_sum_kernel _lay_out_kernel _row_lse_kernel" in lines
+    assert "sm_90 logprobs _head_kernel _reduce_kernel _row_kernel" in lines
+    assert "sm_90 redundancy _count_kernel _reward_kernel _select_kernel" in lines
+    assert "gfx942 redundancy _count_kernel _reward_kernel _select_kernel" in lines
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("d=999", "matches no kernel; names look like"), ("(", "is no regular expression")],
+    ids=["no match", "invalid"],
+)
+def test_only_says_what_is_wrong(pattern, message):
+    done = python("-m", "entra_kernels._triton.aot", "--only", pattern)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def test_too_much_shared_memory_is_a_problem():

@@ -182,6 +182,9 @@ CASES = {
         f"d={d}": {"head_dim": d, "lengths": (35,), "heads": 2, "kv_heads": 1} for d in (16, 64, 72, 80, 96, 128, 192, 256, 512)
     },
     **{f"window {w}": {"sliding_window": w} for w in (1, 2, 5, 20, 40, 1000)},
+    "window 2**70": {"sliding_window": 2**70},
+    "least softcap": {"softcap": 1e-30},
+    "largest softcap": {"softcap": 1e30},
     "window, packed": {"sliding_window": 24, "layout": "packed"},
     "softcap": {"softcap": 1.5},
     "wide softcap": {"softcap": 1e4, "scale": 2.0},
@@ -334,6 +337,27 @@ def test_packed_equals_separate(options, target, backend, small_tiles):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_place_in_the_row_changes_no_bit(device, backend):
+    """From 5 kv heads on, ATen's sum over them adds in one order in vectors and in another in what is left at the end."""
+    lengths = (200, 151, 77)
+    q, k, arguments = problem(device, torch.float32, lengths=lengths, heads=8, kv_heads=8, head_dim=16, layout="packed")
+    packed = incoming_attention(q, k, backend=backend, **arguments)
+    for first, end in itertools.pairwise(arguments["cu_seqlens"].tolist()):
+        alone = incoming_attention(q[None, first:end].transpose(1, 2), k[None, first:end].transpose(1, 2), backend=backend)
+        assert torch.equal(packed[first:end], alone[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_offsets_beyond_32_bits(device, backend, small_tiles):
+    """Dimension 16 lies 2**31 + 128 elements after dimension 0: as a 32-bit product that offset is negative."""
+    stride = 134_217_736
+    values, k = (random(1, 1, 20, 17, seed=seed).to(device, torch.float16) for seed in (1, 2))
+    q = torch.empty(17 * stride, dtype=torch.float16, device=device).as_strided((1, 1, 20, 17), (0, 0, 1, stride))
+    q.copy_(values)
+    assert torch.equal(incoming_attention(q, k, backend=backend), incoming_attention(values, k, backend=backend))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_appending_a_token_adds_its_row(device, backend, small_tiles):
     """Causal: sums over N + 1 tokens are those over N plus what the new query gives."""
     q, k, _ = problem(device, torch.float32, lengths=(65,))
@@ -381,6 +405,81 @@ def test_bad_values_stay_in_their_sequence(value, device, backend, small_tiles):
     assert torch.equal(out[80:], clean[80:])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sliding_window": 7}, {"per_head": True}, {"per_head": True, "sliding_window": 40}],
+    ids=["full", "window", "per head", "per head, window"],
+)
+@pytest.mark.parametrize("given_lse", [False, True], ids=["", "given lse"])
+def test_nan_reaches_only_what_the_query_sees(given_lse, options, device, backend, small_tiles):
+    """Found NaN above the diagonal, which reached later tokens, even the last one."""
+    q, k, arguments = problem(device, torch.float32, lengths=(70,), layout="packed", given_lse=given_lse, **options)
+    bad, window = 45, options.get("sliding_window", 70)
+    if given_lse:
+        arguments["lse"][:, bad] = math.nan
+    else:
+        q[bad] = math.nan
+    out = incoming_attention(q, k, backend=backend, **arguments)
+    expected = [bad - window < i < bad for i in range(73)]
+    assert (out if out.ndim == 1 else out[0]).isnan().tolist() == expected
+    assert (out[..., 69:] == 0).all()
+    assert (out.isnan() == torch.tensor(expected, device=device)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [math.inf, -math.inf], ids=["inf", "-inf"])
+def test_infinite_lse_reaches_only_what_the_query_sees(value, device, backend, small_tiles):
+    """Probability 0 below the diagonal for inf, infinite for -inf; above it nothing."""
+    q, k, arguments = problem(device, torch.float32, lengths=(70,), layout="packed", given_lse=True)
+    clean = incoming_attention(q, k, backend=backend, **arguments)
+    arguments["lse"][:, 45] = value
+    out = incoming_attention(q, k, backend=backend, **arguments)
+    assert out.isinf().tolist() == [value < 0 and i < 45 for i in range(73)]
+    assert not out.isnan().any()
+    assert torch.equal(out[45:], clean[45:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [3e38, math.inf], ids=["3e38", "inf"])
+def test_a_huge_sink_takes_all(value, device, backend, small_tiles):
+    """In log2 units 3e38 is beyond float32: the result was NaN."""
+    q, k, arguments = problem(device, torch.float32, heads=2, kv_heads=1, per_head=True)
+    sinks = torch.tensor([value, -math.inf], device=device)
+    out = incoming_attention(q, k, sinks=sinks, backend=backend, **arguments)
+    assert (out[:, 0] == 0).all()
+    assert (out[:, 1] - incoming_attention(q, k, backend=backend, **arguments)[:, 1]).abs().max() <= SLACK
+
+
+def test_grids_have_one_axis(small_tiles):
+    """CUDA allows 65,535 programs on the others: a batch must not be one of them."""
+    grids = []
+
+    class Grid(NoLaunch):
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return super().__getitem__(grid)
+
+    attention = importlib.import_module("entra_kernels._triton.attention")
+    q, k, arguments = problem("cpu", torch.float32, row_weights=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in KERNELS:
+            patch.setattr(attention, name, Grid())
+        incoming_attention(q, k, backend="triton", **arguments)
+    assert len(grids) == len(KERNELS)
+    assert all(len(grid) == 1 for grid in grids)
+
+
+@pytest.mark.gpu
+def test_batch_larger_than_a_grid_axis():
+    q, k = (
+        random(1, 2, 3, 16).half().cuda().expand(65_537, -1, -1, -1),
+        random(1, 1, 3, 16).half().cuda().expand(65_537, -1, -1, -1),
+    )
+    out = incoming_attention(q, k)
+    assert torch.equal(out, incoming_attention(q[:1], k[:1]).expand_as(out))
+
+
 def test_no_copy_of_q_or_k_and_no_wait_for_the_device(small_tiles):
     """What the Triton launcher does besides launching stays smaller than q and never reads a value back."""
 
@@ -397,7 +496,7 @@ def test_no_copy_of_q_or_k_and_no_wait_for_the_device(small_tiles):
     attention = importlib.import_module("entra_kernels._triton.attention")
     q, k, arguments = problem("cpu", torch.float32, strides="every second")
     with pytest.MonkeyPatch.context() as patch, Recorder() as recorder:
-        for name in ("_row_lse_kernel", "_column_sum_kernel", "_lay_out_kernel", "_add_heads_kernel"):
+        for name in KERNELS:
             patch.setattr(attention, name, NoLaunch())
         attention.incoming_attention(
             q,
@@ -422,6 +521,9 @@ def test_no_copy_of_q_or_k_and_no_wait_for_the_device(small_tiles):
             assert out.numel() < k.numel(), f"{name} makes {list(out.shape)}"
 
 
+KERNELS = ("_row_lse_kernel", "_column_sum_kernel", "_lay_out_kernel", "_add_heads_kernel")
+
+
 class NoLaunch:
     """A kernel that is not launched."""
 
@@ -436,8 +538,18 @@ def test_custom_op(device, backend, small_tiles):
     torch.library.opcheck(
         torch.ops.entra_kernels.incoming_attention.default,
         (q, k, arguments["start"], arguments["length"], 0.2, None, None, None, None, None, False, True, backend),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_custom_op_with_every_option(device, backend, small_tiles):
+    q, k, arguments = problem(device, torch.float32, lengths=(20, 11), sinks=True, row_weights=True)
+    q, k, weights = q.nan_to_num(), k.nan_to_num(), arguments["row_weights"].nan_to_num()
+    sinks, spans = arguments["sinks"], (arguments["start"], arguments["length"])
+    operation = torch.ops.entra_kernels.incoming_attention.default
+    torch.library.opcheck(operation, (q, k, *spans, 0.2, 9, 3.0, sinks, None, weights, True, False, backend))
+    lse = torch.full(q.shape[:3], 4.0, device=device)
+    torch.library.opcheck(operation, (q, k, *spans, 0.2, 9, 3.0, None, lse, weights, False, True, backend))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -491,6 +603,33 @@ REFUSALS = {
     "no kv heads": ((Q, K[:, :0]), {}, ValueError, "q_heads=4 must be a multiple of kv_heads=0"),
     "head dim": ((torch.zeros(1, 1, 2, 513), torch.zeros(1, 1, 2, 513)), {}, ValueError, "head_dim=513 must be 1 to 512"),
     "window": ((Q, K), {"sliding_window": 0}, ValueError, "sliding_window=0 must be at least 1"),
+    "window of 2.5": ((Q, K), {"sliding_window": 2.5}, TypeError, "sliding_window=2.5 must be an int, not float"),
+    "window of True": ((Q, K), {"sliding_window": True}, TypeError, "sliding_window=True must be an int, not bool"),
+    "window of text": ((Q, K), {"sliding_window": "4"}, TypeError, "sliding_window='4' must be an int, not str"),
+    "scale nan": ((Q, K), {"scale": math.nan}, ValueError, "scale=nan must be finite"),
+    "scale of text": ((Q, K), {"scale": "1"}, TypeError, "scale='1' must be a number, not str"),
+    "softcap inf": ((Q, K), {"softcap": math.inf}, ValueError, "softcap=inf must be positive"),
+    "softcap 1e-31": ((Q, K), {"softcap": 1e-31}, ValueError, "softcap=1e-31 must be positive"),
+    "softcap of text": ((Q, K), {"softcap": "30"}, TypeError, "softcap='30' must be a number, not str"),
+    "no query heads": ((Q[:, :0], K), {}, ValueError, "q_heads=0 must be at least 1"),
+    "packed k": (
+        (PACKED_Q, PACKED_K[:7]),
+        {"cu_seqlens": BOUNDS},
+        ValueError,
+        r"k has shape \[7, 2, 16\]; it must be \[T, Hkv, D\] = \[8, 2, 16\]",
+    ),
+    "packed lse": (
+        (PACKED_Q, PACKED_K),
+        {"cu_seqlens": BOUNDS, "lse": torch.zeros(8, 4)},
+        ValueError,
+        r"lse has shape \[8, 4\]; it must be \[H, T\] = \[4, 8\]",
+    ),
+    "packed row_weights": (
+        (PACKED_Q, PACKED_K),
+        {"cu_seqlens": BOUNDS, "row_weights": torch.zeros(1, 8)},
+        ValueError,
+        r"row_weights has shape \[1, 8\]; it must be \[T\] = \[8\]",
+    ),
     "softcap": ((Q, K), {"softcap": -1.0}, ValueError, "softcap=-1.0 must be positive"),
     "sinks and lse": (
         (Q, K),

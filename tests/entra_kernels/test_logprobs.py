@@ -4,11 +4,14 @@ Error budget: at most twice what plain PyTorch in the same dtype loses against f
 logits (the result's own rounding, and exp2 and log2 on a GPU, which are good to about 2 units each).
 """
 
+import importlib
+import itertools
 import math
+import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,38 +20,49 @@ from entra_kernels import _torch, linear_token_logprobs, reference, token_logpro
 # Triton's interpreter computes NaN and inf with numpy, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
+ON_EVERY_DEVICE = pytest.mark.usefixtures("device")
 BACKENDS = ["torch", "triton"]
 # Triton's interpreter returns garbage for bfloat16 dots, so on a CPU the Triton backend meets bfloat16 in no product.
 HEAD_CASES = [
     pytest.param(
+        *device.values,
         backend,
         dtype,
-        id=f"{backend}-{str(dtype)[6:]}",
-        marks=[pytest.mark.gpu] if backend == "triton" and dtype == torch.bfloat16 else [],
+        id=f"{device.id}-{backend}-{str(dtype)[6:]}",
+        marks=device.marks,
     )
-    for backend in BACKENDS
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    for device, backend, dtype in itertools.product(DEVICES, BACKENDS, (torch.float32, torch.float16, torch.bfloat16))
+    if (device.id, backend, dtype) != ("cpu", "triton", torch.bfloat16)
 ]
 UNIT = 2.0**-23
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Uninitialised memory holds NaN, so that a result that nobody wrote shows. (On a GPU the switch forbids some products.)"""
-    if DEVICE == "cpu":
-        torch.use_deterministic_algorithms(True)
-    yield
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Where a test makes its tensors. Skips Triton on CPU tensors where a GPU turned its interpreter off.
+
+    On a CPU uninitialised memory holds NaN, so that a result that nobody wrote shows. (On a GPU the switch forbids some
+    products.)
+    """
+    backend = request.node.callspec.params.get("backend")
+    if request.param == "cpu" and backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off because a GPU is present")
+    torch.use_deterministic_algorithms(request.param == "cpu")
+    with torch.device(request.param):
+        yield request.param
     torch.use_deterministic_algorithms(False)
 
 
 def _random(*shape, seed=0, scale=1.0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+    values = torch.randn(*shape, generator=generator, device="cpu") * scale
+    return values.to(torch.get_default_device(), dtype)
 
 
 def _ids(vocabulary, *shape, seed=1):
-    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def _assert_within_budget(ours, eager, exact, size):
@@ -90,6 +104,7 @@ def _check_head(hidden, weight, targets, backend, **options):
     _assert_within_budget(ours, eager, exact, size / everything["temperature"])
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestTokenLogprobs:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"])
@@ -148,24 +163,25 @@ class TestTokenLogprobs:
         """Logits of -inf, a whole block of them first, are tokens that cannot be: no NaN comes of them."""
         logits = _random(2, 9000)
         logits[:, :5000] = -math.inf
-        ours = token_logprobs(logits, torch.tensor([6000, 8999], device=DEVICE), backend=backend)
-        exact = reference.token_logprobs(logits[:, 5000:].double(), torch.tensor([1000, 3999], device=DEVICE), temperature=1.0)
+        ours = token_logprobs(logits, torch.tensor([6000, 8999]), backend=backend)
+        exact = reference.token_logprobs(logits[:, 5000:].double(), torch.tensor([1000, 3999]), temperature=1.0)
         assert (ours.double() - exact).abs().max() <= 8 * UNIT * exact.abs().max()
 
     def test_one_token_vocabulary_is_certain(self, backend):
         assert torch.equal(
-            token_logprobs(_random(4, 1), torch.zeros(4, dtype=torch.int64, device=DEVICE), backend=backend),
-            torch.zeros(4, device=DEVICE),
+            token_logprobs(_random(4, 1), torch.zeros(4, dtype=torch.int64), backend=backend),
+            torch.zeros(4),
         )
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(rows=st.integers(0, 40), vocabulary=st.integers(1, 700), scale=st.sampled_from([0.0, 1.0, 30.0]))
     def test_any_shape(self, backend, rows, vocabulary, scale):
         if rows:
             _check_logits(_random(rows, vocabulary, scale=scale), _ids(vocabulary, rows), backend)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), HEAD_CASES)
+@ON_EVERY_DEVICE
+@pytest.mark.parametrize(("device", "backend", "dtype"), HEAD_CASES, indirect=["device"])
 class TestLinearTokenLogprobs:
     def test_matches_float64(self, backend, dtype):
         """252 x 507 x 123: no multiple of any tile."""
@@ -189,12 +205,13 @@ class TestLinearTokenLogprobs:
         _check_head(_random(37, 40, dtype=dtype), _random(301, 40, seed=2, dtype=dtype), _ids(301, 37), backend, **options)
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestLinearProperties:
     def test_common_offset_costs_no_digits(self, backend):
         """Multiples of 1/64 below 2**14 are exact in float32, so the logits are, and only the log-sum-exp can lose digits."""
         hidden, weight = (_random(rows, 16, seed=rows).mul(8).round() / 8 for rows in (20, 300))
-        bias, targets = torch.full((300,), 1e4, device=DEVICE), _ids(300, 20)
+        bias, targets = torch.full((300,), 1e4), _ids(300, 20)
         exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
         ours = linear_token_logprobs(hidden, weight, targets, bias=bias, backend=backend)
         assert (ours.double() - exact).abs().max() <= 8 * UNIT * exact.abs().max()
@@ -236,9 +253,9 @@ class TestLinearProperties:
     def test_bias_can_mask_tokens(self, backend):
         """-inf over the first 4100 entries: more than a tile, a stretch, and whatever else is taken at a time."""
         hidden, weight = _random(3, 8), _random(4500, 8, seed=2)
-        bias = torch.zeros(4500, device=DEVICE)
+        bias = torch.zeros(4500)
         bias[:4100] = -math.inf
-        targets = torch.tensor([4100, 4499, 5], device=DEVICE)
+        targets = torch.tensor([4100, 4499, 5])
         ours = linear_token_logprobs(hidden, weight, targets, bias=bias, backend=backend)
         expected = linear_token_logprobs(hidden[:2], weight[4100:], targets[:2] - 4100, backend=backend)
         assert (ours[:2] - expected).abs().max() <= 8 * UNIT * expected.abs().max()
@@ -258,20 +275,24 @@ class TestLinearProperties:
         first = linear_token_logprobs(*arguments, backend=backend)
         assert torch.equal(linear_token_logprobs(*arguments, backend=backend), first)
 
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(rows=st.integers(1, 80), channels=st.integers(1, 70), vocabulary=st.integers(1, 300))
     def test_any_shape(self, backend, rows, channels, vocabulary):
         _check_head(_random(rows, channels), _random(vocabulary, channels, seed=2), _ids(vocabulary, rows), backend)
 
 
-def test_triton_result_does_not_depend_on_the_batch():
+@ON_EVERY_DEVICE
+@pytest.mark.parametrize("backend", ["triton"])
+def test_result_does_not_depend_on_the_batch(backend):
+    """Not so with the torch backend, whose product is a BLAS's."""
     hidden, weight, targets = _random(150, 24), _random(2300, 24, seed=2), _ids(2300, 150)
-    together = linear_token_logprobs(hidden, weight, targets, backend="triton")
+    together = linear_token_logprobs(hidden, weight, targets, backend=backend)
     for rows in (slice(0, 1), slice(64, 150), slice(149, 150)):
-        alone = linear_token_logprobs(hidden[rows], weight, targets[rows], backend="triton")
+        alone = linear_token_logprobs(hidden[rows], weight, targets[rows], backend=backend)
         assert torch.equal(alone, together[rows])
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_float64_stays_float64(backend):
     logits, targets = _random(5, 40, dtype=torch.float64), _ids(40, 5)
@@ -279,39 +300,38 @@ def test_float64_stays_float64(backend):
     ours = token_logprobs(logits, targets, backend=backend)
     assert ours.dtype == torch.float64
     assert (ours - expected).abs().max() <= 1e-14
-    identity = torch.eye(40, dtype=torch.float64, device=DEVICE)
+    identity = torch.eye(40, dtype=torch.float64)
     assert (linear_token_logprobs(logits, identity, targets, backend=backend) - expected).abs().max() <= 1e-14
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("wrong", [-1, 40, 2**40])
-def test_target_outside_the_vocabulary(backend, wrong):
+def test_target_outside_the_vocabulary(device, backend, wrong):
     """An error where looking costs nothing, NaN at its position where it would wait for the device."""
     logits, targets = _random(5, 40), _ids(40, 5)
     targets[3] = wrong
     calls = (
         lambda: token_logprobs(logits, targets, backend=backend),
-        lambda: linear_token_logprobs(logits, torch.eye(40, device=DEVICE), targets, backend=backend),
+        lambda: linear_token_logprobs(logits, torch.eye(40), targets, backend=backend),
     )
     for call in calls:
-        if DEVICE == "cpu":
+        if device == "cpu":
             with pytest.raises(ValueError, match=rf"targets holds id {wrong}, outside the vocabulary 0 to 39; check the token"):
                 call()
         else:
             assert call().isnan().tolist() == [False, False, False, True, False]
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_backends_give_nan_for_a_target_outside(backend):
     """Below the check of the public function, as on a GPU."""
-    import importlib
-
     module = reference if backend == "reference" else importlib.import_module(f"entra_kernels._{backend}")
-    logits, targets = _random(3, 40), torch.tensor([0, -1, 40], device=DEVICE)
+    logits, targets = _random(3, 40), torch.tensor([0, -1, 40])
     expected = [False, True, True]
     assert module.token_logprobs(logits, targets, temperature=1.0).isnan().tolist() == expected
     options = {"bias": None, "logit_scale": 1.0, "softcap": None, "temperature": 1.0}
-    identity = torch.eye(40, device=DEVICE)
+    identity = torch.eye(40)
     assert module.linear_token_logprobs(logits, identity, targets, **options).isnan().tolist() == expected
 
 
@@ -331,8 +351,9 @@ class _LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the bound of a GPU's tile is another one")
 class TestWorkspace:
+    """On a CPU; the bound of a GPU's tile is another one."""
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
     def test_head_never_holds_the_logits(self, dtype):
         hidden, weight, targets = _random(4100, 8, dtype=dtype), _random(9000, 8, seed=2, dtype=dtype), _ids(9000, 4100)
@@ -348,6 +369,7 @@ class TestWorkspace:
         assert 1 << 20 < largest.bytes <= 8 << 20  # all the logits in float32: 46 MiB
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 class TestAsCustomOps:
     def test_opcheck(self, backend):
@@ -384,6 +406,23 @@ LOGITS, TARGETS, WEIGHT = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64), 
         (ValueError, r"logits has shape \[\]", lambda: token_logprobs(torch.tensor(1.0), TARGETS)),
         (ValueError, r"targets has shape \[2\]; it must be logits.shape", lambda: token_logprobs(LOGITS, TARGETS[:2])),
         (ValueError, r"temperature=0 must be greater than 0", lambda: token_logprobs(LOGITS, TARGETS, temperature=0)),
+        (ValueError, r"temperature=1e-39 must be", lambda: token_logprobs(LOGITS, TARGETS, temperature=1e-39)),
+        (ValueError, r"temperature=inf must be .* finite", lambda: token_logprobs(LOGITS, TARGETS, temperature=math.inf)),
+        (TypeError, r"temperature='1' must be a number, not str", lambda: token_logprobs(LOGITS, TARGETS, temperature="1")),
+        (TypeError, r"temperature=True must be a number", lambda: token_logprobs(LOGITS, TARGETS, temperature=True)),
+        (
+            ValueError,
+            r"logit_scale=nan must be finite",
+            lambda: linear_token_logprobs(LOGITS, WEIGHT, TARGETS, logit_scale=math.nan),
+        ),
+        (
+            TypeError,
+            r"logit_scale='2' must be a number",
+            lambda: linear_token_logprobs(LOGITS, WEIGHT, TARGETS, logit_scale="2"),
+        ),
+        (ValueError, r"softcap=nan must be positive", lambda: linear_token_logprobs(LOGITS, WEIGHT, TARGETS, softcap=math.nan)),
+        (ValueError, r"softcap=1e-31 must be positive", lambda: linear_token_logprobs(LOGITS, WEIGHT, TARGETS, softcap=1e-31)),
+        (TypeError, r"softcap='3' must be a number", lambda: linear_token_logprobs(LOGITS, WEIGHT, TARGETS, softcap="3")),
         (ValueError, r"temperature=nan", lambda: token_logprobs(LOGITS, TARGETS, temperature=math.nan)),
         (ValueError, r"temperature=-1", lambda: linear_token_logprobs(LOGITS, WEIGHT, TARGETS, temperature=-1)),
         (ValueError, r"backend='cuda' must be one of 'auto'", lambda: token_logprobs(LOGITS, TARGETS, backend="cuda")),
@@ -419,6 +458,7 @@ def test_gradients_are_no_matter_without_grad_mode():
         assert token_logprobs(LOGITS.clone().requires_grad_(), TARGETS).shape == (3,)
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("off", [None, 0, 0.0])
 def test_softcap_off(off):
     hidden, weight, targets = _random(3, 5), _random(7, 5, seed=2), _ids(7, 3)
