@@ -140,10 +140,10 @@ SUBSET = re.compile(
     r"|bf16 attention .* d=128$"
     r"|fp32 attention column_sum d=16$"
     r"|(sm_86|gfx942) bf16 attention column_sum d=512$"
-    r"|sm_90 \w+ (logprobs|redundancy)"
+    r"|sm_90 \w+ logprobs"
     r"|bf16 logprobs head$"
     r"|sm_90 bf16 attention (lay_out|add_heads)$"
-    r"|gfx942 bf16 redundancy"
+    r"|(sm_90|gfx942) bf16 redundancy"
 )
 """What is compiled without `--all`, by name: every kernel and option on sm_90; on every chip the attention passes (D = 128 in
 bfloat16, D = 16 in float32) and the fused head; the tightest fits into shared memory; and on gfx942 the redundancy kernels."""
