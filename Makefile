@@ -1,5 +1,5 @@
 # make demo, make test: each does its own set-up into .venv, once.
-# Another package index for torch, for example a CUDA build:  make test TORCH_INDEX=https://download.pytorch.org/whl/cu130
+# Another package index for torch, for example that of a CUDA build:  make test TORCH_INDEX=<index URL>
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
