@@ -211,7 +211,8 @@ def capture_incoming_attention(
     rounding), and the model's config, mode, and hooks are as before after the block, also when the forward raised.
 
     Every forward inside the block replaces the result of the one before; so does gradient checkpointing's second pass,
-    with the same values. No gradient flows through a result, and attention dropout is not part of it.
+    with the same values. No gradient flows through a result, and attention dropout is not part of it. One thread at a time
+    may run a model that is captured.
 
     Args:
         model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, torch.compile with or without fullgraph).
@@ -227,6 +228,7 @@ def capture_incoming_attention(
     Raises:
         ValueError: an unknown statistic or head_reduction; start or length that do not fit the batch; a model without
             a softmax layer that can be scored (only linear, sparse, or indexed attention), with its layer types.
+        TypeError: start or length that are not whole numbers.
         RuntimeError: a forward with a key-value cache in use, or with a position bias, sparse indices, or
             packed sequences; reading `captured.incoming` before a forward.
 
@@ -239,6 +241,7 @@ def capture_incoming_attention(
         if value not in allowed:
             raise ValueError(f"{option}={value!r} must be one of {', '.join(map(repr, allowed))}")
 
+    first, count = _whole_numbers("start", start), _whole_numbers("length", length)
     name, module, layer_type = _scored_layer(model)
     config = module.config
     original = config._attn_implementation
@@ -248,8 +251,8 @@ def capture_incoming_attention(
         index=module.layer_idx,
         name=name,
         layer_type=layer_type,
-        start=None if start is None else torch.as_tensor(start),
-        length=None if length is None else torch.as_tensor(length),
+        start=first,
+        length=count,
         statistic=statistic,
         head_reduction=head_reduction,
         backend=backend,
@@ -263,6 +266,15 @@ def capture_incoming_attention(
         yield capture
     finally:
         module.config = config
+
+
+def _whole_numbers(name: str, value: Tensor | Sequence[int] | None) -> Tensor | None:
+    if value is None:
+        return None
+    tensor = torch.as_tensor(value)
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}={value!r} must hold whole numbers of tokens (int32 or int64); convert it with .long()")
+    return tensor
 
 
 def _capturing_attention(

@@ -447,6 +447,11 @@ def test_bad_options(options: dict[str, Any], message: str, model_of: Callable[[
         capture(model_of("llama"), sequences()[0][None], **options)
 
 
+def test_fractions_of_tokens_are_refused(model_of: Callable[[str], PreTrainedModel]) -> None:
+    with pytest.raises(TypeError, match=r"start=\[0.5\] must hold whole numbers of tokens"):
+        capture(model_of("llama"), sequences()[0][None], start=[0.5])
+
+
 def test_training_forward_under_gradient_checkpointing() -> None:
     ids = sequences()[0][None]
     gradients = {}
