@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from entra_kernels import _ops
@@ -108,7 +107,7 @@ def incoming_attention(
         check_shape("row_weights", row_weights, (tokens,), "[T]")
         # The packed layout is the padded one with a single row that holds every sequence.
         q, k = q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0)
-        starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+        starts, ends, sequences = cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.shape[0] - 1
         lse = None if lse is None else lse.unsqueeze(0)
         row_weights = None if row_weights is None else row_weights.unsqueeze(0)
     elif q.ndim != 4 or k.ndim != 4:
@@ -125,8 +124,7 @@ def incoming_attention(
         check_shape("row_weights", row_weights, (batch, tokens), "[B, N]")
         check_shape("start", start, (batch,), "[B]")
         check_shape("length", length, (batch,), "[B]")
-        starts = torch.zeros(batch, dtype=torch.int32, device=q.device) if start is None else start
-        lengths = tokens - starts if length is None else length
+        starts, ends, sequences = start, _ends(start, length), batch
     if q_heads == 0:
         raise ValueError("q_heads=0 must be at least 1; check the shape of q, [B, H, N, D] or packed [T, H, D]")
     if kv_heads == 0 or q_heads % kv_heads:
@@ -141,7 +139,8 @@ def incoming_attention(
         q,
         k,
         starts,
-        lengths,
+        ends,
+        sequences,
         scale=head_dim**-0.5 if scale is None else check_number("scale", scale, "finite; None for head_dim ** -0.5"),
         sliding_window=check_window(sliding_window),
         softcap=check_softcap(softcap),
@@ -153,3 +152,10 @@ def incoming_attention(
         backend=choose_backend(backend, q),
     )
     return out.squeeze(0) if packed else out
+
+
+def _ends(start: Tensor | None, length: Tensor | None) -> Tensor | None:
+    """One past each row's last token; None for the row's end. As few operations on the device as can be."""
+    if start is None or length is None:
+        return length
+    return start + length

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from entra_kernels._checks import accumulation_dtype
+from entra_kernels._spans import Spans
 
 _MODULES = {"reference": "entra_kernels.reference", "torch": "entra_kernels._torch", "triton": "entra_kernels._triton"}
 
@@ -63,8 +64,9 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
 def incoming_attention(
     q: Tensor,
     k: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    starts: Optional[Tensor],  # noqa: UP045
+    ends: Optional[Tensor],  # noqa: UP045
+    sequences: int,
     scale: float,
     sliding_window: Optional[int],  # noqa: UP045
     softcap: Optional[float],  # noqa: UP045
@@ -75,15 +77,14 @@ def incoming_attention(
     normalize: bool,
     backend: str,
 ) -> Tensor:
-    """q [B, H, N, D], k [B, Hkv, N, D] with any strides; S spans (starts, lengths): span s lies in row s, or, when B is 1,
-    every span lies in row 0 (the packed layout). Returns [B, N], or [B, H, N] per head."""
+    """q [B, H, N, D], k [B, Hkv, N, D] with any strides, and the fields of `Spans`. Returns [B, N], or [B, H, N] per head."""
     module = _implementation(backend, q)
-    starts, lengths = _checked_spans(starts, lengths, q.shape[0], q.shape[2])
+    spans = Spans(starts, ends, sequences, tokens=q.shape[2], batch=q.shape[0])
+    spans.check(q.device)
     return module.incoming_attention(
         q,
         k,
-        starts,
-        lengths,
+        spans,
         scale=scale,
         sliding_window=sliding_window,
         softcap=softcap,
@@ -96,7 +97,7 @@ def incoming_attention(
 
 
 @incoming_attention.register_fake
-def _(q, k, starts, lengths, scale, sliding_window, softcap, sinks, lse, row_weights, per_head, normalize, backend):  # type: ignore[no-untyped-def]
+def _(q, k, starts, ends, sequences, scale, sliding_window, softcap, sinks, lse, row_weights, per_head, normalize, backend):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = q.shape
     shape = (batch, heads, tokens) if per_head else (batch, tokens)
     return q.new_empty(shape, dtype=accumulation_dtype(q.dtype))

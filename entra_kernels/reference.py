@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from entra_kernels._checks import accumulation_dtype
+from entra_kernels._spans import Spans
 
 
 def attention_probabilities(
@@ -55,8 +56,7 @@ def future_queries(tokens: int, sliding_window: int | None, device: torch.device
 def incoming_attention(
     q: Tensor,
     k: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    spans: Spans,
     *,
     scale: float,
     sliding_window: int | None,
@@ -71,8 +71,7 @@ def incoming_attention(
     dtype = accumulation_dtype(q.dtype)
     batch, heads, tokens, _ = q.shape
     incoming = q.new_zeros(batch, heads, tokens, dtype=dtype)
-    for sequence, (first, count) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-        row = sequence if batch > 1 else 0
+    for row, first, count in spans:
         span = slice(first, first + count)
         attention = attention_probabilities(
             q[row, :, span].to(dtype),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from entra_kernels._checks import accumulation_dtype
+from entra_kernels._spans import Spans
 
 # Scores in a block. On 2 CPU cores of 2 MiB L2 each, 2**20 float32 scores and at most 128 rows took 1.00 to 1.10 times one
 # fused SDPA call at 1k to 8k tokens; 2**18 took 1.16 to 1.31 times (small products), 256 rows up to 1.37. Elsewhere a block
@@ -24,8 +25,7 @@ MIN_ROWS, MAX_ROWS = 16, 128
 def incoming_attention(
     q: Tensor,
     k: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    spans: Spans,
     *,
     scale: float,
     sliding_window: int | None,
@@ -42,10 +42,9 @@ def incoming_attention(
     group = heads // kv_heads
     dtype = accumulation_dtype(q.dtype)
     out = q.new_zeros(batch, kv_heads, group if per_head else 1, tokens, dtype=dtype)
-    for sequence, (first, count) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+    for row, first, count in spans:
         if count == 0:
             continue
-        row = sequence if batch > 1 else 0
         span = slice(first, first + count)
         weights = q.new_ones(count, dtype=dtype) if row_weights is None else row_weights[row, span].to(dtype)
         for kv_head in range(kv_heads):

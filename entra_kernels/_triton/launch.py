@@ -4,11 +4,33 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 HOPPER_SHARED_MEMORY = 227 * 1024
+
+
+class Chip(NamedTuple):
+    """What a launch has to fit: an architecture and the bytes of shared memory that one program may take."""
+
+    arch: str
+    """ "sm_90" for compute capability 9.0, "gfx942" as ROCm names it."""
+    shared_memory: int
+
+
+HOPPER = Chip("sm_90", HOPPER_SHARED_MEMORY)
+
+
+@functools.cache
+def chip_of(device: torch.device) -> Chip:
+    """The chip behind `device`; for a CPU (Triton's interpreter) an H200."""
+    if device.type == "cpu":
+        return HOPPER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Chip(properties.gcnArchName.split(":")[0], shared_memory(device))
+    return Chip(f"sm_{properties.major}{properties.minor}", shared_memory(device))
 
 
 @functools.cache
@@ -42,5 +64,87 @@ class KernelCase:
     """Arguments that a real launch finds to be multiples of 16 (pointers, strides): without it loads are scalar."""
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
+    """Bound on the registers of a thread, None for the compiler's own choice. On NVIDIA chips only."""
     head_dim: int | None = None
     """Head dim of an attention kernel: sets which cases the quick run takes, and where spills are an error."""
+
+
+class AttentionLaunch(NamedTuple):
+    """Launch size of the attention passes."""
+
+    resident: int
+    """Tokens that stay in place: keys in the column pass, queries in the row pass."""
+    streamed: int
+    """Tokens per tile that passes by; divides `resident`."""
+    depth: int
+    """How much of the head dim one dot takes."""
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+    """Bound on the registers of a thread: 128 lets two programs of 8 warps share an SM. On NVIDIA chips only."""
+    least_piece: int
+    """Streamed tiles, per query head, that a program of the column pass walks over at least."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        bound = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **bound}
+
+
+ANY_CHIP = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 16, 4, 1))
+"""Resident, streamed, warps and stages, largest first: the first that fits into shared memory is taken."""
+
+LEAST_WORK = 8
+"""Tiles of scores, counted over the group's heads, that a program has at least: fewer would not pay for loading the keys."""
+
+
+def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *, options: bool) -> AttentionLaunch:
+    """The launch size of both attention passes for a head dim, G heads per kv head, bytes per element, and a chip.
+
+    `options` says whether there is a window, a softcap or row weights. What stands behind each choice are static counts: of
+    the compiled inner loop (instructions per score, column pass / row pass, bfloat16, Triton 3.7.1) and of the registers and
+    the shared memory that decide how many programs share an SM. benchmarks/README.md has the table, and
+    `python -m entra_kernels._triton.sass` makes it; `python -m entra_kernels._triton.tune` times the alternatives on a GPU.
+
+    sm_90, where a warp waits for its product before it takes exponentials: only a second program on the same SM keeps the
+    matrix unit busy meanwhile, and two programs of 8 warps need 128 registers and 113 KiB each.
+
+    | D | tile | counts | instead of |
+    |---|---|---|---|
+    | to 128 | 256 x 64 | 5.6 / 6.7, 128 registers, 96 KiB: two programs | 256 x 128: 4.6 / 5.6, but 239 registers, one program |
+    | | | | 128 x 128: 5.8 / 6.6, but twice the traffic from L2, which at 128 keys is at its limit |
+    | to 128, options | 128 x 64 | 8.2 / 8.0, no spills | 256 x 64 spilled 26 times |
+    | to 256 | 128 x 128 | 6.9 / 7.6, 192 KiB: one program; here the product takes twice the time of the exponentials | |
+    | to 512 | 64 x 64 | 16.6 / 16.2 | |
+
+    sm_100 keeps accumulators in tensor memory, a row to a thread: no shuffles at all with 4 warps and 128 x 64 (5.5 / 5.9, 192
+    registers); with options this spilled and 8 warps did not. 128 x 128 with 4 warps spilled 366 times. Other chips take the
+    largest of ANY_CHIP that fits; at 128 x 64 on sm_80 9.2 / 11.4 and 128 registers.
+    """
+    depth = max(16, 1 << (head_dim - 1).bit_length())
+    least_piece = -(-LEAST_WORK // group)
+
+    def launch(resident: int, streamed: int, num_warps: int, num_stages: int, registers: int | None = None) -> AttentionLaunch:
+        return AttentionLaunch(resident, streamed, depth, num_warps, num_stages, registers, least_piece)
+
+    if element_size == 4:
+        # No matrix unit multiplies float32 exactly. On the FMA units the operands of a dot sit in registers: a shallow one.
+        # These are the sizes that compiled for sm_90 without a spill.
+        if head_dim <= 16:
+            return launch(64, 32, 4, 1)
+        if head_dim <= 32:
+            return launch(64, 64, 8, 1)
+        return launch(64, 64, 4, 1)._replace(depth=16)
+    if chip.arch == "sm_90":
+        if depth <= 128:
+            return launch(128 if options else 256, 64, 8, 2, 128)
+        if depth <= 256:
+            return launch(128, 128, 8, 2)
+    if chip.arch == "sm_100" and depth <= 128 and not options:
+        return launch(128, 64, 4, 2)
+    for resident, streamed, num_warps, num_stages in ANY_CHIP:
+        if (resident + num_stages * streamed) * depth * element_size <= chip.shared_memory:
+            return launch(resident, streamed, num_warps, num_stages)
+    raise ValueError(f"head_dim={head_dim} does not fit into {chip.shared_memory} bytes of shared memory; use backend='torch'")

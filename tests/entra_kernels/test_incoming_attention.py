@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from entra_kernels import incoming_attention
+from entra_kernels._spans import Spans
 from entra_kernels.reference import attention_probabilities, future_queries
 
 SLACK = 16 * torch.finfo(torch.float32).eps
@@ -55,12 +56,13 @@ def runnable(request):
 @pytest.fixture
 def small_tiles(monkeypatch):
     attention = importlib.import_module("entra_kernels._triton.attention")
+    launch = importlib.import_module("entra_kernels._triton.launch")
 
-    def tiling(head_dim, element_size, shared_memory, options):
+    def attention_launch(head_dim, group, element_size, chip, *, options):
         depth = 16 if element_size == 4 and head_dim > 64 else max(16, 1 << (head_dim - 1).bit_length())
-        return attention.Tiling(resident=32, streamed=16, depth=depth, num_warps=4, num_stages=1)
+        return launch.AttentionLaunch(32, 16, depth, num_warps=4, num_stages=1, max_registers=None, least_piece=1)
 
-    monkeypatch.setattr(attention, "tiling", tiling)
+    monkeypatch.setattr(attention, "attention_launch", attention_launch)
 
 
 def random(*shape, seed=0):
@@ -230,13 +232,18 @@ def test_launch_sizes(options, target, backend):
 
 def test_launch_sizes_fit_every_chip():
     """Whatever the head dim: 227 KiB (sm_90, sm_100), 163 (sm_80), 99 (sm_86, sm_89, sm_120), 64 (gfx942)."""
-    attention = importlib.import_module("entra_kernels._triton.attention")
-    for memory in (227 * 1024, 163 * 1024, 99 * 1024, 64 * 1024):
-        for element_size, options in itertools.product((2, 4), (False, True)):
+    launch = importlib.import_module("entra_kernels._triton.launch")
+    chips = {"sm_90": 227, "sm_100": 227, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_120": 99, "gfx942": 64}
+    for arch, kib in chips.items():
+        chip = launch.Chip(arch, kib * 1024)
+        for element_size, options, group in itertools.product((2, 4), (False, True), (1, 8)):
             for head_dim in range(1, 513):
-                size = attention.tiling(head_dim, element_size, memory, options)
+                size = launch.attention_launch(head_dim, group, element_size, chip, options=options)
                 assert size.resident % size.streamed == 0
-                assert (size.resident + size.num_stages * size.streamed) * size.depth * element_size <= memory
+                assert (size.resident + size.num_stages * size.streamed) * size.depth * element_size <= chip.shared_memory
+                assert size.least_piece * group >= launch.LEAST_WORK
+                if size.max_registers is not None:
+                    assert 2 * 32 * size.num_warps * size.max_registers <= 65536
 
 
 def test_float16_is_computed_in_float32(backend, small_tiles):
@@ -460,11 +467,10 @@ def test_grids_have_one_axis(small_tiles):
             grids.append(grid)
             return super().__getitem__(grid)
 
-    attention = importlib.import_module("entra_kernels._triton.attention")
     q, k, arguments = problem("cpu", torch.float32, row_weights=True)
     with pytest.MonkeyPatch.context() as patch:
-        for name in KERNELS:
-            patch.setattr(attention, name, Grid())
+        for module, name in KERNELS:
+            patch.setattr(f"entra_kernels._triton.{module}.{name}", Grid())
         incoming_attention(q, k, backend="triton", **arguments)
     assert len(grids) == len(KERNELS)
     assert all(len(grid) == 1 for grid in grids)
@@ -493,25 +499,11 @@ def test_no_copy_of_q_or_k_and_no_wait_for_the_device(small_tiles):
             self.calls.append((str(function), out.untyped_storage().data_ptr() if isinstance(out, torch.Tensor) else 0, out))
             return out
 
-    attention = importlib.import_module("entra_kernels._triton.attention")
-    q, k, arguments = problem("cpu", torch.float32, strides="every second")
-    with pytest.MonkeyPatch.context() as patch, Recorder() as recorder:
-        for name in KERNELS:
-            patch.setattr(attention, name, NoLaunch())
-        attention.incoming_attention(
-            q,
-            k,
-            arguments["start"].int(),
-            arguments["length"].int(),
-            scale=1.0,
-            sliding_window=None,
-            softcap=None,
-            sinks=None,
-            lse=None,
-            row_weights=torch.ones(2, 70),
-            per_head=False,
-            normalize=True,
-        )
+    tokens = 2000
+    q, k, _ = problem("cpu", torch.float32, lengths=(tokens - 3, tokens - 503), strides="every second")
+    ends = torch.tensor([tokens, tokens - 500])
+    with Recorder() as recorder:
+        launch_nothing(q, k, Spans(None, ends, 2, tokens, 2), row_weights=torch.ones(2, tokens))
     mine = {q.untyped_storage().data_ptr(), k.untyped_storage().data_ptr()}
     assert recorder.calls
     for name, storage, out in recorder.calls:
@@ -521,7 +513,46 @@ def test_no_copy_of_q_or_k_and_no_wait_for_the_device(small_tiles):
             assert out.numel() < k.numel(), f"{name} makes {list(out.shape)}"
 
 
-KERNELS = ("_row_lse_kernel", "_column_sum_kernel", "_lay_out_kernel", "_add_heads_kernel")
+@pytest.mark.parametrize("tokens", [1, 1000, 32_768, 1_048_576])
+@pytest.mark.parametrize("given_lse", [False, True], ids=["two passes", "given lse"])
+def test_extra_memory(tokens, given_lse):
+    """At most 4 N (H + 2 Hkv) bytes + 16 MiB, whatever N: counted from what the launcher allocates."""
+
+    class Counter(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and "alias" not in str(function) and out._base is None:
+                self.bytes += out.untyped_storage().nbytes()
+            return out
+
+    q = torch.empty(1, 1, 1, 1, dtype=torch.float16).expand(1, 32, tokens, 128)
+    k = torch.empty(1, 1, 1, 1, dtype=torch.float16).expand(1, 8, tokens, 128)
+    lse = torch.empty(1, 1, 1).expand(1, 32, tokens) if given_lse else None
+    with Counter() as counter:
+        launch_nothing(q, k, Spans(None, None, 1, tokens, 1), lse=lse)
+    assert tokens * 4 < counter.bytes <= 4 * tokens * (32 + 2 * 8) + 2**24
+
+
+KERNELS = (
+    ("plan", "_count_kernel"),
+    ("plan", "_place_kernel"),
+    ("attention", "_row_lse_kernel"),
+    ("attention", "_column_sum_kernel"),
+    ("attention", "_lay_out_kernel"),
+    ("attention", "_add_kernel"),
+)
+
+
+def launch_nothing(q, k, spans, **options):
+    """The Triton launcher without its kernels."""
+    attention = importlib.import_module("entra_kernels._triton.attention")
+    plain = {"sliding_window": None, "softcap": None, "sinks": None, "lse": None, "row_weights": None}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in KERNELS:
+            patch.setattr(f"entra_kernels._triton.{module}.{name}", NoLaunch())
+        attention.incoming_attention(q, k, spans, **(plain | {"scale": 1.0, "per_head": False, "normalize": True} | options))
 
 
 class NoLaunch:
@@ -531,13 +562,17 @@ class NoLaunch:
         return lambda *arguments, **options: None
 
 
+def spans_of(arguments):
+    return arguments["start"], arguments["start"] + arguments["length"], len(arguments["start"])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_custom_op(device, backend, small_tiles):
     q, k, arguments = problem(device, torch.float32, lengths=(20, 11))
     q, k = q.nan_to_num(), k.nan_to_num()
     torch.library.opcheck(
         torch.ops.entra_kernels.incoming_attention.default,
-        (q, k, arguments["start"], arguments["length"], 0.2, None, None, None, None, None, False, True, backend),
+        (q, k, *spans_of(arguments), 0.2, None, None, None, None, None, False, True, backend),
     )
 
 
@@ -545,7 +580,7 @@ def test_custom_op(device, backend, small_tiles):
 def test_custom_op_with_every_option(device, backend, small_tiles):
     q, k, arguments = problem(device, torch.float32, lengths=(20, 11), sinks=True, row_weights=True)
     q, k, weights = q.nan_to_num(), k.nan_to_num(), arguments["row_weights"].nan_to_num()
-    sinks, spans = arguments["sinks"], (arguments["start"], arguments["length"])
+    sinks, spans = arguments["sinks"], spans_of(arguments)
     operation = torch.ops.entra_kernels.incoming_attention.default
     torch.library.opcheck(operation, (q, k, *spans, 0.2, 9, 3.0, sinks, None, weights, True, False, backend))
     lse = torch.full(q.shape[:3], 4.0, device=device)

@@ -1,0 +1,46 @@
+"""Where each sequence lies, in either layout, without an operation on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spans:
+    """`count` sequences (starts[s], ends[s]): sequence s lies in row s, or, when there is one row, all lie in row 0 (packed)."""
+
+    starts: Tensor | None
+    """int [S], first tokens; None: 0."""
+    ends: Tensor | None
+    """int [S], one past the last tokens; None: the row's end."""
+    count: int
+    tokens: int
+    """Tokens of a row, pads included."""
+    batch: int
+    """Rows."""
+
+    def check(self, device: torch.device) -> None:
+        """Raises a ValueError for a sequence that leaves its row. On a CPU only: elsewhere that would wait for the device."""
+        if device.type != "cpu":
+            return
+        for sequence, (first, end) in enumerate(self._bounds()):
+            if not 0 <= first <= end <= self.tokens:
+                raise ValueError(
+                    f"sequence {sequence} spans tokens {first} to {end}, outside 0 to {self.tokens}; "
+                    "check start and length, or cu_seqlens (0, then running sums of the lengths)"
+                )
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """(row, first token, number of tokens) of each sequence, cut to its row. Waits for the device."""
+        for sequence, (first, end) in enumerate(self._bounds()):
+            first = min(max(first, 0), self.tokens)
+            yield (sequence if self.batch > 1 else 0), first, max(min(end, self.tokens) - first, 0)
+
+    def _bounds(self) -> Iterator[tuple[int, int]]:
+        starts = [0] * self.count if self.starts is None else self.starts.tolist()
+        ends = [self.tokens] * self.count if self.ends is None else self.ends.tolist()
+        return zip(starts, ends, strict=True)

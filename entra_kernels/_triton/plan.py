@@ -1,0 +1,180 @@
+"""Who works on what: sequences cut into tiles, tiles into pieces, longest first, without waiting for the device.
+
+A *tile* is `resident` tokens of one sequence, counted from the sequence's own start. In the column pass a tile of keys walks
+over the queries from its first token to the end of the sequence; a walk is cut into *pieces* of about equal length, each a
+program of its own, so that one short sequence fills the chip as well. How long a piece is depends on the sequence's own
+length (and on the model's heads), never on what else is in the batch: results stay the same bit for bit.
+
+Lengths live on the device, so all of this runs there, in two launches: `_count_kernel` counts tiles and pieces by the length
+of their walk, `_place_kernel` puts each in its place. A sequence of t tiles has exactly one walk of each length 1 ... t: that
+makes the order a counting sort.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entra_kernels._spans import Spans
+from entra_kernels._triton.launch import AttentionLaunch
+
+PROGRAMS = 528
+"""Pieces times kv heads that a sequence is cut into, where it is long enough: two rounds of two programs for each of the 132
+SMs of an H100 or H200, as many as run side by side (see `launch.py`). With one round, a few programs more than fit would
+double the time: 4,096 tokens with 8 kv heads made 272 programs for 264 places."""
+
+SEQUENCES = 128
+"""Sequences that a program of the planning kernels looks at together."""
+
+TILE_FIELDS = tl.constexpr(3)
+PIECE_FIELDS = tl.constexpr(5)
+
+
+class Plan(NamedTuple):
+    """The tables, all int32, and their sizes, which are bounds that shapes alone give. Surplus entries are zeros."""
+
+    spans: Tensor
+    """[S, 2]: first token within the row, and number of tokens; 0 tokens where the span is empty or cannot be."""
+    tiles: Tensor
+    """[slots, 3], longest walk first: tile + 1, sequence, and slot of the sequence's first tile."""
+    pieces: Tensor
+    """[entries, 5], longest walk first: tile + 1, sequence, slot of the sequence's first tile, and the streamed tiles of queries
+    from the first on up to the end, counted from the sequence's start."""
+    of_slot: Tensor
+    """[slots, 2]: where the pieces of the tile in this slot are, first entry and count. Slots are in order of the tokens."""
+    slots: int
+    entries: int
+
+
+@triton.jit
+def _spans(starts, ends, sequence, exists, row_tokens):
+    """First token and number of tokens of sequences, cut to the row."""
+    first = tl.zeros_like(sequence)
+    if starts is not None:
+        first = tl.load(starts + sequence, mask=exists, other=0)
+        first = tl.minimum(tl.maximum(first, 0), row_tokens).to(tl.int32)
+    end = tl.zeros_like(sequence) + row_tokens
+    if ends is not None:
+        end = tl.load(ends + sequence, mask=exists, other=0)
+        end = tl.minimum(tl.maximum(end, 0), row_tokens).to(tl.int32)
+    tokens = tl.maximum(end - first, 0)
+    return first, tl.where(exists, tokens, 0)
+
+
+@triton.jit
+def _pieces(walk, tiles, longest_walk, kv_heads, least, UNITS: tl.constexpr, PROGRAMS: tl.constexpr):
+    """How many pieces a walk of `walk` tiles has in a sequence of `tiles` tiles, and their length in streamed tiles."""
+    # With a window, walks longer than it are cut short; without one `longest_walk` is larger than any.
+    full = tl.minimum(tiles, longest_walk).to(tl.int64)
+    units = UNITS * (full * (full + 1) // 2 + (tiles - full) * longest_walk)
+    piece = tl.maximum(tl.cdiv(kv_heads * units, PROGRAMS), least)
+    length = (tl.minimum(walk, longest_walk) * UNITS).to(tl.int64)
+    count = tl.maximum(tl.cdiv(length, piece), 1)
+    return count.to(tl.int32), tl.cdiv(length, count).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["sequences", "row_tokens", "slots", "levels", "longest_walk", "kv_heads", "least"])
+def _count_kernel(
+    starts, ends, totals, sequences, row_tokens, slots, levels, longest_walk, kv_heads, least,
+    RESIDENT: tl.constexpr, STREAMED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """totals [levels, 2]: tiles and pieces whose walk is `levels - program` tiles long."""
+    UNITS: tl.constexpr = RESIDENT // STREAMED
+    walk = levels - tl.program_id(0)
+    tiles_here = 0
+    pieces_here = 0
+    slot = 0
+    for start in range(0, sequences, BLOCK):
+        sequence = start + tl.arange(0, BLOCK)
+        _, tokens = _spans(starts, ends, sequence, sequence < sequences, row_tokens)
+        tiles = tl.cdiv(tokens, RESIDENT)
+        fits = slot + tl.cumsum(tiles, axis=0) <= slots
+        slot += tl.sum(tiles, axis=0)
+        takes_part = fits & (tiles >= walk)
+        count, _ = _pieces(walk, tiles, longest_walk, kv_heads, least, UNITS, PROGRAMS)
+        tiles_here += tl.sum(takes_part.to(tl.int32), axis=0)
+        pieces_here += tl.sum(tl.where(takes_part, count, 0), axis=0)
+    tl.store(totals + 2 * tl.program_id(0), tiles_here)
+    tl.store(totals + 2 * tl.program_id(0) + 1, pieces_here)
+
+
+@triton.jit(do_not_specialize=["sequences", "row_tokens", "slots", "levels", "longest_walk", "kv_heads", "least"])
+def _place_kernel(
+    starts, ends, totals, spans_out, tiles_out, pieces_out, of_slot_out,
+    sequences, row_tokens, slots, levels, longest_walk, kv_heads, least,
+    RESIDENT: tl.constexpr, STREAMED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes the entries of the walks of one length, behind those of all longer walks."""
+    UNITS: tl.constexpr = RESIDENT // STREAMED
+    level = tl.program_id(0)
+    walk = levels - level
+    tile_entry = 0
+    piece_entry = 0
+    for start in range(0, level, BLOCK):
+        longer = start + tl.arange(0, BLOCK)
+        tile_entry += tl.sum(tl.load(totals + 2 * longer, mask=longer < level, other=0), axis=0)
+        piece_entry += tl.sum(tl.load(totals + 2 * longer + 1, mask=longer < level, other=0), axis=0)
+
+    slot = 0
+    for start in range(0, sequences, BLOCK):
+        sequence = start + tl.arange(0, BLOCK)
+        exists = sequence < sequences
+        first, tokens = _spans(starts, ends, sequence, exists, row_tokens)
+        tiles = tl.cdiv(tokens, RESIDENT)
+        ends_at = slot + tl.cumsum(tiles, axis=0)
+        slot += tl.sum(tiles, axis=0)
+        fits = ends_at <= slots
+        if level == 0:
+            tl.store(spans_out + 2 * sequence, first, mask=exists)
+            tl.store(spans_out + 2 * sequence + 1, tl.where(fits, tokens, 0), mask=exists)
+
+        takes_part = fits & (tiles >= walk)
+        first_slot = ends_at - tiles
+        tile = tiles - walk
+        entry = TILE_FIELDS * (tile_entry + tl.cumsum(takes_part.to(tl.int32), axis=0) - 1)
+        tl.store(tiles_out + entry, tile + 1, mask=takes_part)
+        tl.store(tiles_out + entry + 1, sequence, mask=takes_part)
+        tl.store(tiles_out + entry + 2, first_slot, mask=takes_part)
+        tile_entry += tl.sum(takes_part.to(tl.int32), axis=0)
+
+        count, length = _pieces(walk, tiles, longest_walk, kv_heads, least, UNITS, PROGRAMS)
+        count = tl.where(takes_part, count, 0)
+        all_queries = tl.cdiv(tokens, STREAMED)
+        first_entry = piece_entry + tl.cumsum(count, axis=0) - count
+        tl.store(of_slot_out + 2 * (first_slot + tile), first_entry, mask=takes_part)
+        tl.store(of_slot_out + 2 * (first_slot + tile) + 1, count, mask=takes_part)
+        for piece in range(tl.max(count, axis=0)):
+            here = piece < count
+            entry = PIECE_FIELDS * (first_entry + piece)
+            tl.store(pieces_out + entry, tile + 1, mask=here)
+            tl.store(pieces_out + entry + 1, sequence, mask=here)
+            tl.store(pieces_out + entry + 2, first_slot, mask=here)
+            first_query = tl.minimum(tile * UNITS + piece * length, all_queries)
+            end = tl.where(piece + 1 == count, all_queries, tl.minimum(first_query + length, all_queries))
+            tl.store(pieces_out + entry + 3, first_query, mask=here)
+            tl.store(pieces_out + entry + 4, end, mask=here)
+        piece_entry += tl.sum(count, axis=0)
+
+
+def plan(spans: Spans, *, size: AttentionLaunch, kv_heads: int, window: int | None, device: torch.device) -> Plan:
+    """The tables for `spans` on `device`.
+
+    Only spans that overlap (a cu_seqlens that falls, which nobody can check on a GPU without waiting) need more slots than
+    there are; those sequences count as empty.
+    """
+    levels = triton.cdiv(spans.tokens, size.resident)
+    slots = min(spans.count * levels, spans.batch * spans.tokens // size.resident + spans.count)
+    # sum of ceil(walk / piece) <= tiles + (sum of walks) / piece, and a piece is at least (sum of walks) * kv_heads / PROGRAMS.
+    entries = slots + spans.count * (PROGRAMS // kv_heads)
+    sizes = (2 * levels, 2 * spans.count, 3 * slots, 5 * entries, 2 * slots)
+    totals, places, tiles, pieces, of_slot = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    longest_walk = levels if window is None else min(levels, triton.cdiv(size.resident - 1 + window, size.resident))
+    shape = (spans.count, spans.tokens, slots, levels, longest_walk, kv_heads, size.least_piece)
+    constexprs = {"RESIDENT": size.resident, "STREAMED": size.streamed, "PROGRAMS": PROGRAMS, "BLOCK": SEQUENCES}
+    _count_kernel[(levels,)](spans.starts, spans.ends, totals, *shape, **constexprs)
+    _place_kernel[(levels,)](spans.starts, spans.ends, totals, places, tiles, pieces, of_slot, *shape, **constexprs)
+    return Plan(places, tiles, pieces, of_slot, slots, entries)

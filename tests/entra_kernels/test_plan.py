@@ -1,0 +1,101 @@
+"""The tables that say which program works on what: complete, without overlap, longest first, and enough of them."""
+
+import importlib
+import math
+import os
+
+import pytest
+import torch
+
+from entra_kernels._spans import Spans
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off: a GPU is there")
+
+
+def planned(lengths, *, kv_heads=8, group=4, window=None, resident=256, streamed=64, packed=True, row_tokens=None):
+    plan = importlib.import_module("entra_kernels._triton.plan")
+    launch = importlib.import_module("entra_kernels._triton.launch")
+    size = launch.AttentionLaunch(resident, streamed, 64, 8, 2, None, -(-launch.LEAST_WORK // group))
+    if packed:
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        spans = Spans(bounds[:-1], bounds[1:], len(lengths), row_tokens or int(bounds[-1]), 1)
+    else:
+        spans = Spans(None, torch.tensor(lengths, dtype=torch.int32), len(lengths), max(lengths), len(lengths))
+    tables = plan.plan(spans, size=size, kv_heads=kv_heads, window=window, device=torch.device("cpu"))
+    pieces = [row for row in tables.pieces.view(-1, 5).tolist() if row[0]]
+    tiles = [row for row in tables.tiles.view(-1, 3).tolist() if row[0]]
+    return tables, tiles, pieces
+
+
+SKEWED = [16_384, 300, 1, 0, 9_000, 257, 256, 64, 1025] + [100 * i for i in range(55)]
+
+
+@pytest.mark.parametrize("lengths", [[1000], [1], [0], [5, 0, 700, 256, 257], SKEWED], ids=["one", "1", "0", "five", "skewed"])
+@pytest.mark.parametrize("window", [None, 1, 300])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_every_tile_once_and_every_query_of_it(lengths, window, packed):
+    if not packed and max(lengths) == 0:
+        pytest.skip("no row has a token")
+    tables, tiles, pieces = planned(lengths, window=window, packed=packed)
+    first_slots = [sum(math.ceil(n / 256) for n in lengths[:s]) for s in range(len(lengths))]
+    wanted = {(t + 1, s, first_slots[s]) for s, n in enumerate(lengths) for t in range(math.ceil(n / 256))}
+    assert {tuple(row) for row in tiles} == wanted
+    assert len(tiles) == len(wanted)
+    starts = [0] * len(lengths) if not packed else [sum(lengths[:s]) for s in range(len(lengths))]
+    assert tables.spans.view(-1, 2).tolist() == [list(pair) for pair in zip(starts, lengths, strict=True)]
+
+    of_slot = tables.of_slot.view(-1, 2).tolist()
+    everything = tables.pieces.view(-1, 5).tolist()
+    for listed, sequence, first_slot in wanted:
+        first, count = of_slot[first_slot + listed - 1]
+        mine = everything[first : first + count]
+        assert all(row[:3] == [listed, sequence, first_slot] for row in mine)
+        # From the tile's own first query on, without a gap, to the sequence's end (the window cuts it in the kernel).
+        borders = [(listed - 1) * 4, *(row[4] for row in mine)]
+        assert [row[3] for row in mine] == borders[:-1]
+        assert borders[-1] == math.ceil(lengths[sequence] / 64)
+    assert len(pieces) == sum(count for _, count in of_slot)
+
+
+@pytest.mark.parametrize("lengths", [[1024], [2048], [4096], [32_768], SKEWED, [2048] * 64], ids=str)
+def test_longest_first_and_enough_programs(lengths):
+    """132 SMs with two programs each: a sequence alone fills them, and none of its programs lasts longer than its fair share."""
+    _, tiles, pieces = planned(lengths)
+    least_piece = 2  # of 8 tiles of scores over a group of 4
+    walks = [math.ceil(lengths[s] / 256) - listed for listed, s, _ in tiles]
+    assert walks == sorted(walks, reverse=True)
+    work = [8 * (stop - first) for _, _, _, first, stop in pieces for _ in range(8)]
+    assert len(work) >= 132
+    slowest = max(work)
+    finish = [0] * 264
+    for amount in work:  # in order, to whoever is free
+        finish[finish.index(min(finish))] += amount
+    assert max(finish) <= sum(work) / 264 + slowest
+    if len(lengths) == 1:
+        assert max(finish) <= max(1.6 * sum(work) / 264, 8 * least_piece)
+
+
+def test_pieces_do_not_depend_on_the_batch():
+    _, _, alone = planned([5000])
+    _, _, among = planned([70, 5000, 16_384])
+    assert sorted(row[3:] for row in alone) == sorted(row[3:] for row in among if row[1] == 1)
+
+
+def test_bounds_hold_for_any_length():
+    """The tables' sizes come from shapes alone; what is written must fit for every length that the shape allows."""
+    for kv_heads in (1, 2, 8, 128, 500):
+        for lengths in ([1] * 40, [255] * 9, [4096], [8192, 1, 8192], [100_000]):
+            tables, _, pieces = planned(lengths, kv_heads=kv_heads, group=1)
+            assert len(pieces) <= tables.entries
+            assert all(row[0] == 0 for row in tables.pieces.view(-1, 5).tolist()[len(pieces) :])
+
+
+def test_spans_that_overlap_count_as_empty():
+    """A cu_seqlens that falls cannot be refused on a GPU without waiting; it must not write past the tables."""
+    plan = importlib.import_module("entra_kernels._triton.plan")
+    launch = importlib.import_module("entra_kernels._triton.launch")
+    size = launch.AttentionLaunch(32, 16, 64, 4, 1, None, 1)
+    starts, ends = torch.tensor([0, 0, 0, 0, 10]), torch.tensor([100, 100, 100, 100, 2**40])
+    tables = plan.plan(Spans(starts, ends, 5, 100, 1), size=size, kv_heads=2, window=None, device=torch.device("cpu"))
+    assert tables.slots == 8
+    assert tables.spans.view(-1, 2).tolist() == [[0, 100], [0, 100], [0, 0], [0, 0], [10, 0]]
