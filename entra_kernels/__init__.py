@@ -12,7 +12,7 @@ Each runs on three backends: `reference` (the specification), `torch` (CPU, CUDA
 """
 
 from entra_kernels._attention import incoming_attention
-from entra_kernels._logprobs import linear_token_logprobs, token_logprobs
+from entra_kernels._logprobs import LogprobsAndEntropy, linear_token_logprobs, token_logprobs
 from entra_kernels._redundancy import Redundancy, redundancy
 
-__all__ = ["Redundancy", "incoming_attention", "linear_token_logprobs", "redundancy", "token_logprobs"]
+__all__ = ["LogprobsAndEntropy", "Redundancy", "incoming_attention", "linear_token_logprobs", "redundancy", "token_logprobs"]
