@@ -125,12 +125,12 @@ def _selected(hidden: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Te
         wrong = int(rows[outside][0])
         raise ValueError(f"rows holds {wrong}, outside the positions 0 to {positions - 1}; index targets.reshape(-1)")
     rest = rows.long().masked_fill(outside, 0)
-    places = []
-    for size in reversed(targets.shape):
-        places.append(rest % size)
+    place: tuple[Tensor, ...] = ()
+    for size in reversed(targets.shape[1:]):
+        place = (rest % size, *place)
         rest = rest // size
-    place = tuple(reversed(places))
-    return hidden[place], targets[place], ~outside
+    place = (rest, *place)
+    return torch.atleast_2d(hidden)[place], torch.atleast_1d(targets)[place], ~outside
 
 
 @torch.library.custom_op("entra_kernels::linear_token_logprobs", mutates_args=())
