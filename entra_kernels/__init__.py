@@ -4,7 +4,7 @@
 |---|---|
 | `incoming_attention` | the mean attention that each token receives from future tokens, without N x N memory |
 | `token_logprobs` | log P of given tokens, from logits |
-| `linear_token_logprobs` | log P of given tokens, from hidden states, without `[tokens, vocabulary]` memory |
+| `linear_token_logprobs` | log P of given tokens and the entropy, from hidden states, without `[tokens, vocabulary]` memory |
 | `redundancy` | importance, protected tokens and the ENTRA reward of each sequence |
 
 Each runs on three backends: `reference` (the specification), `torch` (CPU, CUDA) and `triton` (CUDA, ROCm).
@@ -12,7 +12,7 @@ Each runs on three backends: `reference` (the specification), `torch` (CPU, CUDA
 """
 
 from entra_kernels._attention import incoming_attention
-from entra_kernels._logprobs import linear_token_logprobs, token_logprobs
+from entra_kernels._logprobs import LogprobsAndEntropy, linear_token_logprobs, token_logprobs
 from entra_kernels._redundancy import Redundancy, redundancy
 
-__all__ = ["Redundancy", "incoming_attention", "linear_token_logprobs", "redundancy", "token_logprobs"]
+__all__ = ["LogprobsAndEntropy", "Redundancy", "incoming_attention", "linear_token_logprobs", "redundancy", "token_logprobs"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple, overload
+
+import torch
 from torch import Tensor
 
 from entra_kernels import _ops
@@ -53,6 +56,14 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0,
     return _ops.token_logprobs(logits, targets, check_temperature(temperature), choose_backend(backend, logits))
 
 
+class LogprobsAndEntropy(NamedTuple):
+    """What `linear_token_logprobs` returns with return_entropy=True; shapes as in its docstring."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+@overload
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -62,8 +73,41 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    rows: Tensor | None = None,
+    return_entropy: Literal[False] = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    rows: Tensor | None = None,
+    return_entropy: Literal[True],
+    backend: str = "auto",
+) -> LogprobsAndEntropy: ...
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    rows: Tensor | None = None,
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> Tensor | LogprobsAndEntropy:
     """`token_logprobs(hidden @ weight.T + bias, targets)`, without ever holding [T, V] logits.
 
     The logits are `z = logit_scale * (hidden @ weight.T + bias)`, then `softcap * tanh(z / softcap)`, then divided by the
@@ -71,23 +115,34 @@ def linear_token_logprobs(
 
     Args:
         hidden: [..., C], the head's input at the positions that predict `targets`; bfloat16, float16, float32 or (not with
-            Triton) float64. Select the rows that are needed before the call.
+            Triton) float64.
         weight: [V, C], the language-model head, same dtype.
         targets: int [...], ids in 0 ... V - 1.
         bias: [V] of the head, or None.
         logit_scale: factor on the logits.
         softcap: c > 0 (1e-30 to 1e30) turns each logit z into c * tanh(z / c); None or 0 for none.
         temperature: > 0, divides the logits.
+        rows: the positions that are wanted, taken out first, so that only they cost time and memory. Either bool [...] of
+            targets' shape, a completion mask (how many there are decides the result's shape: on a GPU that waits for the
+            device, and torch.compile breaks its graph there), or int [M], indices into the flattened positions in any order,
+            also repeated (waits for nothing). None for all.
+        return_entropy: also return the entropy of the distribution that the log-probs are of.
         backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
 
     Returns:
-        float32 (float64 for float64 inputs), [...], natural log, at most 0. A hidden state that is not finite gives NaN
-        at its own position only. With Triton a position's result does not depend on the other positions, bit for bit. The
-        other backends leave the product to a BLAS, whose last digits may depend on the number of positions.
+        float32 (float64 for float64 inputs), [...], or [M] in the order of `rows`: natural log, at most 0. With
+        return_entropy=True `LogprobsAndEntropy(logprobs, entropy)`, both of that shape; the entropy is in nats, 0 (all mass on
+        one token) to log V (uniform), up to rounding. A hidden state that is not finite gives NaN at its own position only.
+
+        The same call gives the same bits. Triton has two ways and takes the one that should be faster
+        (`entra_kernels/_triton/logprobs.py`): one fused kernel (float32, few rows or few channels), where a position's result
+        does not depend on the other positions, bit for bit; or products by cuBLAS, chunk by chunk. There, and in the other
+        backends, the product is a BLAS's, and its last digits may depend on the number of positions.
 
     Raises:
-        ValueError: shapes that do not agree, a target outside the vocabulary (on a GPU that position is NaN instead), a
-            temperature that is not positive and finite, a softcap or logit_scale out of its range.
+        ValueError: shapes that do not agree, a target outside the vocabulary or an index in `rows` outside the positions (on a
+            GPU that result is NaN instead), a temperature that is not positive and finite, a softcap or logit_scale out of its
+            range.
         TypeError: a dtype that cannot be, an option that is no number.
         RuntimeError: an input requires grad (use torch.no_grad()), or the backend named cannot run here.
 
@@ -95,7 +150,8 @@ def linear_token_logprobs(
     """
     check_dtype(FLOATS, hidden=hidden, weight=weight, bias=bias)
     check_dtype(INTEGERS, targets=targets)
-    check_same_device(hidden=hidden, weight=weight, targets=targets, bias=bias)
+    check_dtype((torch.bool, *INTEGERS), rows=rows)
+    check_same_device(hidden=hidden, weight=weight, targets=targets, bias=bias, rows=rows)
     check_scoring_only(hidden=hidden, weight=weight, bias=bias)
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight has dtype {weight.dtype} but hidden has {hidden.dtype}; use hidden.to(weight.dtype)")
@@ -105,15 +161,37 @@ def linear_token_logprobs(
         raise ValueError(f"hidden has shape {list(hidden.shape)}; its last size must be C={weight.shape[1]} of weight [V, C]")
     check_shape("targets", targets, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
     check_shape("bias", bias, (weight.shape[0],), "[V]")
-    rows = hidden.reshape(targets.numel(), hidden.shape[-1])
-    out = _ops.linear_token_logprobs(
-        rows,
+    shape = targets.shape
+    if rows is not None:
+        rows = _indices(rows, targets)
+        shape = rows.shape
+    results = _ops.linear_token_logprobs(
+        hidden,
         weight,
-        targets.reshape(-1),
+        targets,
+        rows,
         bias,
         check_number("logit_scale", logit_scale, "finite; 1.0 leaves the logits as they are"),
         check_softcap(softcap),
         check_temperature(temperature),
+        return_entropy,
         choose_backend(backend, hidden),
     )
-    return out.reshape(targets.shape)
+    results = [result.reshape(shape) for result in results]
+    return LogprobsAndEntropy(*results) if return_entropy else results[0]
+
+
+def _indices(rows: Tensor, targets: Tensor) -> Tensor:
+    """`rows` as indices [M] into the flattened positions."""
+    if rows.dtype == torch.bool:
+        if rows.shape != targets.shape:
+            raise ValueError(
+                f"rows is a mask of shape {list(rows.shape)}; a mask must have targets' shape {list(targets.shape)}; "
+                "for indices pass integers [M]"
+            )
+        return rows.reshape(-1).nonzero()[:, 0]
+    if rows.ndim != 1:
+        raise ValueError(f"rows has shape {list(rows.shape)}; indices must be [M], into targets.reshape(-1)")
+    if rows.shape[0] and not targets.numel():
+        raise ValueError(f"rows holds {rows.shape[0]} indices, but there are no positions; pass rows=None")
+    return rows

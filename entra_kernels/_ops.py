@@ -7,6 +7,7 @@ Annotations are real types in this module (no `from __future__ import annotation
 """
 
 import importlib.util
+import math
 import os
 from types import ModuleType
 from typing import Optional
@@ -116,28 +117,63 @@ def _(logits, targets, temperature, backend):  # type: ignore[no-untyped-def]
     return logits.new_empty(targets.shape, dtype=accumulation_dtype(logits.dtype))
 
 
+def _selected(hidden: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [M, C] and targets [M] of the positions `rows` [M], and which of these exist: those that do not are an error on
+    the CPU, elsewhere they read position 0. Only what is selected is copied, whatever the strides of hidden [..., C]."""
+    positions = targets.numel()
+    outside = (rows < 0) | (rows >= positions)
+    if rows.device.type == "cpu" and outside.any():
+        wrong = int(rows[outside][0])
+        raise ValueError(f"rows holds {wrong}, outside the positions 0 to {positions - 1}; index targets.reshape(-1)")
+    rest = rows.long().masked_fill(outside, 0)
+    place: tuple[Tensor, ...] = ()
+    for size in reversed(targets.shape[1:]):
+        place = (rest % size, *place)
+        rest = rest // size
+    place = (rest, *place)
+    return torch.atleast_2d(hidden)[place], torch.atleast_1d(targets)[place], ~outside
+
+
 @torch.library.custom_op("entra_kernels::linear_token_logprobs", mutates_args=())
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    rows: Optional[Tensor],  # noqa: UP045
     bias: Optional[Tensor],  # noqa: UP045
     logit_scale: float,
     softcap: Optional[float],  # noqa: UP045
     temperature: float,
+    entropy: bool,
     backend: str,
-) -> Tensor:
-    """hidden [T, C], weight [V, C], targets [T]. Returns [T]."""
+) -> list[Tensor]:
+    """hidden [..., C], weight [V, C], targets [...], rows [M] of the flattened positions, or None for all of them. Returns the
+    log-probs [M] and, if wanted, the entropies [M]."""
     module = _implementation(backend, hidden)
+    exist = None
+    if rows is None:
+        hidden, targets = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1)
+    else:
+        hidden, targets, exist = _selected(hidden, targets, rows)
     _check_targets(targets, weight.shape[0])
-    return module.linear_token_logprobs(
-        hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
+    results: list[Tensor] = module.linear_token_logprobs(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        entropy=entropy,
     )
+    return results if exist is None else [result.masked_fill_(~exist, math.nan) for result in results]
 
 
 @linear_token_logprobs.register_fake
-def _(hidden, weight, targets, bias, logit_scale, softcap, temperature, backend):  # type: ignore[no-untyped-def]
-    return hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden.dtype))
+def _(hidden, weight, targets, rows, bias, logit_scale, softcap, temperature, entropy, backend):  # type: ignore[no-untyped-def]
+    count = targets.numel() if rows is None else rows.shape[0]
+    dtype = accumulation_dtype(hidden.dtype)
+    return [hidden.new_empty(count, dtype=dtype) for _ in range(2 if entropy else 1)]
 
 
 @torch.library.custom_op("entra_kernels::redundancy", mutates_args=())

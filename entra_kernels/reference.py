@@ -114,8 +114,9 @@ def linear_token_logprobs(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
-) -> Tensor:
-    """log P of each target from the head's input (docs/method.md, "Log-probability")."""
+    entropy: bool,
+) -> list[Tensor]:
+    """log P of each target from the head's input and, if wanted, the entropy (docs/method.md, "Log-probability")."""
     dtype = accumulation_dtype(hidden.dtype)
     logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
@@ -123,7 +124,11 @@ def linear_token_logprobs(
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return token_logprobs(logits, targets, temperature=temperature)
+    logprobs = token_logprobs(logits, targets, temperature=temperature)
+    if not entropy:
+        return [logprobs]
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    return [logprobs, torch.special.entr(probabilities).sum(dim=-1)]  # entr(p) = -p log p, and 0 at p = 0
 
 
 def protected_count(tokens: int, protect_fraction: float) -> int:

@@ -50,11 +50,13 @@ def linear_token_logprobs(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
-) -> Tensor:
-    """`token_logprobs(hidden @ weight.T, targets)` tile by tile, with an online log-sum-exp over the vocabulary.
+    entropy: bool,
+) -> list[Tensor]:
+    """`token_logprobs(hidden @ weight.T, targets)` and, if wanted, the entropy, each [T]: tile by tile, with an online
+    log-sum-exp over the vocabulary.
 
-    Accumulates in float32. Beside the result: one tile of logits (CPU: 16 MiB in float32); for bfloat16 and float16, except on
-    CUDA, a tile's rows of `hidden` and `weight` in float32; and a few numbers per row of the tile.
+    Accumulates in float32. Beside the result: one tile of logits (CPU: 16 MiB in float32), two with the entropy; for bfloat16
+    and float16, except on CUDA, a tile's rows of `hidden` and `weight` in float32; and a few numbers per row of the tile.
 
     The product is a BLAS's, which chooses its order of additions by the shape: a row's last digits may depend on the number of
     rows.
@@ -62,19 +64,22 @@ def linear_token_logprobs(
     dtype = accumulation_dtype(hidden.dtype)
     tile_rows, tile_columns = _CPU_TILE if hidden.device.type == "cpu" else _DEVICE_TILE
     out = hidden.new_empty(targets.shape, dtype=dtype)
+    entropies = torch.empty_like(out) if entropy else None
     tile = hidden.new_empty(min(tile_rows, hidden.shape[0]) * min(tile_columns, weight.shape[0]), dtype=dtype)
+    second_tile = torch.empty_like(tile) if entropy else None
     for first in range(0, hidden.shape[0], tile_rows):
         rows = slice(first, first + tile_rows)
-        states, ids = _operand(hidden[rows]), targets[rows]
+        states, ids = factor(hidden[rows]), targets[rows]
         count = ids.shape[0]
         maximum = states.new_full((count, 1), -math.inf, dtype=dtype)
         total = states.new_zeros((count, 1), dtype=dtype)  # sum of exp(logit - maximum)
+        weighted = torch.zeros_like(total)  # sum of exp(logit - maximum) * (logit - maximum)
         picked = states.new_full((count, 1), math.nan, dtype=dtype)
         for column in range(0, weight.shape[0], tile_columns):
             columns = slice(column, column + tile_columns)
             width = weight[columns].shape[0]
             logits = tile[: count * width].view(count, width)
-            _product(states, _operand(weight[columns]).t(), out=logits)
+            product(states, factor(weight[columns]).t(), out=logits)
             if bias is not None:
                 logits += bias[columns]
             if logit_scale != 1.0:
@@ -88,12 +93,25 @@ def linear_token_logprobs(
             higher = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
             # Where every logit so far is -inf (a bias that masks tokens), -inf - -inf would be NaN.
             shift = higher.masked_fill(higher == -math.inf, 0.0)
-            total *= (maximum - shift).exp_()
-            total += logits.sub_(shift).exp_().sum(dim=1, keepdim=True)
+            move = maximum - shift
+            decay = move.exp()
+            logits.sub_(shift)
+            if second_tile is None:
+                mass = logits.exp_()
+            else:
+                mass = torch.exp(logits, out=second_tile[: count * width].view(count, width))
+                # From -1000 on the mass is 0, in float64 too, and 0 times the -inf of a token that cannot be would be NaN.
+                weighted = (weighted + total * move.clamp_(min=-1000.0)) * decay
+                weighted += logits.clamp_(min=-1000.0).mul_(mass).sum(dim=1, keepdim=True)
+            total *= decay
+            total += mass.sum(dim=1, keepdim=True)
             maximum = higher
         # In this order: picked - maximum is exact where it matters, maximum + log(total) would lose digits to a common offset.
-        out[rows] = ((picked - maximum) - total.log_())[:, 0]
-    return out
+        log_total = total.log()
+        out[rows] = ((picked - maximum) - log_total)[:, 0]
+        if entropies is not None:
+            entropies[rows] = (log_total - weighted / total)[:, 0]  # two terms that are not negative: nothing cancels
+    return [out] if entropies is None else [out, entropies]
 
 
 def _matrices(logits: Tensor, targets: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -113,14 +131,14 @@ def _columns(ids: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
     return inside, (ids - first).long().masked_fill_(~inside, 0)
 
 
-def _operand(matrix: Tensor) -> Tensor:
+def factor(matrix: Tensor) -> Tensor:
     """A factor as the product takes it: upcast, except on CUDA, where half-precision factors can have a float32 product."""
     if matrix.is_cuda and torch.version.hip is None:
         return matrix
     return matrix.to(accumulation_dtype(matrix.dtype))
 
 
-def _product(left: Tensor, right: Tensor, *, out: Tensor) -> None:
+def product(left: Tensor, right: Tensor, *, out: Tensor) -> None:
     """left @ right in `out`'s dtype."""
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
