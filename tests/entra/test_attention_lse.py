@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, masking_utils
 
 import entra.capture
@@ -432,12 +433,42 @@ def test_right_padding_needs_no_mask() -> None:
     assert not together[1, 23:].any()
 
 
+def test_sinks_are_not_in_the_lse(flash_attn: tuple[str, str, dict[str, Any]]) -> None:
+    model = with_flash_attention("gpt_oss", flash_attn[1])
+    layer = capture(model, token_ids())[1]
+    assert layer.has_sinks
+    assert layer.lse_source is None
+
+
+@pytest.fixture
+def _no_observer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise AssertionError("attention was observed")
+
+    monkeypatch.setattr(entra.capture, "LseObserver", refuse)
+
+
+@pytest.mark.usefixtures("_no_observer")
+def test_attention_is_not_observed_when_its_lse_could_not_be_taken() -> None:
+    model, ids = build("llama"), token_ids()
+    padding = torch.ones_like(ids)
+    padding[0, :9] = 0
+    capture(model, ids, padding)
+    capture(model, ids, start=[0, 0])
+    capture(model, ids, reuse_lse=False)
+    capture(build("llama", attn_implementation="eager"), ids)
+    with pytest.raises(AssertionError, match="attention was observed"):
+        capture(model, ids)
+
+
+@pytest.mark.usefixtures("_no_observer")
 def test_compiled_models_compute_their_own() -> None:
     torch._dynamo.reset()
     compiled, ids = torch.compile(build("llama"), backend="eager", fullgraph=True), token_ids()
     incoming, layer = capture(compiled, ids)
     assert layer.lse_source is None
-    torch.testing.assert_close(incoming, capture(build("llama"), ids)[0], rtol=0, atol=5e-6)
+    own, _ = capture(build("llama"), ids, reuse_lse=False)
+    torch.testing.assert_close(incoming, own, rtol=0, atol=5e-6)
 
 
 def test_a_forward_that_records_gradients() -> None:
@@ -451,6 +482,14 @@ def test_a_forward_that_records_gradients() -> None:
         assert not captured.incoming.requires_grad
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_beside_a_mode_that_takes_arguments_by_position() -> None:
+    model, ids = build("llama"), token_ids()
+    with FlopCounterMode(display=False) as counter:
+        layer = capture(model, ids)[1]
+    assert layer.lse_source == CPU_FLASH
+    assert counter.get_total_flops() > 0
 
 
 def test_nested_captures_both_reuse() -> None:
