@@ -281,9 +281,9 @@ def flash_attn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         yield name, version, extra
 
 
-def with_flash_attention(family: str, version: str, **overrides: Any) -> nn.Module:
+def with_flash_attention(family: str, version: str) -> nn.Module:
     """A model whose every layer asks for transformers' `version`; loading it that way would look for the package."""
-    model = build(family, **overrides)
+    model = build(family)
     model.config._attn_implementation_internal = version
     return model
 
@@ -462,12 +462,15 @@ def test_attention_is_not_observed_when_its_lse_could_not_be_taken() -> None:
 
 
 @pytest.mark.usefixtures("_no_observer")
-def test_compiled_models_compute_their_own() -> None:
+@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
+def test_compiled_models_compute_their_own(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While tracing, transformers gives SDPA a mask, but flash attention none: only there it depends on being compiled."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", AttentionInterface()["sdpa"])
     torch._dynamo.reset()
-    compiled, ids = torch.compile(build("llama"), backend="eager", fullgraph=True), token_ids()
-    incoming, layer = capture(compiled, ids)
+    compiled = torch.compile(with_flash_attention("llama", implementation), backend="eager", fullgraph=True)
+    incoming, layer = capture(compiled, token_ids())
     assert layer.lse_source is None
-    own, _ = capture(build("llama"), ids, reuse_lse=False)
+    own, _ = capture(build("llama"), token_ids(), reuse_lse=False)
     torch.testing.assert_close(incoming, own, rtol=0, atol=5e-6)
 
 
