@@ -12,8 +12,8 @@ Decisions taken here:
   None, 2-D, 4-D, or a BlockMask, depending on the attention implementation.
 - Scale, window, softcap and sinks are those that the attention call receives, head sizes those of its tensors. The
   config decides only which layer is scored.
-- Attention runs first, because where it computes the log-sum-exp of these scores anyway, the reduction takes it and needs
-  one pass over them instead of two (`entra/attention_lse.py`).
+- Attention runs first, because where it computes the log-sum-exp of these scores anyway, the reduction takes it and the
+  Triton kernels need one pass over them instead of two (`entra/attention_lse.py`).
 - The name that is registered ends in the original one (`entra_capture|flash_attention_2`), because models ask whether
   "flash" is in the name before they pad v (MLA).
 """
@@ -261,8 +261,8 @@ def capture_incoming_attention(
         head_reduction: over query heads, "mean" or "max" of the heads' statistics.
         backend: of `entra_kernels.incoming_attention`.
         reuse_lse: take the log-sum-exp that the attention call computes, where it does (SDPA's fused kernels, flash-attn;
-            `captured.layer.lse_source` says which): one pass over the scores instead of two. It needs a call without mask,
-            window and `start`. False: always compute it.
+            `captured.layer.lse_source` says which): one pass of the Triton kernels instead of two. It needs a call without
+            mask and `start`, and a window only where the operation applies it (flash-attn). False: always compute it.
 
     Raises:
         ValueError: an unknown statistic or head_reduction; start or length that do not fit the batch; a model without
