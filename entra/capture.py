@@ -2,9 +2,9 @@
 
 Attention modules of transformers look their attention function up by name, in `config._attn_implementation`, on every
 call, and hand it q and k after RoPE and q/k norms. So for the length of a `with` block the *one* module that is scored
-gets a shallow copy of its config that names a function of ours. That function reduces q and k to incoming attention,
-puts the module's own config back, and calls the function that would have run. Everything else (the masks, which are
-built from the model's config, the other layers, the class, the hooks) is untouched: the logits stay bit-identical.
+gets a shallow copy of its config that names a function of ours. That function puts the module's own config back, calls
+the function that would have run, and reduces q and k to incoming attention. Everything else (the masks, which are built
+from the model's config, the other layers, the class, the hooks) is untouched: the logits stay bit-identical.
 
 Decisions taken here:
 
@@ -12,6 +12,8 @@ Decisions taken here:
   None, 2-D, 4-D, or a BlockMask, depending on the attention implementation.
 - Scale, window, softcap and sinks are those that the attention call receives, head sizes those of its tensors. The
   config decides only which layer is scored.
+- Attention runs first, because where it computes the log-sum-exp of these scores anyway, the reduction takes it and the
+  Triton kernels need one pass over them instead of two (`entra/attention_lse.py`).
 - The name that is registered ends in the original one (`entra_capture|flash_attention_2`), because models ask whether
   "flash" is in the name before they pad v (MLA).
 """
@@ -21,13 +23,15 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from entra.attention_lse import OBSERVABLE, LseObserver, flex_attention_lse
 from entra_kernels import incoming_attention
 
 _PREFIX = "entra_capture|"
@@ -62,6 +66,9 @@ class CapturedLayer:
     """What q . k is multiplied by."""
     has_sinks: bool
     """Whether learned sinks take part in the softmax's denominator (gpt-oss)."""
+    lse_source: str | None
+    """What the attention call computed the log-sum-exp with that was used, like "aten::_scaled_dot_product_flash_attention";
+    None when scoring computed its own."""
 
 
 class Capture:
@@ -80,6 +87,7 @@ class Capture:
         statistic: str,
         head_reduction: str,
         backend: str,
+        reuse_lse: bool,
     ) -> None:
         self._config = config
         self._attend = attend
@@ -93,6 +101,7 @@ class Capture:
         self._statistic = statistic
         self._head_reduction = head_reduction
         self._backend = backend
+        self._reuse_lse = reuse_lse
         self._result: tuple[Tensor, CapturedLayer] | None = None
 
     @property
@@ -113,9 +122,9 @@ class Capture:
             )
         return self._result
 
-    def _reduce(self, module: Any, q: Tensor, k: Tensor, mask: Any, arguments: dict[str, Any]) -> None:
-        """Set the result from one attention call; q [B, H, N, D], k [B, Hkv, N, D]."""
-        batch, _, tokens, dim = q.shape
+    def _refuse_unscorable(self, module: Any, q: Tensor, k: Tensor, mask: Any, arguments: dict[str, Any]) -> None:
+        """Raise for an attention call that start and length do not describe; q [B, H, N, D], k [B, Hkv, N, D]."""
+        batch, _, tokens, _ = q.shape
         if k.shape[2] != tokens:
             raise RuntimeError(
                 f"{self._name} attends from {tokens} queries to {k.shape[2]} keys; a capture needs the whole sequence "
@@ -138,6 +147,27 @@ class Capture:
                     f"give one entry per row, shape ({batch},)"
                 )
 
+    def _reusable_lse(self, mask: Any, arguments: dict[str, Any]) -> str | None:
+        """The attention implementation, when the log-sum-exp of its rows may be that of the rows that are scored.
+
+        A row's keys are those from token 0 on only without `start`; right padding is then never seen. Sinks are not in an
+        operation's log-sum-exp. What a mask holds only the device knows, BlockMasks aside.
+        """
+        if (
+            not self._reuse_lse
+            or self._start is not None
+            or isinstance(mask, Tensor)
+            or arguments.get("s_aux") is not None
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        return (self._config._attn_implementation or "eager").removeprefix(_PREFIX)
+
+    def _reduce(
+        self, module: Any, q: Tensor, k: Tensor, arguments: dict[str, Any], known_lse: Callable[..., Any] | None
+    ) -> None:
+        """Set the result from one attention call; q [B, H, N, D], k [B, Hkv, N, D]."""
+        batch, _, tokens, dim = q.shape
         window = self._window(module, arguments)
         windowed = self._uniform and window is not None
         start = None if self._start is None else self._start.to(q.device)
@@ -148,6 +178,9 @@ class Capture:
         row_weights = None
         if self._statistic == "lift":
             row_weights = _visible_keys(batch, tokens, start, window, q.device)
+        softcap = arguments.get("softcap")
+        known = None if known_lse is None else known_lse(q, k, scale=scale, sliding_window=window, softcap=softcap)
+        lse, lse_source = (None, None) if known is None else known
 
         incoming = incoming_attention(
             q,
@@ -156,8 +189,9 @@ class Capture:
             length=length,
             scale=scale,
             sliding_window=window,
-            softcap=arguments.get("softcap"),
+            softcap=softcap,
             sinks=sinks,
+            lse=lse,
             row_weights=row_weights,
             per_head=self._head_reduction == "max",
             backend=self._backend,
@@ -171,9 +205,10 @@ class Capture:
                 name=self._name,
                 layer_type="sliding_attention" if windowed else self._layer_type,
                 sliding_window=window,
-                softcap=arguments.get("softcap"),
+                softcap=softcap,
                 scale=scale,
                 has_sinks=sinks is not None,
+                lse_source=lse_source,
             ),
         )
 
@@ -199,6 +234,7 @@ def capture_incoming_attention(
     statistic: str = "mean",
     head_reduction: str = "mean",
     backend: str = "auto",
+    reuse_lse: bool = True,
 ) -> Iterator[Capture]:
     """Score the last full-attention layer during the forwards inside a `with` block: `sum_{j>i} A_ji / (N - i)`.
 
@@ -224,6 +260,9 @@ def capture_incoming_attention(
             scores are equal.
         head_reduction: over query heads, "mean" or "max" of the heads' statistics.
         backend: of `entra_kernels.incoming_attention`.
+        reuse_lse: take the log-sum-exp that the attention call computes, where it does (SDPA's fused kernels, flash-attn;
+            `captured.layer.lse_source` says which): one pass of the Triton kernels instead of two. It needs a call without
+            mask and `start`, and a window only where the operation applies it (flash-attn). False: always compute it.
 
     Raises:
         ValueError: an unknown statistic or head_reduction; start or length that do not fit the batch; a model without
@@ -256,6 +295,7 @@ def capture_incoming_attention(
         statistic=statistic,
         head_reduction=head_reduction,
         backend=backend,
+        reuse_lse=reuse_lse,
     )
     swapped = copy.copy(config)
     # The public setter writes through to sub-configs, which the copy shares with the original.
@@ -280,17 +320,27 @@ def _whole_numbers(name: str, value: Tensor | Sequence[int] | None) -> Tensor | 
 def _capturing_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """The registered attention function: reduce q and k, then attend as the module's own config says."""
+    """The registered attention function: attend as the module's own config says, and reduce q and k."""
     swapped = module.config
     capture: Capture = swapped._entra_capture
-    with torch.no_grad():
-        capture._reduce(module, query, key, attention_mask, kwargs)
+    capture._refuse_unscorable(module, query, key, attention_mask, kwargs)
+    implementation = capture._reusable_lse(attention_mask, kwargs)
+    observer = LseObserver() if implementation in OBSERVABLE else None
     # Flash attention reads module.config itself; a nested capture finds its own there.
     module.config = capture._config
     try:
-        return capture._attend(module, query, key, value, attention_mask, *args, **kwargs)
+        with nullcontext() if observer is None else observer:
+            attended = capture._attend(module, query, key, value, attention_mask, *args, **kwargs)
     finally:
         module.config = swapped
+    known_lse: Callable[..., Any] | None = None
+    if observer is not None:
+        known_lse = observer.lse_of
+    elif implementation == "flex_attention":
+        known_lse = partial(flex_attention_lse, attended, attention_mask)
+    with torch.no_grad():
+        capture._reduce(module, query, key, kwargs, known_lse)
+    return attended
 
 
 def _registered_name(original: str | None) -> str:
