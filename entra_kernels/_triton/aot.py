@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from entra_kernels._triton import disassembly
 from entra_kernels._triton.launch import KernelCase
 
 MODULES = ("attention", "logprobs", "redundancy")
@@ -46,6 +48,11 @@ class Chip:
     def name(self) -> str:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
+    @property
+    def lanes(self) -> int:
+        """Threads per warp."""
+        return 32 if self.backend == "cuda" else 64
+
 
 CHIPS = (
     Chip(backend="cuda", arch=80, shared_memory=163 * 1024),
@@ -62,17 +69,56 @@ NO_SPILLS_UP_TO = 128
 
 
 @dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What an attention pass in bfloat16 may take on sm_90. `per_score` is instructions per score in the loop over unmasked
+    tiles, `per_shuffle` the fewest exponentials per shuffle there; None where there is no limit."""
+
+    per_score: float | None = None
+    per_shuffle: float | None = None
+
+
+BUDGETS = {
+    "column_sum d=64": Budget(per_score=7.5, per_shuffle=8),
+    "column_sum d=128": Budget(per_score=7.5, per_shuffle=8),
+    "column_sum d=256": Budget(),
+    "row_lse d=64": Budget(per_score=8.5),
+    "row_lse d=128": Budget(per_score=8.5),
+    "row_lse d=256": Budget(),
+}
+"""By label. At each of these head dims the products must run on the warpgroup matrix unit (HGMMA). An exponential takes 1/16
+clock of an SM, and the products of a score at d = 128 the same; in that time 4 schedulers of 32 lanes issue 8 instructions per
+score. A pass that needs more is bound by their issue, whatever overlaps."""
+
+REPEATED = 1.25
+"""Exponentials per score from which on a trip of a budgeted loop does not make one tile once: the log-sum-exp adds at most 1/16
+for its rescaling. Either the loop is unrolled or the tile is so small that threads repeat each other's scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What a compiled case takes. `spills` counts local loads and stores (CUDA) or spilled vector registers (ROCm)."""
+    """What a compiled case takes. `spills` counts local loads and stores (CUDA) or spilled vector registers (ROCm).
+
+    For an attention pass, `counts` are those of the loop over unmasked tiles and `scores` is how many of a tile's scores fall
+    to one thread.
+    """
 
     name: str
     registers: int
     shared_memory: int
     spills: int
-    problem: str
+    scores: float = 0
+    counts: disassembly.Counts | None = None
+    problem: str = ""
+
+    @property
+    def per_score(self) -> float | None:
+        """Instructions per score. A trip counts as one tile: were a loop unrolled this would be too high, never too low."""
+        return self.counts.instructions / self.scores if self.counts and self.scores else None
 
     def __str__(self) -> str:
         text = f"{self.name:<64} {self.registers:>4} registers {self.shared_memory:>7} B shared {self.spills:>4} spills"
+        if self.per_score is not None:
+            text += f" {self.per_score:>6.2f} instructions a score"
         return f"{text}  FAIL: {self.problem}" if self.problem else text
 
 
@@ -86,7 +132,7 @@ def compile_case(case: KernelCase, chip: Chip) -> Any:
         constexprs=case.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
-    target = GPUTarget(chip.backend, chip.arch, 32 if chip.backend == "cuda" else 64)
+    target = GPUTarget(chip.backend, chip.arch, chip.lanes)
     return triton.compile(source, target=target, options={"num_warps": case.num_warps, "num_stages": case.num_stages})
 
 
@@ -100,20 +146,49 @@ def nvidia_tool(name: str, option: str, cubin: bytes) -> str:
 
 
 def inspect(case: KernelCase, chip: Chip, name: str) -> Compiled:
-    """Compiles one case and reads its resources from the machine code."""
+    """Compiles one case, reads its resources from the machine code, and holds them against its chip and its budget."""
     kernel = compile_case(case, chip)
     if chip.backend == "cuda":
         registers = _number(r"REG:(\d+)", nvidia_tool("cuobjdump", "-res-usage", kernel.asm["cubin"]))
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", nvidia_tool("nvdisasm", "-c", kernel.asm["cubin"])))
+        text = nvidia_tool("nvdisasm", "-c", kernel.asm["cubin"])
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
     else:
-        registers = _number(r"\.vgpr_count:\s+(\d+)", kernel.asm["amdgcn"])
-        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
-    problem = ""
-    if kernel.metadata.shared > chip.shared_memory:
-        problem = f"{kernel.metadata.shared} B of shared memory, {chip.name} has {chip.shared_memory}"
-    elif spills and chip.arch == 90 and (case.head_dim or 0) <= NO_SPILLS_UP_TO:
-        problem = f"{spills} spills on sm_90"
-    return Compiled(name=name, registers=registers, shared_memory=kernel.metadata.shared, spills=spills, problem=problem)
+        text = kernel.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+    # One trip of an attention pass is one tile; float32 has no matrix unit to look for.
+    tile = case.constexprs.get("RESIDENT", 0) * case.constexprs.get("STREAMED", 0)
+    scores = tile / (case.num_warps * chip.lanes)
+    counts = disassembly.count(disassembly.parse(text), math.ceil(scores)) if tile else None
+    compiled = Compiled(
+        name=name, registers=registers, shared_memory=kernel.metadata.shared, spills=spills, scores=scores, counts=counts
+    )
+    budget = BUDGETS.get(case.label) if (chip.name, case.arguments.get("q")) == ("sm_90", "*bf16") else None
+    return replace(compiled, problem=_problem(compiled, case, chip) or (over_budget(compiled, budget) if budget else ""))
+
+
+def _problem(compiled: Compiled, case: KernelCase, chip: Chip) -> str:
+    if compiled.shared_memory > chip.shared_memory:
+        return f"{compiled.shared_memory} B of shared memory, {chip.name} has {chip.shared_memory}"
+    if compiled.spills and chip.arch == 90 and (case.head_dim or 0) <= NO_SPILLS_UP_TO:
+        return f"{compiled.spills} spills on sm_90"
+    return ""
+
+
+def over_budget(compiled: Compiled, budget: Budget) -> str:
+    """The first rule that a compiled attention pass breaks, with its number; "" where it breaks none."""
+    counts, per_score = compiled.counts, compiled.per_score
+    if counts is None or per_score is None:
+        return "no loop with matrix products and an exponential per score; was the kernel changed?"
+    if not counts.matrix_name.startswith("HGMMA"):
+        return f"its products run as {counts.matrix_name}, they must run as HGMMA"
+    if counts.exponentials > REPEATED * compiled.scores:
+        return f"{counts.exponentials / compiled.scores:.2f} exponentials per score, at most {REPEATED} where a trip is one tile"
+    if budget.per_score is not None and per_score > budget.per_score:
+        return f"{per_score:.2f} instructions per score, at most {budget.per_score}"
+    if budget.per_shuffle is not None and counts.exponentials < budget.per_shuffle * counts.shuffles:
+        return f"a shuffle per {counts.exponentials / counts.shuffles:.1f} exponentials, at most one per {budget.per_shuffle}"
+    return ""
 
 
 def _number(pattern: str, text: str) -> int:
@@ -135,6 +210,7 @@ def _name(module: str, chip: Chip, dtype: str, case: KernelCase) -> str:
 
 SUBSET = re.compile(
     r"sm_90 bf16 attention .* d=128"
+    r"|sm_90 bf16 attention .* d=(64|256)$"
     r"|sm_90 bf16 attention .* d=80$"
     r"|sm_90 fp32 attention .* d=128 window softcap"
     r"|bf16 attention .* d=128$"
