@@ -1,7 +1,8 @@
 """Compile every Triton kernel for every chip, on a machine that needs no GPU: `python -m entra_kernels._triton.aot [--all]`.
 
 Triton's compiler does not fail when a kernel asks for more shared memory than the chip has, or when registers spill. This
-does. Without `--all` it takes the subset that the tests take.
+does, and when an attention pass takes more instructions than its budget. Without `--all` it takes the subset that the tests
+take.
 
 Every case has a stride of 1 along the innermost dimension (head dim, channels, vocabulary), as a model's tensors have. Other
 strides run as well, but as other code: loads are scalar there and registers may spill.
@@ -23,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -98,8 +99,8 @@ for its rescaling. Either the loop is unrolled or the tile is so small that thre
 class Compiled:
     """What a compiled case takes. `spills` counts local loads and stores (CUDA) or spilled vector registers (ROCm).
 
-    For an attention pass, `counts` are those of the loop over unmasked tiles and `scores` is how many of a tile's scores fall
-    to one thread.
+    `counts` are those of the inner loop, None for a kernel without matrix products. For an attention pass that is the loop over
+    unmasked tiles, and `scores` how many of a tile's scores fall to one thread; otherwise 0.
     """
 
     name: str
@@ -109,6 +110,9 @@ class Compiled:
     scores: float = 0
     counts: disassembly.Counts | None = None
     problem: str = ""
+    """Why it does not run on its chip."""
+    excess: str = ""
+    """What it takes more of than it may, though it runs."""
 
     @property
     def per_score(self) -> float | None:
@@ -119,6 +123,7 @@ class Compiled:
         text = f"{self.name:<64} {self.registers:>4} registers {self.shared_memory:>7} B shared {self.spills:>4} spills"
         if self.per_score is not None:
             text += f" {self.per_score:>6.2f} instructions a score"
+        text += f"  OVER BUDGET: {self.excess}" if self.excess else ""
         return f"{text}  FAIL: {self.problem}" if self.problem else text
 
 
@@ -156,23 +161,23 @@ def inspect(case: KernelCase, chip: Chip, name: str) -> Compiled:
         text = kernel.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s+(\d+)", text)
         spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
-    # One trip of an attention pass is one tile; float32 has no matrix unit to look for.
+    # One trip of an attention pass is one tile. Other kernels have no tile of scores: the loop of their products, if any.
     tile = case.constexprs.get("RESIDENT", 0) * case.constexprs.get("STREAMED", 0)
     scores = tile / (case.num_warps * chip.lanes)
-    counts = disassembly.count(disassembly.parse(text), math.ceil(scores)) if tile else None
+    counts = disassembly.count(disassembly.parse(text), math.ceil(scores))
     compiled = Compiled(
         name=name, registers=registers, shared_memory=kernel.metadata.shared, spills=spills, scores=scores, counts=counts
     )
-    budget = BUDGETS.get(case.label) if (chip.name, case.arguments.get("q")) == ("sm_90", "*bf16") else None
-    return replace(compiled, problem=_problem(compiled, case, chip) or (over_budget(compiled, budget) if budget else ""))
-
-
-def _problem(compiled: Compiled, case: KernelCase, chip: Chip) -> str:
-    if compiled.shared_memory > chip.shared_memory:
-        return f"{compiled.shared_memory} B of shared memory, {chip.name} has {chip.shared_memory}"
-    if compiled.spills and chip.arch == 90 and (case.head_dim or 0) <= NO_SPILLS_UP_TO:
-        return f"{compiled.spills} spills on sm_90"
-    return ""
+    problem = excess = ""
+    if kernel.metadata.shared > chip.shared_memory:
+        problem = f"{kernel.metadata.shared} B of shared memory, {chip.name} has {chip.shared_memory}"
+    if chip.arch == 90:
+        budget = BUDGETS.get(case.label) if case.arguments.get("q") == "*bf16" else None
+        if spills and (case.head_dim or 0) <= NO_SPILLS_UP_TO:
+            excess = f"{spills} spills on sm_90"
+        elif budget:
+            excess = over_budget(compiled, budget)
+    return replace(compiled, problem=problem, excess=excess)
 
 
 def over_budget(compiled: Compiled, budget: Budget) -> str:
@@ -183,7 +188,8 @@ def over_budget(compiled: Compiled, budget: Budget) -> str:
     if not counts.matrix_name.startswith("HGMMA"):
         return f"its products run as {counts.matrix_name}, they must run as HGMMA"
     if counts.exponentials > REPEATED * compiled.scores:
-        return f"{counts.exponentials / compiled.scores:.2f} exponentials per score, at most {REPEATED} where a trip is one tile"
+        repeated = counts.exponentials / compiled.scores
+        return f"{repeated:.2f} exponentials per score, at most {REPEATED} where one trip makes one tile once"
     if budget.per_score is not None and per_score > budget.per_score:
         return f"{per_score:.2f} instructions per score, at most {budget.per_score}"
     if budget.per_shuffle is not None and counts.exponentials < budget.per_shuffle * counts.shuffles:
@@ -200,12 +206,42 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _cases(module: str, chip: Chip, dtype: str) -> Iterator[KernelCase]:
-    yield from importlib.import_module(f"entra_kernels._triton.{module}").aot_cases(dtype, chip.shared_memory)
+class Job(NamedTuple):
+    """Names a case: the kernel module, the chip's place in `CHIPS`, the dtype, the label. Small, for a process of its own."""
+
+    module: str
+    chip: int
+    dtype: str
+    label: str
+
+    @property
+    def name(self) -> str:
+        return f"{CHIPS[self.chip].name} {self.dtype} {self.module} {self.label}"
+
+    def case(self) -> KernelCase:
+        cases = importlib.import_module(f"entra_kernels._triton.{self.module}").aot_cases
+        return next(case for case in cases(self.dtype, CHIPS[self.chip].shared_memory) if case.label == self.label)
 
 
-def _name(module: str, chip: Chip, dtype: str, case: KernelCase) -> str:
-    return f"{chip.name} {dtype} {module} {case.label}"
+def jobs(wanted: re.Pattern[str]) -> list[Job]:
+    """The cases whose name has a match for `wanted`."""
+    found = []
+    for module in MODULES:
+        cases = importlib.import_module(f"entra_kernels._triton.{module}").aot_cases
+        for index, chip in enumerate(CHIPS):
+            for dtype in DTYPES:
+                found += [Job(module, index, dtype, case.label) for case in cases(dtype, chip.shared_memory)]
+    return [job for job in found if wanted.search(job.name)]
+
+
+def inspect_all(jobs: list[Job], processes: int) -> Iterator[Compiled]:
+    """`inspect` for each job, in their order."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_inspect_job, jobs)
+
+
+def _inspect_job(job: Job) -> Compiled:
+    return inspect(job.case(), CHIPS[job.chip], job.name)
 
 
 SUBSET = re.compile(
@@ -225,18 +261,14 @@ SUBSET = re.compile(
 bfloat16, D = 16 in float32) and the fused head; the tightest fits into shared memory; and on gfx942 the redundancy kernels."""
 
 
-def _inspect_one(job: tuple[str, int, str, str]) -> Compiled:
-    module, chip_index, dtype, label = job
-    chip = CHIPS[chip_index]
-    case = next(case for case in _cases(module, chip, dtype) if case.label == label)
-    return inspect(case, chip, _name(module, chip, dtype, case))
-
-
 def main() -> int:
     """Prints one line per case; returns 1 when one takes more than its chip has."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every chip, dtype, head dim and kernel")
     parser.add_argument("--only", default="", metavar="REGEX", help="those whose name matches, instead of the subset")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="spills and budgets do not fail, for another Triton than ours"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -246,23 +278,16 @@ def main() -> int:
         wanted = re.compile(arguments.only) if arguments.all or arguments.only else SUBSET
     except re.error as error:
         parser.error(f"--only {arguments.only!r} is no regular expression: {error}")
-    jobs = [
-        (module, index, dtype, case.label)
-        for module in MODULES
-        for index, chip in enumerate(CHIPS)
-        for dtype in DTYPES
-        for case in _cases(module, chip, dtype)
-        if wanted.search(_name(module, chip, dtype, case))
-    ]
-    if not jobs:
+    selected = jobs(wanted)
+    if not selected:
         parser.error(f"--only {arguments.only!r} matches no kernel; names look like 'sm_90 bf16 attention column_sum d=128'")
     began = time.perf_counter()
     failed = 0
-    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        for compiled in pool.map(_inspect_one, jobs):
-            print(compiled, flush=True)
-            failed += bool(compiled.problem)
-    print(f"{len(jobs)} kernels compiled in {time.perf_counter() - began:.0f} s, {failed} failed")
+    for compiled in inspect_all(selected, arguments.processes):
+        print(compiled, flush=True)
+        failed += bool(compiled.problem or (compiled.excess and not arguments.compile_only))
+    seconds = time.perf_counter() - began
+    print(f"{len(selected)} kernels compiled by Triton {triton.__version__} in {seconds:.0f} s, {failed} failed")
     return int(failed > 0)
 
 

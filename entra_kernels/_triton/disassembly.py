@@ -1,4 +1,4 @@
-"""Counts in the machine code of a kernel that computes scores: what one trip of its inner loop costs per score.
+"""Counts in the machine code of a kernel: what one trip of its inner loop takes.
 
 Pure functions over text: the output of `nvdisasm -c` for CUDA, the `amdgcn` assembly for ROCm.
 
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 MATRIX = re.compile(r"HGMMA|HMMA|UTC\w*MMA|v_mfma_")
 EXPONENTIAL = re.compile(r"MUFU\.EX2|v_exp_f32")
 SHUFFLE = re.compile(r"SHFL|ds_bpermute|ds_swizzle|v_permlane|\w+_dpp")
-SPILL = re.compile(r"LDL|STL|scratch_(?:load|store)")
 
 _CUDA = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>[^;]*);")
 _ROCM = re.compile(r"\t(?P<guard>)(?P<name>[a-z]\w+)[ \t]*(?P<operands>[^;]*)")
@@ -145,7 +144,8 @@ def _overlapped(body: list[Instruction]) -> int | None:
 
 
 def loops(listing: Listing) -> list[tuple[int, ...]]:
-    """The natural loops, each as the ascending indices of its instructions; branches back to one label are one loop."""
+    """The natural loops, each as the ascending indices of its instructions, in the order of the labels they begin at. Branches
+    back to one label are one loop."""
     instructions, labels = listing.instructions, listing.labels
     size = len(instructions)
     starts = {0} | {index for index in labels.values() if index < size}
