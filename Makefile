@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench compile-all clean
+.PHONY: demo test lint bench compile-all compile-tritons static-proof clean
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
 $(VENV)/torch.done:
@@ -42,5 +42,22 @@ bench: $(VENV)/dev.done
 compile-all: $(VENV)/dev.done
 	$(BIN)/python -m entra_kernels._triton.aot --all
 
+# The table in benchmarks/README.md: what the inner loops cost, counted in machine code.
+static-proof: $(VENV)/dev.done
+	$(BIN)/python -m entra_kernels._triton.sass --write benchmarks/README.md
+
+# Other Tritons than the pinned one, each in a folder that goes before the environment on the path. Spills and budgets are
+# printed but not asserted: they are facts about one compiler.
+TRITONS := 3.6 3.8 3.9
+
+.venv-triton/%.done: $(VENV)/dev.done
+	$(PIP) install -q --no-deps --upgrade --target .venv-triton/$* "triton==$*.*"
+	@touch $@
+
+compile-tritons: $(TRITONS:%=.venv-triton/%.done)
+	set -e; for version in $(TRITONS); do \
+	    PYTHONPATH=.venv-triton/$$version $(BIN)/python -m entra_kernels._triton.aot --compile-only; \
+	done
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-triton

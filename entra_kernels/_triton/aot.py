@@ -1,7 +1,8 @@
 """Compile every Triton kernel for every chip, on a machine that needs no GPU: `python -m entra_kernels._triton.aot [--all]`.
 
 Triton's compiler does not fail when a kernel asks for more shared memory than the chip has, or when registers spill. This
-does. Without `--all` it takes the subset that the tests take.
+does, and when an attention pass takes more instructions than its budget. Without `--all` it takes the subset that the tests
+take.
 
 Every case has a stride of 1 along the innermost dimension (head dim, channels, vocabulary), as a model's tensors have. Other
 strides run as well, but as other code: loads are scalar there and registers may spill.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import re
 import subprocess
@@ -19,15 +21,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from entra_kernels._triton import disassembly
 from entra_kernels._triton.launch import KernelCase
 
 MODULES = ("attention", "logprobs", "redundancy")
@@ -46,6 +49,11 @@ class Chip:
     def name(self) -> str:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
+    @property
+    def lanes(self) -> int:
+        """Threads per warp."""
+        return 32 if self.backend == "cuda" else 64
+
 
 CHIPS = (
     Chip(backend="cuda", arch=80, shared_memory=163 * 1024),
@@ -62,17 +70,60 @@ NO_SPILLS_UP_TO = 128
 
 
 @dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What an attention pass in bfloat16 may take on sm_90. `per_score` is instructions per score in the loop over unmasked
+    tiles, `per_shuffle` the fewest exponentials per shuffle there; None where there is no limit."""
+
+    per_score: float | None = None
+    per_shuffle: float | None = None
+
+
+BUDGETS = {
+    "column_sum d=64": Budget(per_score=7.5, per_shuffle=8),
+    "column_sum d=128": Budget(per_score=7.5, per_shuffle=8),
+    "column_sum d=256": Budget(),
+    "row_lse d=64": Budget(per_score=8.5),
+    "row_lse d=128": Budget(per_score=8.5),
+    "row_lse d=256": Budget(),
+}
+"""By label. At each of these head dims the products must run on the warpgroup matrix unit (HGMMA). An exponential takes 1/16
+clock of an SM, and the products of a score at d = 128 the same; in that time 4 schedulers of 32 lanes issue 8 instructions per
+score. A pass that needs more is bound by their issue, whatever overlaps."""
+
+REPEATED = 1.25
+"""Exponentials per score from which on a trip of a budgeted loop does not make one tile once: the log-sum-exp adds at most 1/16
+for its rescaling. Either the loop is unrolled or the tile is so small that threads repeat each other's scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What a compiled case takes. `spills` counts local loads and stores (CUDA) or spilled vector registers (ROCm)."""
+    """What a compiled case takes. `spills` counts local loads and stores (CUDA) or spilled vector registers (ROCm).
+
+    `counts` are those of the inner loop, None for a kernel without matrix products. For an attention pass that is the loop over
+    unmasked tiles, and `scores` how many of a tile's scores fall to one thread; otherwise 0.
+    """
 
     name: str
     registers: int
     shared_memory: int
     spills: int
-    problem: str
+    scores: float = 0
+    counts: disassembly.Counts | None = None
+    problem: str = ""
+    """Why it does not run on its chip."""
+    excess: str = ""
+    """What it takes more of than it may, though it runs."""
+
+    @property
+    def per_score(self) -> float | None:
+        """Instructions per score. A trip counts as one tile: were a loop unrolled this would be too high, never too low."""
+        return self.counts.instructions / self.scores if self.counts and self.scores else None
 
     def __str__(self) -> str:
         text = f"{self.name:<64} {self.registers:>4} registers {self.shared_memory:>7} B shared {self.spills:>4} spills"
+        if self.per_score is not None:
+            text += f" {self.per_score:>6.2f} instructions a score"
+        text += f"  OVER BUDGET: {self.excess}" if self.excess else ""
         return f"{text}  FAIL: {self.problem}" if self.problem else text
 
 
@@ -86,7 +137,7 @@ def compile_case(case: KernelCase, chip: Chip) -> Any:
         constexprs=case.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
-    target = GPUTarget(chip.backend, chip.arch, 32 if chip.backend == "cuda" else 64)
+    target = GPUTarget(chip.backend, chip.arch, chip.lanes)
     return triton.compile(source, target=target, options={"num_warps": case.num_warps, "num_stages": case.num_stages})
 
 
@@ -100,20 +151,50 @@ def nvidia_tool(name: str, option: str, cubin: bytes) -> str:
 
 
 def inspect(case: KernelCase, chip: Chip, name: str) -> Compiled:
-    """Compiles one case and reads its resources from the machine code."""
+    """Compiles one case, reads its resources from the machine code, and holds them against its chip and its budget."""
     kernel = compile_case(case, chip)
     if chip.backend == "cuda":
         registers = _number(r"REG:(\d+)", nvidia_tool("cuobjdump", "-res-usage", kernel.asm["cubin"]))
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", nvidia_tool("nvdisasm", "-c", kernel.asm["cubin"])))
+        text = nvidia_tool("nvdisasm", "-c", kernel.asm["cubin"])
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
     else:
-        registers = _number(r"\.vgpr_count:\s+(\d+)", kernel.asm["amdgcn"])
-        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
-    problem = ""
+        text = kernel.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+    # One trip of an attention pass is one tile. Other kernels have no tile of scores: the loop of their products, if any.
+    tile = case.constexprs.get("RESIDENT", 0) * case.constexprs.get("STREAMED", 0)
+    scores = tile / (case.num_warps * chip.lanes)
+    counts = disassembly.count(disassembly.parse(text), math.ceil(scores))
+    compiled = Compiled(
+        name=name, registers=registers, shared_memory=kernel.metadata.shared, spills=spills, scores=scores, counts=counts
+    )
+    problem = excess = ""
     if kernel.metadata.shared > chip.shared_memory:
         problem = f"{kernel.metadata.shared} B of shared memory, {chip.name} has {chip.shared_memory}"
-    elif spills and chip.arch == 90 and (case.head_dim or 0) <= NO_SPILLS_UP_TO:
-        problem = f"{spills} spills on sm_90"
-    return Compiled(name=name, registers=registers, shared_memory=kernel.metadata.shared, spills=spills, problem=problem)
+    if chip.arch == 90:
+        budget = BUDGETS.get(case.label) if case.arguments.get("q") == "*bf16" else None
+        if spills and (case.head_dim or 0) <= NO_SPILLS_UP_TO:
+            excess = f"{spills} spills on sm_90"
+        elif budget:
+            excess = over_budget(compiled, budget)
+    return replace(compiled, problem=problem, excess=excess)
+
+
+def over_budget(compiled: Compiled, budget: Budget) -> str:
+    """The first rule that a compiled attention pass breaks, with its number; "" where it breaks none."""
+    counts, per_score = compiled.counts, compiled.per_score
+    if counts is None or per_score is None:
+        return "no loop with matrix products and an exponential per score; was the kernel changed?"
+    if not counts.matrix_name.startswith("HGMMA"):
+        return f"its products run as {counts.matrix_name}, they must run as HGMMA"
+    if counts.exponentials > REPEATED * compiled.scores:
+        repeated = counts.exponentials / compiled.scores
+        return f"{repeated:.2f} exponentials per score, at most {REPEATED} where one trip makes one tile once"
+    if budget.per_score is not None and per_score > budget.per_score:
+        return f"{per_score:.2f} instructions per score, at most {budget.per_score}"
+    if budget.per_shuffle is not None and counts.exponentials < budget.per_shuffle * counts.shuffles:
+        return f"a shuffle per {counts.exponentials / counts.shuffles:.1f} exponentials, at most one per {budget.per_shuffle}"
+    return ""
 
 
 def _number(pattern: str, text: str) -> int:
@@ -125,16 +206,47 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _cases(module: str, chip: Chip, dtype: str) -> Iterator[KernelCase]:
-    yield from importlib.import_module(f"entra_kernels._triton.{module}").aot_cases(dtype, chip.shared_memory)
+class Job(NamedTuple):
+    """Names a case: the kernel module, the chip's place in `CHIPS`, the dtype, the label. Small, for a process of its own."""
+
+    module: str
+    chip: int
+    dtype: str
+    label: str
+
+    @property
+    def name(self) -> str:
+        return f"{CHIPS[self.chip].name} {self.dtype} {self.module} {self.label}"
+
+    def case(self) -> KernelCase:
+        cases = importlib.import_module(f"entra_kernels._triton.{self.module}").aot_cases
+        return next(case for case in cases(self.dtype, CHIPS[self.chip].shared_memory) if case.label == self.label)
 
 
-def _name(module: str, chip: Chip, dtype: str, case: KernelCase) -> str:
-    return f"{chip.name} {dtype} {module} {case.label}"
+def jobs(wanted: re.Pattern[str]) -> list[Job]:
+    """The cases whose name has a match for `wanted`."""
+    found = []
+    for module in MODULES:
+        cases = importlib.import_module(f"entra_kernels._triton.{module}").aot_cases
+        for index, chip in enumerate(CHIPS):
+            for dtype in DTYPES:
+                found += [Job(module, index, dtype, case.label) for case in cases(dtype, chip.shared_memory)]
+    return [job for job in found if wanted.search(job.name)]
+
+
+def inspect_all(jobs: list[Job], processes: int) -> Iterator[Compiled]:
+    """`inspect` for each job, in their order."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_inspect_job, jobs)
+
+
+def _inspect_job(job: Job) -> Compiled:
+    return inspect(job.case(), CHIPS[job.chip], job.name)
 
 
 SUBSET = re.compile(
     r"sm_90 bf16 attention .* d=128"
+    r"|sm_90 bf16 attention .* d=(64|256)$"
     r"|sm_90 bf16 attention .* d=80$"
     r"|sm_90 fp32 attention .* d=128 window softcap"
     r"|bf16 attention .* d=128$"
@@ -149,18 +261,14 @@ SUBSET = re.compile(
 bfloat16, D = 16 in float32) and the fused head; the tightest fits into shared memory; and on gfx942 the redundancy kernels."""
 
 
-def _inspect_one(job: tuple[str, int, str, str]) -> Compiled:
-    module, chip_index, dtype, label = job
-    chip = CHIPS[chip_index]
-    case = next(case for case in _cases(module, chip, dtype) if case.label == label)
-    return inspect(case, chip, _name(module, chip, dtype, case))
-
-
 def main() -> int:
     """Prints one line per case; returns 1 when one takes more than its chip has."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every chip, dtype, head dim and kernel")
     parser.add_argument("--only", default="", metavar="REGEX", help="those whose name matches, instead of the subset")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="spills and budgets do not fail, for another Triton than ours"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -170,23 +278,16 @@ def main() -> int:
         wanted = re.compile(arguments.only) if arguments.all or arguments.only else SUBSET
     except re.error as error:
         parser.error(f"--only {arguments.only!r} is no regular expression: {error}")
-    jobs = [
-        (module, index, dtype, case.label)
-        for module in MODULES
-        for index, chip in enumerate(CHIPS)
-        for dtype in DTYPES
-        for case in _cases(module, chip, dtype)
-        if wanted.search(_name(module, chip, dtype, case))
-    ]
-    if not jobs:
+    selected = jobs(wanted)
+    if not selected:
         parser.error(f"--only {arguments.only!r} matches no kernel; names look like 'sm_90 bf16 attention column_sum d=128'")
     began = time.perf_counter()
     failed = 0
-    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        for compiled in pool.map(_inspect_one, jobs):
-            print(compiled, flush=True)
-            failed += bool(compiled.problem)
-    print(f"{len(jobs)} kernels compiled in {time.perf_counter() - began:.0f} s, {failed} failed")
+    for compiled in inspect_all(selected, arguments.processes):
+        print(compiled, flush=True)
+        failed += bool(compiled.problem or (compiled.excess and not arguments.compile_only))
+    seconds = time.perf_counter() - began
+    print(f"{len(selected)} kernels compiled by Triton {triton.__version__} in {seconds:.0f} s, {failed} failed")
     return int(failed > 0)
 
 
