@@ -11,8 +11,16 @@ Each runs on three backends: `reference` (the specification), `torch` (CPU, CUDA
 `entra_kernels` needs torch alone; Triton is imported at the first call that uses it.
 """
 
-from entra_kernels._attention import incoming_attention
+from entra_kernels._attention import SampledAttention, incoming_attention
 from entra_kernels._logprobs import LogprobsAndEntropy, linear_token_logprobs, token_logprobs
 from entra_kernels._redundancy import Redundancy, redundancy
 
-__all__ = ["LogprobsAndEntropy", "Redundancy", "incoming_attention", "linear_token_logprobs", "redundancy", "token_logprobs"]
+__all__ = [
+    "LogprobsAndEntropy",
+    "Redundancy",
+    "SampledAttention",
+    "incoming_attention",
+    "linear_token_logprobs",
+    "redundancy",
+    "token_logprobs",
+]

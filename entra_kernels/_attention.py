@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, overload
+
 from torch import Tensor
 
 from entra_kernels import _ops
@@ -11,12 +13,69 @@ from entra_kernels._checks import (
     check_dtype,
     check_number,
     check_same_device,
+    check_sample,
     check_scoring_only,
     check_shape,
     check_softcap,
     check_window,
     choose_backend,
 )
+
+
+class SampledAttention(NamedTuple):
+    """Incoming attention from a sample of the query rows; both [B, N] (packed: [T])."""
+
+    estimate: Tensor
+    """Unbiased: its mean over seeds is the exact value."""
+    standard_error: Tensor
+    """Of the estimate, from the two rows of each stratum; its square is unbiased for the variance. 0 where nothing was left
+    out. Where a few rows hold most of a token's attention (peaked attention), both rows of a stratum can miss them, and then
+    the estimate is too low and this too small: intervals of +-1.96 standard errors cover less than 95 % there
+    (docs/method.md, "Sampling")."""
+
+
+@overload
+def incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    *,
+    start: Tensor | None = ...,
+    length: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    scale: float | None = ...,
+    sliding_window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    lse: Tensor | None = ...,
+    row_weights: Tensor | None = ...,
+    per_head: bool = ...,
+    normalize: bool = ...,
+    sample_rows: None = ...,
+    seed: int = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    *,
+    start: Tensor | None = ...,
+    length: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    scale: float | None = ...,
+    sliding_window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    lse: Tensor | None = ...,
+    row_weights: Tensor | None = ...,
+    per_head: bool = ...,
+    normalize: bool = ...,
+    sample_rows: int,
+    seed: int = ...,
+    backend: str = ...,
+) -> SampledAttention: ...
 
 
 def incoming_attention(
@@ -34,8 +93,10 @@ def incoming_attention(
     row_weights: Tensor | None = None,
     per_head: bool = False,
     normalize: bool = True,
+    sample_rows: int | None = None,
+    seed: int = 0,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | SampledAttention:
     """`softmax(scale * q @ k.T + causal_mask).tril(-1).sum(rows) / arange(N - 1, -1, -1)`, without the N x N matrix.
 
     For every token i, the mean over the future queries j > i of the attention probability from j to i, mean over the query
@@ -67,10 +128,15 @@ def incoming_attention(
             the sum of the weights). w_j = j gives lift; 1 / inclusion probability gives unbiased row sampling.
         per_head: return every query head by itself instead of the mean over heads.
         normalize: False returns the sums over j, not divided.
+        sample_rows: m >= 4 takes m query rows of each sequence instead of all, in time O(N m), and returns a
+            `SampledAttention`. A quarter are the last rows, the others two from each of equal strata of neighbouring rows. The
+            estimate is unbiased; a sequence of up to m tokens is exact. Not with `per_head`.
+        seed: of the draw; with `sample_rows` only. The same seed gives sequences of the same length the same rows.
         backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
 
     Returns:
-        float32 (float64 for float64 inputs), [B, N] (packed: [T]); with per_head [B, H, N] (packed: [H, T]).
+        float32 (float64 for float64 inputs), [B, N] (packed: [T]); with per_head [B, H, N] (packed: [H, T]); with sample_rows
+        a `SampledAttention` of two such tensors.
 
     Raises:
         ValueError: shapes, layouts or options that do not go together, an option out of its range, or (on a CPU only) a
@@ -90,6 +156,8 @@ def incoming_attention(
         raise TypeError(f"k has dtype {k.dtype} but q has {q.dtype}; they must be the same: use k.to(q.dtype)")
 
     packed = cu_seqlens is not None
+    starts: Tensor | None
+    ends: Tensor | None
     if cu_seqlens is not None:
         if start is not None or length is not None:
             raise ValueError(
@@ -135,23 +203,20 @@ def incoming_attention(
         raise ValueError("sinks and lse were both given; lse already holds the sinks' share, so pass one of them")
     check_shape("sinks", sinks, (q_heads,), "[H]")
 
-    out = _ops.incoming_attention(
-        q,
-        k,
-        starts,
-        ends,
-        sequences,
-        scale=head_dim**-0.5 if scale is None else check_number("scale", scale, "finite; None for head_dim ** -0.5"),
-        sliding_window=check_window(sliding_window),
-        softcap=check_softcap(softcap),
-        sinks=sinks,
-        lse=lse,
-        row_weights=row_weights,
-        per_head=per_head,
-        normalize=normalize,
-        backend=choose_backend(backend, q),
-    )
-    return out.squeeze(0) if packed else out
+    scale = head_dim**-0.5 if scale is None else check_number("scale", scale, "finite; None for head_dim ** -0.5")
+    window, softcap, backend = check_window(sliding_window), check_softcap(softcap), choose_backend(backend, q)
+    options = (scale, window, softcap, sinks, lse, row_weights)
+    if sample_rows is None:
+        out = _ops.incoming_attention(q, k, starts, ends, sequences, *options, per_head, normalize, backend)
+        return out.squeeze(0) if packed else out
+
+    check_sample(sample_rows, seed)
+    if per_head:
+        raise ValueError("per_head=True has no sampled form; drop sample_rows, or take the mean over heads")
+    sampled = _ops.sampled_incoming_attention(
+        q, k, starts, ends, sequences, sample_rows, seed, *options, normalize, backend
+    )  # fmt: skip
+    return SampledAttention(*(out.squeeze(0) if packed else out for out in sampled))
 
 
 def _ends(start: Tensor | None, length: Tensor | None) -> Tensor | None:

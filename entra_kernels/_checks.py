@@ -123,6 +123,17 @@ def check_window(sliding_window: int | None) -> int | None:
     return min(int(sliding_window), 2**30)
 
 
+def check_sample(sample_rows: int, seed: int) -> None:
+    """Raises when `sample_rows` rows cannot make one stratum of two and the last rows, or `seed` is no seed."""
+    for name, value in (("sample_rows", sample_rows), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}")
+    if sample_rows < 4:
+        raise ValueError(f"sample_rows={sample_rows} must be at least 4 rows, or None for all")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be in 0 to 2**63 - 1")
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything else is computed and returned in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

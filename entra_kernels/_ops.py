@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from entra_kernels._checks import accumulation_dtype
+from entra_kernels._sampling import draw
 from entra_kernels._spans import Spans
 
 _MODULES = {"reference": "entra_kernels.reference", "torch": "entra_kernels._torch", "triton": "entra_kernels._triton"}
@@ -102,6 +103,49 @@ def _(q, k, starts, ends, sequences, scale, sliding_window, softcap, sinks, lse,
     batch, heads, tokens, _ = q.shape
     shape = (batch, heads, tokens) if per_head else (batch, tokens)
     return q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
+
+
+@torch.library.custom_op("entra_kernels::sampled_incoming_attention", mutates_args=())
+def sampled_incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    starts: Optional[Tensor],  # noqa: UP045
+    ends: Optional[Tensor],  # noqa: UP045
+    sequences: int,
+    sample_rows: int,
+    seed: int,
+    scale: float,
+    sliding_window: Optional[int],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+    sinks: Optional[Tensor],  # noqa: UP045
+    lse: Optional[Tensor],  # noqa: UP045
+    row_weights: Optional[Tensor],  # noqa: UP045
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """As `incoming_attention`. Returns estimate and standard error, [B, N] each."""
+    module = _implementation(backend, q)
+    spans = Spans(starts, ends, sequences, tokens=q.shape[2], batch=q.shape[0])
+    spans.check(q.device)
+    return module.sampled_incoming_attention(
+        q,
+        k,
+        spans,
+        draw(spans, sample_rows, seed, q.device),
+        scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        lse=lse,
+        row_weights=row_weights,
+        normalize=normalize,
+    )
+
+
+@sampled_incoming_attention.register_fake
+def _(q, *arguments):  # type: ignore[no-untyped-def]
+    batch, _, tokens, _ = q.shape
+    return tuple(q.new_empty((batch, tokens), dtype=accumulation_dtype(q.dtype)) for _ in range(2))
 
 
 @torch.library.custom_op("entra_kernels::token_logprobs", mutates_args=())

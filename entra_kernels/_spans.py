@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Spans:
-    """`count` sequences (starts[s], ends[s]): sequence s lies in row s, or, when there is one row, all lie in row 0 (packed)."""
+    """`count` sequences (starts[s], ends[s]): sequence s lies in row s, or, where there is one row, all in row 0 (packed)."""
 
     starts: Tensor | None
     """int [S], first tokens; None: 0."""
@@ -39,6 +39,12 @@ class Spans:
         for sequence, (first, end) in enumerate(self._bounds()):
             first = min(max(first, 0), self.tokens)
             yield (sequence if self.batch > 1 else 0), first, max(min(end, self.tokens) - first, 0)
+
+    def token_counts(self, device: torch.device) -> Tensor:
+        """int64 [S] on `device`, cut to the rows; without waiting."""
+        first = torch.zeros(self.count, dtype=torch.int64, device=device) if self.starts is None else self.starts.long()
+        end = torch.full_like(first, self.tokens) if self.ends is None else self.ends.long()
+        return (end.clamp(0, self.tokens) - first.clamp(0, self.tokens)).clamp(min=0)
 
     def _bounds(self) -> Iterator[tuple[int, int]]:
         starts = [0] * self.count if self.starts is None else self.starts.tolist()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from entra_kernels._checks import accumulation_dtype
+from entra_kernels._sampling import SampledRows
 from entra_kernels._spans import Spans
 
 
@@ -95,6 +96,52 @@ def incoming_attention(
     for head in range(heads):
         total += incoming[:, head]
     return total / heads
+
+
+def sampled_incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    spans: Spans,
+    sample: SampledRows,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    row_weights: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """mu_i from a sample of the rows, and its standard error (docs/method.md, "Sampling")."""
+    dtype = accumulation_dtype(q.dtype)
+    estimate = q.new_zeros(q.shape[0], q.shape[2], dtype=dtype)
+    error = torch.zeros_like(estimate)
+    for sequence, (row, first, count) in enumerate(spans):
+        if count == 0:
+            continue
+        span = slice(first, first + count)
+        attention = attention_probabilities(
+            q[row, :, span].to(dtype),
+            k[row, :, span].to(dtype),
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            lse=None if lse is None else lse[row, :, span].to(dtype),
+        )
+        future = attention.mean(dim=0).tril(-1)  # [N, N], strictly j > i
+        if row_weights is not None:
+            future = future * row_weights[row, span].to(dtype)[:, None]
+        sampled = min(count, sample.rows.shape[1])
+        rows = future[sample.rows[sequence, :sampled]]  # [m, N]
+        pairs = sampled // 2
+        difference = rows[0 : 2 * pairs : 2] - rows[1 : 2 * pairs : 2]
+        sums = (sample.weights[sequence, :sampled].to(dtype)[:, None] * rows).sum(dim=0)
+        variance = (sample.spread[sequence, :pairs].to(dtype)[:, None] * difference**2).sum(dim=0)
+        divisor = future_queries(count, sliding_window, q.device).clamp(min=1) if normalize else 1
+        estimate[row, span] = sums / divisor
+        error[row, span] = variance.sqrt() / divisor
+    return estimate, error
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float) -> Tensor:

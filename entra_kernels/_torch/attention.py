@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from entra_kernels._checks import accumulation_dtype
+from entra_kernels._sampling import SampledRows
 from entra_kernels._spans import Spans
 
 # Scores in a block. On 2 CPU cores of 2 MiB L2 each, 2**20 float32 scores and at most 128 rows took 1.00 to 1.10 times one
@@ -20,6 +21,7 @@ from entra_kernels._spans import Spans
 CPU_BLOCK = 2**20
 DEVICE_BLOCK = 2**24
 MIN_ROWS, MAX_ROWS = 16, 128
+LOG2_E = 1 / math.log(2)
 
 
 def incoming_attention(
@@ -92,6 +94,9 @@ def _column_sums(
     group, count, _ = q.shape
     keys = k.to(dtype).T  # [D, n]
     extra = 0 if sinks is None else 1  # a sink is one more column of the softmax, dropped afterwards
+    # With a given log-sum-exp, scores are in log2 units: ATen's exp2 takes a quarter of the time of its exp on a CPU (0.16 ms
+    # against 0.61 for 255 x 4,096 float32), and half of its softmax's.
+    unit = 1.0 if lse is None else LOG2_E
     budget = CPU_BLOCK if q.device.type == "cpu" else DEVICE_BLOCK
     sums = q.new_zeros(group if per_head else 1, count, dtype=dtype)
     widest = (count if sliding_window is None else min(count, sliding_window - 1 + MAX_ROWS)) + extra
@@ -110,12 +115,12 @@ def _column_sums(
         size = group * rows * (width + extra)
         scores = buffers[0, :size].view(group * rows, width + extra)
         visible = scores[:, :width]
-        torch.mm((q[:, begin:end].to(dtype) * scale).reshape(group * rows, -1), keys[:, low:end], out=visible)
+        torch.mm((q[:, begin:end].to(dtype) * (scale * unit)).reshape(group * rows, -1), keys[:, low:end], out=visible)
         if softcap is not None:
-            visible.div_(softcap).tanh_().mul_(softcap)
+            visible.div_(softcap * unit).tanh_().mul_(softcap * unit)
         _fill_hidden(visible.view(group, rows, width), -math.inf, begin - low, sliding_window, later)
         if lse is not None:
-            probabilities = visible.sub_(lse[:, begin:end].reshape(-1, 1)).exp_()
+            probabilities = visible.sub_(lse[:, begin:end].reshape(-1, 1) * LOG2_E).exp2_()
         else:
             if sinks is not None:
                 scores[:, width] = sinks.repeat_interleave(rows)
@@ -142,3 +147,99 @@ def _fill_hidden(scores: Tensor, value: float, diagonal: int, sliding_window: in
     if sliding_window is not None:
         square = torch.ones(rows, rows, dtype=torch.bool, device=scores.device)
         scores[..., :rows].masked_fill_(square.tril(diagonal - sliding_window), value)
+
+
+def sampled_incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    spans: Spans,
+    sample: SampledRows,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    row_weights: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `entra_kernels.incoming_attention` with `sample_rows`; memory is a block of [G, rows, N] scores, 2 rows or more."""
+    dtype = accumulation_dtype(q.dtype)
+    estimate = q.new_zeros(q.shape[0], q.shape[2], dtype=dtype)
+    error = torch.zeros_like(estimate)
+    for sequence, (row, first, count) in enumerate(spans):
+        if count == 0:
+            continue
+        span = slice(first, first + count)
+        position = sample.rows[sequence, : min(count, sample.rows.shape[1])]
+        sums, variance = _sampled_sums(
+            q[row, :, span][:, position].to(dtype) * scale,
+            k[row, :, span],
+            position,
+            weights=sample.weights[sequence].to(dtype),
+            spread=sample.spread[sequence].to(dtype),
+            factors=None if row_weights is None else row_weights[row, span][position].to(dtype),
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=None if sinks is None else sinks.to(dtype).clamp(max=torch.finfo(dtype).max),
+            lse=None if lse is None else lse[row, :, span][:, position].to(dtype),
+        )
+        divisor = torch.full_like(sums, q.shape[1])
+        if normalize:
+            future = torch.arange(count - 1, -1, -1, device=q.device).clamp(min=1)
+            divisor *= future if sliding_window is None else future.clamp(max=max(sliding_window - 1, 1))
+        estimate[row, span] = sums / divisor
+        error[row, span] = variance.sqrt() / divisor
+    return estimate, error
+
+
+def _sampled_sums(
+    q: Tensor,
+    k: Tensor,
+    position: Tensor,
+    *,
+    weights: Tensor,
+    spread: Tensor,
+    factors: Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Sum over heads and rows, and its variance, [n] each: q [H, m, D] scaled, k [Hkv, n, D], rows at `position` [m]."""
+    kv_heads, count, _ = k.shape
+    group = q.shape[0] // kv_heads
+    sampled = position.shape[0]
+    sums, variance = q.new_zeros(2, count)
+    budget = CPU_BLOCK if q.device.type == "cpu" else DEVICE_BLOCK
+    step = min(max(budget // (group * count) // 2 * 2, 2), MAX_ROWS)  # whole pairs
+    key = torch.arange(count, device=q.device)
+    last = position.cpu().tolist()
+    for begin in range(0, sampled, step):
+        end = min(begin + step, sampled)
+        rows, stop = slice(begin, end), last[end - 1] + 1
+        low = 0 if sliding_window is None else max(0, last[begin] - sliding_window + 1)
+        seen, at = key[low:stop], position[rows, None]
+        hidden = seen > at
+        if sliding_window is not None:
+            hidden |= seen <= at - sliding_window
+        received = q.new_zeros(end - begin, stop - low)
+        for kv_head in range(kv_heads):
+            head = slice(kv_head * group, (kv_head + 1) * group)
+            scores = torch.matmul(q[head, rows], k[kv_head, low:stop].to(q.dtype).T)  # [G, rows, keys]
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            scores.masked_fill_(hidden, -math.inf)
+            total = scores.logsumexp(dim=-1) if lse is None else lse[head, rows]
+            if sinks is not None:
+                total = torch.logaddexp(total, sinks[head, None])
+            received += scores.sub_(total[..., None]).exp_().sum(dim=0)
+        if factors is not None:
+            received *= factors[rows, None]
+        # Strictly future queries, j > i. All that is hidden again, because a row that is not finite is NaN there as well.
+        received.masked_fill_(hidden | (seen == at), 0.0)
+        sums[low:stop] += weights[rows] @ received
+        pairs = (end - begin) // 2
+        difference = received[0 : 2 * pairs : 2] - received[1 : 2 * pairs : 2]
+        variance[low:stop] += spread[begin // 2 : begin // 2 + pairs] @ difference.square_()
+    return sums, variance

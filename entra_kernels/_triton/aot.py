@@ -31,38 +31,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from entra_kernels._triton import disassembly
-from entra_kernels._triton.launch import KernelCase
+from entra_kernels._triton.launch import Chip, KernelCase
 
-MODULES = ("attention", "logprobs", "redundancy")
+MODULES = ("plan", "attention", "sampled", "logprobs", "redundancy")
 DTYPES = ("bf16", "fp32")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chip:
-    """A compilation target and the shared memory, in bytes, that one program may take on it."""
-
-    backend: str
-    arch: int | str
-    shared_memory: int
-
-    @property
-    def name(self) -> str:
-        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
-
-    @property
-    def lanes(self) -> int:
-        """Threads per warp."""
-        return 32 if self.backend == "cuda" else 64
-
-
 CHIPS = (
-    Chip(backend="cuda", arch=80, shared_memory=163 * 1024),
-    Chip(backend="cuda", arch=86, shared_memory=99 * 1024),
-    Chip(backend="cuda", arch=89, shared_memory=99 * 1024),
-    Chip(backend="cuda", arch=90, shared_memory=227 * 1024),
-    Chip(backend="cuda", arch=100, shared_memory=227 * 1024),
-    Chip(backend="cuda", arch=120, shared_memory=99 * 1024),
-    Chip(backend="hip", arch="gfx942", shared_memory=64 * 1024),
+    Chip("sm_80", 163 * 1024),
+    Chip("sm_86", 99 * 1024),
+    Chip("sm_89", 99 * 1024),
+    Chip("sm_90", 227 * 1024),
+    Chip("sm_100", 227 * 1024),
+    Chip("sm_120", 99 * 1024),
+    Chip("gfx942", 64 * 1024),
 )
 
 NO_SPILLS_UP_TO = 128
@@ -137,8 +119,15 @@ def compile_case(case: KernelCase, chip: Chip) -> Any:
         constexprs=case.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
-    target = GPUTarget(chip.backend, chip.arch, chip.lanes)
-    return triton.compile(source, target=target, options={"num_warps": case.num_warps, "num_stages": case.num_stages})
+    target = (
+        GPUTarget("cuda", int(chip.arch.removeprefix("sm_")), chip.lanes)
+        if chip.is_nvidia
+        else GPUTarget("hip", chip.arch, chip.lanes)
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.max_registers is not None and chip.is_nvidia:
+        options["maxnreg"] = case.max_registers
+    return triton.compile(source, target=target, options=options)
 
 
 def nvidia_tool(name: str, option: str, cubin: bytes) -> str:
@@ -153,7 +142,7 @@ def nvidia_tool(name: str, option: str, cubin: bytes) -> str:
 def inspect(case: KernelCase, chip: Chip, name: str) -> Compiled:
     """Compiles one case, reads its resources from the machine code, and holds them against its chip and its budget."""
     kernel = compile_case(case, chip)
-    if chip.backend == "cuda":
+    if chip.is_nvidia:
         registers = _number(r"REG:(\d+)", nvidia_tool("cuobjdump", "-res-usage", kernel.asm["cubin"]))
         text = nvidia_tool("nvdisasm", "-c", kernel.asm["cubin"])
         spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
@@ -170,8 +159,8 @@ def inspect(case: KernelCase, chip: Chip, name: str) -> Compiled:
     )
     problem = excess = ""
     if kernel.metadata.shared > chip.shared_memory:
-        problem = f"{kernel.metadata.shared} B of shared memory, {chip.name} has {chip.shared_memory}"
-    if chip.arch == 90:
+        problem = f"{kernel.metadata.shared} B of shared memory, {chip.arch} has {chip.shared_memory}"
+    if chip.arch == "sm_90":
         budget = BUDGETS.get(case.label) if case.arguments.get("q") == "*bf16" else None
         if spills and (case.head_dim or 0) <= NO_SPILLS_UP_TO:
             excess = f"{spills} spills on sm_90"
@@ -216,11 +205,11 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{CHIPS[self.chip].name} {self.dtype} {self.module} {self.label}"
+        return f"{CHIPS[self.chip].arch} {self.dtype} {self.module} {self.label}"
 
     def case(self) -> KernelCase:
         cases = importlib.import_module(f"entra_kernels._triton.{self.module}").aot_cases
-        return next(case for case in cases(self.dtype, CHIPS[self.chip].shared_memory) if case.label == self.label)
+        return next(case for case in cases(self.dtype, CHIPS[self.chip]) if case.label == self.label)
 
 
 def jobs(wanted: re.Pattern[str]) -> list[Job]:
@@ -230,7 +219,7 @@ def jobs(wanted: re.Pattern[str]) -> list[Job]:
         cases = importlib.import_module(f"entra_kernels._triton.{module}").aot_cases
         for index, chip in enumerate(CHIPS):
             for dtype in DTYPES:
-                found += [Job(module, index, dtype, case.label) for case in cases(dtype, chip.shared_memory)]
+                found += [Job(module, index, dtype, case.label) for case in cases(dtype, chip)]
     return [job for job in found if wanted.search(job.name)]
 
 
@@ -254,8 +243,10 @@ SUBSET = re.compile(
     r"|(sm_86|gfx942) bf16 attention column_sum d=512$"
     r"|sm_90 \w+ logprobs"
     r"|bf16 logprobs head$"
-    r"|sm_90 bf16 attention (lay_out|add_heads)$"
-    r"|(sm_90|gfx942) bf16 redundancy"
+    r"|sm_90 bf16 attention (lay_out|add)$"
+    r"|sm_90 \w+ sampled .* d=(64|128)"
+    r"|(sm_80|sm_100|gfx942) bf16 sampled .* d=128$"
+    r"|(sm_90|gfx942) bf16 (plan|redundancy)"
 )
 """What is compiled without `--all`, by name: every kernel and option on sm_90; on every chip the attention passes (D = 128 in
 bfloat16, D = 16 in float32) and the fused head; the tightest fits into shared memory; and on gfx942 the redundancy kernels."""

@@ -416,7 +416,7 @@ def _launch(
         "DEPTH": size.depth,
         "RESIDENT": size.resident,
         "STREAMED": size.streamed,
-        "WIDE": wide_tiles(q, k, size),
+        "WIDE": wide_tiles(q, size) or wide_tiles(k, size),
         "PACKED": packed,
         "SOFTCAP": softcap is not None,
         "WINDOW": window is not None,
@@ -461,10 +461,10 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
     return scale * LOG2_E.value, 0.0
 
 
-def wide_tiles(q: Tensor, k: Tensor, size: AttentionLaunch) -> bool:
-    """Whether an offset within a tile needs more than 32 bits."""
-    tile = max(size.resident, size.streamed)
-    return any(tile * t.stride(-2) + max(size.depth, t.shape[-1]) * t.stride(-1) >= 2**31 for t in (q, k))
+def wide_tiles(tensor: Tensor, size: AttentionLaunch) -> bool:
+    """Whether an offset within a tile of `tensor` [B, H, N, D] needs more than 32 bits."""
+    last = size.resident * tensor.stride(-2) + max(size.depth, tensor.shape[-1]) * tensor.stride(-1)
+    return last >= 2**31
 
 
 HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128, 192, 256, 512)

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-HOPPER_SHARED_MEMORY = 227 * 1024
-
 
 class Chip(NamedTuple):
     """What a launch has to fit: an architecture and the bytes of shared memory that one program may take."""
@@ -18,8 +16,17 @@ class Chip(NamedTuple):
     """ "sm_90" for compute capability 9.0, "gfx942" as ROCm names it."""
     shared_memory: int
 
+    @property
+    def is_nvidia(self) -> bool:
+        return self.arch.startswith("sm_")
 
-HOPPER = Chip("sm_90", HOPPER_SHARED_MEMORY)
+    @property
+    def lanes(self) -> int:
+        """Threads per warp."""
+        return 32 if self.is_nvidia else 64
+
+
+HOPPER = Chip("sm_90", 227 * 1024)
 
 
 @functools.cache
@@ -27,30 +34,22 @@ def chip_of(device: torch.device) -> Chip:
     """The chip behind `device`; for a CPU (Triton's interpreter) an H200."""
     if device.type == "cpu":
         return HOPPER
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return Chip(properties.gcnArchName.split(":")[0], shared_memory(device))
-    return Chip(f"sm_{properties.major}{properties.minor}", shared_memory(device))
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may take on `device`; on a CPU (Triton's interpreter) an H200's."""
-    if device.type == "cpu":
-        return HOPPER_SHARED_MEMORY
     from triton.runtime import driver
 
     index = torch.cuda.current_device() if device.index is None else device.index
-    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+    shared_memory = int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return Chip(properties.gcnArchName.split(":")[0], shared_memory)
+    return Chip(f"sm_{properties.major}{properties.minor}", shared_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCase:
     """One kernel with the types and compile-time values of a launch: all that Triton's compiler needs.
 
-    Each kernel module has `aot_cases(dtype, shared_memory)`, which yields the cases that it launches for inputs of a dtype
-    ("bf16" or "fp32", in Triton's names) on a chip with that many bytes of shared memory per program. Labels are unique
-    within a module. `entra_kernels/_triton/aot.py` compiles them.
+    Each kernel module has `aot_cases(dtype, chip)`, which yields the cases that it launches for inputs of a dtype ("bf16" or
+    "fp32", in Triton's names) on that chip. Labels are unique within a module. `entra_kernels/_triton/aot.py` compiles them.
     """
 
     label: str
@@ -113,7 +112,7 @@ def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *
 
     | D | tile | counts | instead of |
     |---|---|---|---|
-    | to 128 | 256 x 64 | 5.6 / 6.7, 128 registers, 96 KiB: two programs | 256 x 128: 4.6 / 5.6, but 239 registers, one program |
+    | to 128 | 256 x 64 | 5.6 / 6.7, 128 registers, 96 KiB: two programs | 256 x 128: 4.6 / 5.6, 239 registers, one program |
     | | | | 128 x 128: 5.8 / 6.6, but twice the traffic from L2, which at 128 keys is at its limit |
     | to 128, options | 128 x 64 | 8.2 / 8.0, no spills | 256 x 64 spilled 26 times |
     | to 256 | 128 x 128 | 6.9 / 7.6, 192 KiB: one program; here the product takes twice the time of the exponentials | |

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from entra_kernels._torch.logprobs import factor, product
 from entra_kernels._triton.attention import _tanh
-from entra_kernels._triton.launch import KernelCase, shared_memory
+from entra_kernels._triton.launch import Chip, KernelCase, chip_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -478,7 +478,7 @@ def _fused(
 ) -> None:
     """Fills `parts` in one launch."""
     rows, channels = hidden.shape
-    size = tiling(hidden.element_size(), shared_memory(hidden.device))
+    size = tiling(hidden.element_size(), chip_of(hidden.device).shared_memory)
     _head_kernel[(triton.cdiv(rows, size.rows) * parts.shape[0],)](
         hidden,
         weight,
@@ -538,7 +538,7 @@ def _blas_takes(*matrices: Tensor) -> bool:
     return torch.version.hip is None and all(1 in matrix.stride() for matrix in matrices)
 
 
-def aot_cases(dtype: str, shared_memory: int) -> Iterator[KernelCase]:
+def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
     """What this module launches for inputs of `dtype` with a stride of 1 along C and V, see `KernelCase`."""
     yield KernelCase(
         label="token_logprobs",
@@ -554,7 +554,7 @@ def aot_cases(dtype: str, shared_memory: int) -> Iterator[KernelCase]:
         divisible=("logits", "targets", "out", "stride_outer", "stride_inner", "vocabulary"),
         num_warps=8,
     )
-    size = tiling(4 if dtype == "fp32" else 2, shared_memory)
+    size = tiling(4 if dtype == "fp32" else 2, chip.shared_memory)
     floats = dict.fromkeys(("logit_scale", "softcap", "inverse_temperature"), "fp32")
     for suffix, with_options, with_entropy in (
         ("", False, False),

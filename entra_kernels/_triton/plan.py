@@ -42,8 +42,8 @@ class Plan(NamedTuple):
     tiles: Tensor
     """[slots, 3], longest walk first: tile + 1, sequence, and slot of the sequence's first tile."""
     pieces: Tensor
-    """[entries, 5], longest walk first: tile + 1, sequence, slot of the sequence's first tile, and the streamed tiles of queries
-    from the first on up to the end, counted from the sequence's start."""
+    """[entries, 5], longest walk first: tile + 1, sequence, slot of the sequence's first tile, and first and end of the
+    streamed tiles of queries, counted from the sequence's start."""
     of_slot: Tensor
     """[slots, 2]: where the pieces of the tile in this slot are, first entry and count. Slots are in order of the tokens."""
     slots: int

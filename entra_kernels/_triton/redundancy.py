@@ -23,7 +23,7 @@ from torch import Tensor
 
 from entra_kernels._torch.redundancy import LOG_UNITS as _LOG_UNITS
 from entra_kernels._torch.redundancy import protected_counts
-from entra_kernels._triton.launch import KernelCase
+from entra_kernels._triton.launch import Chip, KernelCase
 
 LOG_UNITS = tl.constexpr(_LOG_UNITS)
 
@@ -182,7 +182,7 @@ def redundancy(
     return reward, importance, protected
 
 
-def aot_cases(dtype: str, shared_memory: int) -> Iterator[KernelCase]:
+def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
     """What this module launches, whatever the inputs' dtype; see `KernelCase`."""
     spans = {"starts": "*i32", "lengths": "*i32"}
     select = {"importance": "*fp32", "counts": "*i32", "protected_out": "*i1", "broken_out": "*i32"}

@@ -1,9 +1,9 @@
 """What the kernels' inner loops cost, counted in machine code, on a machine that needs no GPU.
 
 `python -m entra_kernels._triton.sass` prints the table of benchmarks/README.md, with `--write benchmarks/README.md` it replaces
-the one there. One launch size by hand, as resident x streamed x warps x stages:
+the one there. One launch size by hand, as resident x streamed x warps x stages, and x registers where they are bounded:
 
-    python -m entra_kernels._triton.sass --tile 128x64x8x2 --tile 256x128x8x2 --head-dim 128
+    python -m entra_kernels._triton.sass --tile 256x64x8x2x128 --tile 256x128x8x2 --head-dim 128
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import triton
 
 from entra_kernels._triton import aot
-from entra_kernels._triton.launch import KernelCase
+from entra_kernels._triton.launch import Chip, KernelCase
 
 BEGIN, END = "<!-- static counts: begin -->", "<!-- static counts: end -->"
 
@@ -64,13 +64,13 @@ def tile_of(case: KernelCase) -> str:
     return " x ".join(str(case.constexprs[name]) for name in names if name in case.constexprs)
 
 
-def row(case: KernelCase, chip: aot.Chip, compiled: aot.Compiled) -> list[str]:
+def row(case: KernelCase, chip: Chip, compiled: aot.Compiled) -> list[str]:
     """One row of the table, a cell per entry of `COLUMNS`; "-" where there is nothing to count."""
     counts, scores = compiled.counts, compiled.scores
     per_score = compiled.per_score
     cells: list[str | int | None] = [
         case.label,
-        chip.name,
+        chip.arch,
         tile_of(case),
         case.num_warps,
         case.num_stages,
@@ -83,7 +83,7 @@ def row(case: KernelCase, chip: aot.Chip, compiled: aot.Compiled) -> list[str]:
         compiled.registers,
         f"{compiled.shared_memory / 1024:.0f}",
         compiled.spills,
-        programs_per_sm(compiled, case.num_warps, chip.shared_memory) if chip.arch in (80, 90) else None,
+        programs_per_sm(compiled, case.num_warps, chip.shared_memory) if chip.arch in ("sm_80", "sm_90") else None,
     ]
     return ["-" if cell is None else str(cell) for cell in cells]
 
@@ -113,12 +113,14 @@ def replaced(text: str, table: str, name: str) -> str:
 
 
 def resized(case: KernelCase, tile: str) -> KernelCase:
-    """The same attention pass at another launch size, written as resident x streamed x warps x stages: "128x64x8x2"."""
-    if not re.fullmatch(r"\d+(x\d+){3}", tile):
-        raise ValueError(f"--tile {tile!r} must be RESIDENTxSTREAMEDxWARPSxSTAGES, for example 128x64x8x2")
-    resident, streamed, warps, stages = (int(part) for part in tile.split("x"))
+    """The same attention pass at another launch size, written as resident x streamed x warps x stages, and x registers where
+    they are bounded: "128x64x8x2" or "256x64x8x2x128"."""
+    if not re.fullmatch(r"\d+(x\d+){3,4}", tile):
+        raise ValueError(f"--tile {tile!r} must be RESIDENTxSTREAMEDxWARPSxSTAGES[xREGISTERS], for example 128x64x8x2")
+    resident, streamed, warps, stages, *registers = (int(part) for part in tile.split("x"))
     constexprs = case.constexprs | {"RESIDENT": resident, "STREAMED": streamed}
-    return replace(case, constexprs=constexprs, num_warps=warps, num_stages=stages)
+    bound = registers[0] if registers else None
+    return replace(case, constexprs=constexprs, num_warps=warps, num_stages=stages, max_registers=bound)
 
 
 def main() -> int:
@@ -126,7 +128,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"replace what stands between the markers {BEGIN} and {END}")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--tile", action="append", default=[], metavar="RESIDENTxSTREAMEDxWARPSxSTAGES", help="only this size")
+    parser.add_argument("--tile", action="append", default=[], metavar="SIZE", help="only this size; may be repeated")
     parser.add_argument("--head-dim", type=int, default=128, help="for --tile")
     parser.add_argument("--chip", default="sm_90", help="for --tile")
     parser.add_argument("--variant", default="", help="for --tile: 'window' or 'window softcap'")

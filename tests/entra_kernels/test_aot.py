@@ -15,9 +15,9 @@ from entra_kernels._triton.aot import BUDGETS
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 TOO_LITTLE_MEMORY = """
-from entra_kernels._triton import aot, attention
-case = next(case for case in attention.aot_cases("bf16", 227 * 1024) if case.head_dim == 16)
-chip = aot.Chip(backend="cuda", arch=90, shared_memory=1024)
+from entra_kernels._triton import aot, attention, launch
+case = next(case for case in attention.aot_cases("bf16", launch.HOPPER) if case.head_dim == 16)
+chip = launch.Chip("sm_90", 1024)
 print(aot.inspect(case, chip, "row_lse").problem)
 """
 
@@ -27,7 +27,7 @@ jobs = aot.jobs(aot.SUBSET)
 for module in aot.MODULES:
     for index, chip in enumerate(aot.CHIPS):
         taken = {job.case().kernel.__name__ for job in jobs if (job.module, job.chip) == (module, index)}
-        print(chip.name, module, *sorted(taken))
+        print(chip.arch, module, *sorted(taken))
 """
 
 
@@ -57,7 +57,9 @@ def test_the_subset_holds_every_kernel():
     done = python("-c", SUBSET_KERNELS)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "sm_90 attention _add_heads_kernel _column_sum_kernel _lay_out_kernel _row_lse_kernel" in lines
+    assert "sm_90 attention _add_kernel _column_sum_kernel _lay_out_kernel _row_lse_kernel" in lines
+    assert "sm_90 plan _count_kernel _place_kernel" in lines
+    assert "sm_90 sampled _sampled_columns_kernel _sampled_lse_kernel" in lines
     assert "sm_90 logprobs _head_kernel _reduce_kernel _row_kernel _stretch_kernel" in lines
     assert "sm_90 redundancy _count_kernel _reward_kernel _select_kernel" in lines
     assert "gfx942 redundancy _count_kernel _reward_kernel _select_kernel" in lines

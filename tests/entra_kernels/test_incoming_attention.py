@@ -17,6 +17,7 @@ import os
 
 import pytest
 import torch
+from attention_problems import BACKENDS, DEVICES, SLACK, TARGETS, in_dtype, problem, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,121 +26,7 @@ from entra_kernels import incoming_attention
 from entra_kernels._spans import Spans
 from entra_kernels.reference import attention_probabilities, future_queries
 
-SLACK = 16 * torch.finfo(torch.float32).eps
-BACKENDS = ("reference", "torch", "triton")
-# Triton's interpreter multiplies bfloat16 wrongly, so on a CPU there is float16.
-TARGETS = [
-    pytest.param(("cpu", torch.float32), id="cpu-fp32"),
-    pytest.param(("cpu", torch.float16), id="cpu-fp16"),
-    pytest.param(("cuda", torch.float32), id="gpu-fp32", marks=pytest.mark.gpu),
-    pytest.param(("cuda", torch.float16), id="gpu-fp16", marks=pytest.mark.gpu),
-    pytest.param(("cuda", torch.bfloat16), id="gpu-bf16", marks=pytest.mark.gpu),
-]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # NaN in, NaN out
-DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def runnable(request):
-    """Skips what cannot run: Triton on CPU tensors where a GPU turned the interpreter off."""
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    device = parameters.get("device") or parameters.get("target", ("cpu",))[0]
-    if parameters.get("backend") == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton's interpreter is off because a GPU is present")
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    attention = importlib.import_module("entra_kernels._triton.attention")
-    launch = importlib.import_module("entra_kernels._triton.launch")
-
-    def attention_launch(head_dim, group, element_size, chip, *, options):
-        depth = 16 if element_size == 4 and head_dim > 64 else max(16, 1 << (head_dim - 1).bit_length())
-        return launch.AttentionLaunch(32, 16, depth, num_warps=4, num_stages=1, max_registers=None, least_piece=1)
-
-    monkeypatch.setattr(attention, "attention_launch", attention_launch)
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def problem(
-    device,
-    dtype,
-    *,
-    lengths=(67, 40),
-    heads=4,
-    kv_heads=2,
-    head_dim=32,
-    layout="right",
-    strides="contiguous",
-    given_lse=False,
-    sinks=False,
-    row_weights=False,
-    **options,
-):
-    """q, k and keyword arguments. NaN outside the sequences, also behind the last one of a packed batch."""
-    batch, tokens = (1, sum(lengths) + 3) if layout == "packed" else (len(lengths), max(lengths, default=0) + 3)
-    starts = [(0 if layout == "right" else tokens - n if layout == "left" else 2) for n in lengths]
-    if layout == "packed":
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    inside = torch.zeros(batch, tokens, dtype=torch.bool)
-    for i, (first, count) in enumerate(zip(starts, lengths, strict=True)):
-        inside[i if batch > 1 else 0, first : first + count] = True
-    if strides == "expanded":
-        inside = inside.all(dim=0, keepdim=True).expand(batch, -1)
-
-    def embed(values):
-        if strides == "expanded":
-            values = values[:1].expand_as(values)
-        values = values.masked_fill(~inside[:, None, :, None], math.nan).to(dtype).to(device)
-        if strides == "heads inside":
-            return values.transpose(1, 2).contiguous().transpose(1, 2)
-        if strides == "every second":
-            wide = values.new_full((*values.shape[:-1], 2 * values.shape[-1]), math.nan)
-            wide[..., ::2] = values
-            return wide[..., ::2]
-        if strides == "expanded":
-            return values[:1].expand_as(values)
-        return values
-
-    q = embed(random(batch, heads, tokens, head_dim, seed=1))
-    k = embed(random(batch, kv_heads, tokens, head_dim, seed=2))
-    arguments = dict(options)
-    if sinks:
-        arguments["sinks"] = random(heads, seed=3).to(dtype).to(device)
-    if row_weights:
-        weights = random(batch, tokens, seed=4).masked_fill(~inside, math.nan)
-        arguments["row_weights"] = weights.to(torch.float32).to(device)
-    if given_lse:
-        # Not the true one: what is given must be used as it is.
-        lse = (4 + random(batch, heads, tokens, seed=5)).masked_fill(~inside[:, None], math.nan)
-        arguments["lse"] = lse.to(torch.float32).to(device)
-    if layout == "packed":
-        q, k = q[0].transpose(0, 1), k[0].transpose(0, 1)
-        for name in ("lse", "row_weights"):
-            if name in arguments:
-                arguments[name] = arguments[name][0]
-        bounds = torch.tensor([*starts, sum(lengths)], dtype=torch.int32)
-        arguments["cu_seqlens"] = bounds.to(device)
-    else:
-        arguments["start"] = torch.tensor(starts, dtype=torch.int64).to(device)
-        arguments["length"] = torch.tensor(lengths, dtype=torch.int64).to(device)
-    return q, k, arguments
-
-
-def in_dtype(arguments, dtype):
-    """The floating-point arguments in another dtype."""
-    return {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
 
 
 def eager(q, k, arguments):

@@ -59,7 +59,7 @@ def test_every_tile_once_and_every_query_of_it(lengths, window, packed):
 
 @pytest.mark.parametrize("lengths", [[1024], [2048], [4096], [32_768], SKEWED, [2048] * 64], ids=str)
 def test_longest_first_and_enough_programs(lengths):
-    """132 SMs with two programs each: a sequence alone fills them, and none of its programs lasts longer than its fair share."""
+    """132 SMs with two programs each: a sequence alone fills them, and none of its programs lasts longer than its share."""
     _, tiles, pieces = planned(lengths)
     least_piece = 2  # of 8 tiles of scores over a group of 4
     walks = [math.ceil(lengths[s] / 256) - listed for listed, s, _ in tiles]

@@ -1,0 +1,269 @@
+"""`incoming_attention` from a sample of the query rows, in Triton: the sampled rows' log-sum-exp, then the columns.
+
+Both passes cost O(N m). The column pass has to hold all heads of a row together before it can square the difference of two
+rows, so here a program owns a tile of keys of *all* kv heads and adds the heads' probabilities up in registers, one tile of
+rows after the other. Keys are read again for each tile of rows; the causal comparison, made once per tile for all heads, is
+free. The sampled queries are copied, [S, m, H, D], since they lie apart; k is read where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entra_kernels._sampling import SampledRows
+from entra_kernels._spans import Spans
+from entra_kernels._triton.attention import (
+    HEAD_DIMS,
+    LOG2_E,
+    LOWEST,
+    _load_tile,
+    _negative_lse,
+    _products,
+    _scan_keys,
+    _tanh,
+    score_factors,
+    wide_tiles,
+)
+from entra_kernels._triton.launch import Chip, KernelCase, attention_launch, chip_of
+from entra_kernels._triton.plan import TILE_FIELDS, plan
+
+
+@triton.jit(do_not_specialize=["sampled", "heads", "group", "window"])
+def _sampled_lse_kernel(
+    q, k, sinks, rows, negative_lse, spans,
+    k_stride_batch, k_stride_head, k_stride, k_stride_dim, sinks_stride, sampled, heads, group, window, scale, softcap,
+    HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, FLIPPED: tl.constexpr,
+):  # fmt: skip
+    """negative_lse [S, H, sampled] in log2 units, -inf where there is no row. A program owns a tile of one head's rows, of
+    which the later ones see more keys: later tiles come first."""
+    blocks = sampled // RESIDENT
+    program = tl.program_id(0)
+    head = (program % heads).to(tl.int64)
+    block = blocks - 1 - program // heads % blocks
+    sequence = (program // heads // blocks).to(tl.int64)
+    start = tl.load(spans + 2 * sequence).to(tl.int64)
+    tokens = tl.load(spans + 2 * sequence + 1)
+    entry = block * RESIDENT + tl.arange(0, RESIDENT)
+    query = tl.load(rows + sequence * sampled + entry)  # -1: none, sees nothing
+    batch = 0 if PACKED else sequence
+    k_head = k + batch * k_stride_batch + head // group * k_stride_head + start * k_stride
+    q_rows = q + ((sequence * sampled + block * RESIDENT) * heads + head) * HEAD_DIM
+    q_stride = heads * HEAD_DIM
+    q_tile = _load_tile(q_rows, q_stride, 1, RESIDENT, 0, RESIDENT, HEAD_DIM, DEPTH, False)  # [row, dim]
+    highest = tl.full((RESIDENT,), LOWEST, tl.float32)
+    total = tl.zeros((RESIDENT,), tl.float32)
+
+    # Every row sees the keys up to the first row; which of the later ones it sees is compared. So is what a window hides.
+    earliest = tl.min(tl.where(query < 0, tokens, query), axis=0)
+    stop = tl.max(query, axis=0) + 1
+    first = 0
+    seen_by_all = tl.minimum(earliest, stop) // STREAMED * STREAMED
+    if WINDOW:
+        first = tl.maximum(earliest - window + 1, 0) // STREAMED * STREAMED
+        seen_by_all = first
+    highest, total = _scan_keys(
+        highest, total, q_tile, q_rows, q_stride, 1, RESIDENT, k_head, k_stride, k_stride_dim,
+        query, first, seen_by_all, tokens, window, scale, softcap,
+        RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED, False,
+    )  # fmt: skip
+    highest, total = _scan_keys(
+        highest, total, q_tile, q_rows, q_stride, 1, RESIDENT, k_head, k_stride, k_stride_dim,
+        query, seen_by_all, stop, tokens, window, scale, softcap,
+        RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED, True,
+    )  # fmt: skip
+    out = negative_lse + (sequence * heads + head) * sampled + entry
+    tl.store(out, _negative_lse(highest, total, sinks, sinks_stride, head, query >= 0))
+
+
+@triton.jit(do_not_specialize=["sampled", "row_tokens", "kv_heads", "group", "window"])
+def _sampled_columns_kernel(
+    q, k, negative_lse, rows, factors, weights, spread, estimate_out, error_out, tiles, spans,
+    k_stride_batch, k_stride_head, k_stride, k_stride_dim, sampled, row_tokens, kv_heads, group, window, scale, softcap,
+    HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Estimate and standard error, [B, N] each, of one tile of keys.
+
+    factors [S, sampled] are the user's row weights, weights [S, sampled] the inverse inclusion probabilities, spread
+    [S, sampled / 2] the variance's coefficients."""
+    entry = tiles + TILE_FIELDS * tl.program_id(0)
+    listed = tl.load(entry)
+    sequence = tl.load(entry + 1).to(tl.int64)
+    start = tl.load(spans + 2 * sequence).to(tl.int64)
+    tokens = tl.load(spans + 2 * sequence + 1)
+    if listed == 0:
+        return
+    begin = (listed - 1) * RESIDENT
+    batch = 0 if PACKED else sequence
+    key = begin + tl.arange(0, RESIDENT)
+    lane = tl.arange(0, STREAMED)
+    half = tl.arange(0, STREAMED // 2)
+    heads = kv_heads * group
+    rows += sequence * sampled
+    factors += sequence * sampled
+    weights += sequence * sampled
+    spread += sequence * (sampled // 2)
+
+    # Rows ascend: the tiles before the first row behind the first key, and those behind the last key's window, add nothing.
+    passed = 0
+    within = 0
+    for block in range(0, sampled, STREAMED):
+        position = tl.load(rows + block + lane)
+        passed += tl.sum(((position >= 0) & (position <= begin)).to(tl.int32), axis=0)
+        visible_to_some = (position >= 0) & (position < begin + RESIDENT - 1 + window) if WINDOW else position >= 0
+        within += tl.sum(visible_to_some.to(tl.int32), axis=0)
+
+    estimate = tl.zeros((RESIDENT,), tl.float32)
+    variance = tl.zeros((RESIDENT,), tl.float32)
+    for tile in range(passed // STREAMED, tl.cdiv(within, STREAMED)):
+        block = tile * STREAMED
+        received = tl.zeros((RESIDENT, STREAMED), tl.float32)
+        for kv_head in range(kv_heads):
+            k_rows = k + batch * k_stride_batch + tl.cast(kv_head, tl.int64) * k_stride_head + (start + begin) * k_stride
+            k_tile = _load_tile(k_rows, k_stride, k_stride_dim, tokens - begin, 0, RESIDENT, HEAD_DIM, DEPTH, WIDE)
+            for member in range(group):
+                head = kv_head * group + member
+                q_rows = q + ((sequence * sampled + block) * heads + head) * HEAD_DIM
+                scores = _products(
+                    k_tile, k_rows, k_stride, k_stride_dim, tokens - begin, q_rows, heads * HEAD_DIM, 1, STREAMED,
+                    RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
+                )  # fmt: skip  # [key, row]
+                shift = tl.load(negative_lse + (sequence * heads + head) * sampled + block + lane)[None, :]
+                if SOFTCAP:
+                    received += tl.exp2(tl.fma(_tanh(scores * scale), softcap, shift))
+                else:
+                    received += tl.exp2(tl.fma(scores, scale, shift))
+        position = tl.load(rows + block + lane)
+        visible = key[:, None] < position[None, :]
+        if WINDOW:
+            visible &= position[None, :] - key[:, None] < window
+        received = tl.where(visible, received * tl.load(factors + block + lane)[None, :], 0.0)
+        estimate += tl.sum(received * tl.load(weights + block + lane)[None, :], axis=1)
+        one, other = tl.split(tl.reshape(received, (RESIDENT, STREAMED // 2, 2)))
+        difference = one - other
+        coefficient = tl.load(spread + block // 2 + half)[None, :]
+        variance += tl.sum(difference * difference * coefficient, axis=1)
+
+    divisor = tl.zeros((RESIDENT,), tl.float32) + heads
+    if NORMALIZE:
+        future = tokens - 1 - key
+        if WINDOW:
+            future = tl.minimum(future, window - 1)
+        divisor *= tl.maximum(future, 1).to(tl.float32)
+    out = batch * row_tokens + start + key
+    tl.store(estimate_out + out, estimate / divisor, mask=key < tokens)
+    tl.store(error_out + out, tl.sqrt(variance) / divisor, mask=key < tokens)
+
+
+def sampled_incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    spans: Spans,
+    sample: SampledRows,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    row_weights: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `entra_kernels.incoming_attention` with `sample_rows`. Beside the results: the sampled queries and their
+    log-sum-exp, m times H D entries."""
+    batch, heads, tokens, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    estimate = torch.zeros(batch, tokens, dtype=torch.float32, device=q.device)
+    error = torch.zeros_like(estimate)
+    if not spans.count or not estimate.numel():
+        return estimate, error
+    size = attention_launch(head_dim, group, q.element_size(), chip_of(q.device), options=True)
+    # Whole tiles of rows: what is added is no row, weighs nothing and is seen by nobody.
+    missing = -sample.rows.shape[1] % size.resident
+    rows = torch.nn.functional.pad(sample.rows, (0, missing), value=-1)
+    sampled = rows.shape[1]
+    weights = torch.nn.functional.pad(sample.weights, (0, missing)).float()
+    spread = torch.nn.functional.pad(sample.spread, (0, sampled // 2 - sample.spread.shape[1])).float()
+    first = 0 if spans.starts is None else spans.starts.clamp(0, tokens)[:, None]
+    place = (first + rows.clamp(min=0)).clamp(max=tokens - 1)  # [S, sampled]
+    row = torch.zeros_like(place) if batch == 1 else torch.arange(batch, device=q.device)[:, None].expand_as(place)
+    q_sampled = q[row, :, place].contiguous()  # [S, sampled, H, D]
+    factors = torch.ones_like(weights) if row_weights is None else row_weights[row, place].float().contiguous()
+    none = rows < 0
+    rows = rows.int()
+
+    packed = batch == 1
+    factor, cap = score_factors(scale, softcap)
+    constexprs = {
+        "HEAD_DIM": head_dim,
+        "DEPTH": size.depth,
+        "RESIDENT": size.resident,
+        "STREAMED": size.streamed,
+        "WIDE": wide_tiles(k, size),
+        "PACKED": packed,
+        "SOFTCAP": softcap is not None,
+        "WINDOW": sliding_window is not None,
+        **size.options,
+    }
+    window = sliding_window or 0
+    with torch.cuda.device_of(q):
+        tables = plan(spans, size=size, kv_heads=kv_heads, window=sliding_window, device=q.device)
+        if lse is not None:
+            negative_lse = (lse[row, :, place].float() * -LOG2_E.value).masked_fill(none[..., None], -torch.inf)
+            negative_lse = negative_lse.transpose(1, 2).contiguous()  # [S, H, sampled]
+        else:
+            negative_lse = torch.empty(spans.count, heads, sampled, dtype=torch.float32, device=q.device)
+            _sampled_lse_kernel[(spans.count * (sampled // size.resident) * heads,)](
+                q_sampled, k, sinks, rows, negative_lse, tables.spans, *k.stride(), 0 if sinks is None else sinks.stride(0),
+                sampled, heads, group, window, abs(factor), cap, FLIPPED=scale < 0, **constexprs,
+            )  # fmt: skip
+        _sampled_columns_kernel[(tables.slots,)](
+            q_sampled, k, negative_lse, rows, factors, weights, spread, estimate, error, tables.tiles, tables.spans,
+            *k.stride(), sampled, tokens, kv_heads, group, window, factor, cap, NORMALIZE=normalize, **constexprs,
+        )  # fmt: skip
+    return estimate, error
+
+
+def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
+    """Both kernels for every head dim, plain and with a window, sinks and a softcap, for a stride of 1 along the head dim."""
+    for head_dim in HEAD_DIMS:
+        for kernel, name in ((_sampled_lse_kernel, "sampled_lse"), (_sampled_columns_kernel, "sampled_columns")):
+            for variant in ("", " window softcap"):
+                size = attention_launch(head_dim, 4, 4 if dtype == "fp32" else 2, chip, options=True)
+                values: dict[str, object] = {
+                    "HEAD_DIM": head_dim,
+                    "DEPTH": size.depth,
+                    "RESIDENT": size.resident,
+                    "STREAMED": size.streamed,
+                    "WIDE": False,
+                    "k_stride_dim": 1,
+                    "PACKED": bool(variant),
+                    "SOFTCAP": bool(variant),
+                    "WINDOW": bool(variant),
+                    "FLIPPED": False,
+                    "NORMALIZE": True,
+                }
+                if not variant:
+                    values["sinks"] = None
+                pointers = {"q": f"*{dtype}", "k": f"*{dtype}", "sinks": f"*{dtype}"}
+                floats = ("negative_lse", "factors", "weights", "spread", "estimate_out", "error_out")
+                pointers |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(("rows", "tiles", "spans"), "*i32")
+                types = {**dict.fromkeys(kernel.arg_names, "i32"), **pointers, "scale": "fp32", "softcap": "fp32"}
+                divisible = (*pointers, "k_stride_batch", "k_stride_head", "k_stride", "sampled")
+                yield KernelCase(
+                    label=f"{name} d={head_dim}{variant}",
+                    kernel=kernel,
+                    arguments={n: types[n] for n in kernel.arg_names if n not in values},
+                    constexprs={n: values[n] for n in kernel.arg_names if n in values},
+                    divisible=tuple(n for n in divisible if n in kernel.arg_names and n not in values),
+                    num_warps=size.num_warps,
+                    num_stages=size.num_stages,
+                    max_registers=size.max_registers,
+                )
