@@ -1,6 +1,6 @@
 """How everything here is measured: side by side in one run, beside what the machine can do, with peak memory.
 
-Time: every function is called once (compiles, fills caches), then in rounds, each of which runs all of them, so that a busy
+Time: every function is called twice (compiles, fills caches), then in rounds, each of which runs all of them, so that a busy
 machine slows all alike; the median counts. On CUDA the clock is a pair of device events, and before each call 1 GiB is
 written: that empties the L2 cache and gives the host a head start of some 0.3 ms, so that launches are not timed as work.
 """
@@ -68,19 +68,15 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def side_by_side(functions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = 8.0) -> dict[str, Timing]:
-    """How long each function takes. One that would need more than `seconds` for all rounds runs in fewer, at least one."""
-    wanted = {}
-    for name, function in functions.items():
-        function()
-        wanted[name] = min(rounds, max(1, int(seconds / max(_seconds(function), 1e-6))))
+    """How long each function takes, once it has been called before. One that would need more than `seconds` for all rounds
+    runs in fewer, at least one."""
+    wanted = {name: min(rounds, max(1, int(seconds / max(_seconds(function), 1e-6)))) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds):
         for name, function in functions.items():
             if turn < wanted[name]:
                 times[name].append(_seconds(function))
-    return {
-        name: Timing(statistics.median(values), min(values), max(values), len(values)) for name, values in times.items()
-    }
+    return {name: Timing(statistics.median(values), min(values), max(values), len(values)) for name, values in times.items()}
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
@@ -145,6 +141,8 @@ def bounds() -> Bounds:
                 torch.exp(x, out=out)
 
     functions = {"matmul": lambda: a @ b, "exp": exponentials, "copy": lambda: target.copy_(source)}
+    for function in functions.values():
+        function()
     times = side_by_side(functions, rounds=15, seconds=2)
     return Bounds(
         matmul_flops=2 * side**3 / times["matmul"].median,

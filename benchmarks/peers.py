@@ -208,10 +208,12 @@ def logprob_peers(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, 
     }
     if DEVICE == "cpu":
         return peers
+
     def liger() -> Tensor:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        return -liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="none")
+        with torch.no_grad():  # it has a faster way then
+            return -liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="none")
 
     def cce() -> Tensor:
         from cut_cross_entropy import linear_cross_entropy

@@ -55,7 +55,7 @@ class Results:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "packages": {package: version for package in PACKAGES if (version := _version(package)) is not None},
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": " ".join(["pytest", *sys.argv[1:]]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "sizes": SIZES,
             "bounds": None,
