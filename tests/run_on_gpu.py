@@ -34,7 +34,7 @@ def collect(selection: list[str]) -> list[str]:
     return ids
 
 
-def run_tests(ids: list[str], results: Path, seconds: float) -> str:
+def run_tests(ids: list[str], results: Path, seconds: float) -> list[str]:
     """What became of the tests; every process gets each WORKERS-th. One more runs the sanitizer's script without the
     sanitizer, which compiles its kernels meanwhile."""
     deadline = time.monotonic() + seconds
@@ -75,9 +75,12 @@ def run_tests(ids: list[str], results: Path, seconds: float) -> str:
                 suites.extend(ET.parse(report).getroot().iter("testsuite"))
     ET.ElementTree(suites).write(results / "tests.xml", encoding="utf-8")
     count = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")}
-    failed = bool(late) or any(process.returncode != 0 for process, _ in running)
+    *tests, script = (process.returncode == 0 for process, _ in running)
     ran = ", ".join(f"{value} {name}" for name, value in count.items())
-    return f"tests: {'FAILED' if failed else 'passed'}: {ran}, of {len(ids)}{'; out of time' if late else ''}"
+    return [
+        f"tests: {'passed' if all(tests) else 'FAILED'}: {ran}, of {len(ids)}{'; out of time' if late else ''}",
+        f"{SANITIZED.name} without a sanitizer: {'passed' if script else 'FAILED'}",
+    ]
 
 
 def sanitize(tool: str, results: Path, seconds: float) -> str:
@@ -103,14 +106,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="folder for the five files")
     parser.add_argument("--minutes", type=float, default=7.5, help="for everything together")
-    parser.add_argument(
-        "selection", nargs="*", default=["tests", "-m", "gpu"], help="for pytest, after --; default: tests -m gpu"
-    )
+    parser.add_argument("selection", nargs=argparse.REMAINDER, help="arguments for pytest; default: tests -m gpu")
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * arguments.minutes
     summary = arguments.results / "summary.txt"
-    lines = [run_tests(collect(arguments.selection), arguments.results, 60 * (arguments.minutes - 2))]
+    lines = run_tests(collect(arguments.selection or ["tests", "-m", "gpu"]), arguments.results, 60 * (arguments.minutes - 2))
     summary.write_text("\n".join(lines) + "\n")
     for tool, left in (("memcheck", 2), ("racecheck", 1)):
         lines.append(sanitize(tool, arguments.results, (end - time.monotonic()) / left))
