@@ -73,6 +73,10 @@ class Results:
     def out_of_time(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
+    def asserts(self) -> bool:
+        """Whether ratios are to hold: at sizes for a CPU, with all of them measured."""
+        return SIZES == "small" and not self.out_of_time()
+
     def add(self, operation: str, case: str, name: str, **fields: Any) -> dict[str, Any]:
         """One record. The machine's bounds are measured before the first."""
         if self.content["bounds"] is None:
