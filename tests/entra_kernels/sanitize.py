@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from entra_kernels import incoming_attention, linear_token_logprobs, redundancy, token_logprobs
+from entra_kernels._triton.logprobs import linear_token_logprobs as triton_logprobs
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
@@ -54,6 +55,11 @@ def main(device: str = "cuda") -> None:
             expected = linear_token_logprobs(hidden, weight, targets, backend="reference", **options)
             result = linear_token_logprobs(hidden, weight, targets, backend="triton", **options)
             check(f"linear_token_logprobs {dtype} {', '.join(options) or 'plain'}", result, expected, TOLERANCE[dtype])
+        every = {"bias": None, "logit_scale": 1.0, "softcap": None, "temperature": 1.0, "entropy": True}
+        expected = linear_token_logprobs(hidden, weight, targets, backend="reference", return_entropy=True)
+        for way in ("fused", "chunked"):
+            for result, exact in zip(triton_logprobs(hidden, weight, targets, way=way, **every), expected, strict=True):
+                check(f"linear_token_logprobs {dtype} {way} with entropy", result, exact, TOLERANCE[dtype])
         logits = hidden @ weight.T
         expected = token_logprobs(logits, targets, backend="reference")
         check(f"token_logprobs {dtype}", token_logprobs(logits, targets, backend="triton"), expected, TOLERANCE[dtype])
