@@ -3,11 +3,12 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+RESULTS ?= build/gpu
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench compile-all compile-tritons static-proof clean
+.PHONY: demo test lint bench gpu-test gpu-bench compile-all compile-tritons static-proof clean
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
 $(VENV)/torch.done:
@@ -37,7 +38,22 @@ test: lint
 	$(BIN)/pytest tests
 
 bench: $(VENV)/dev.done
-	$(BIN)/pytest benchmarks/ --benchmark-only
+	$(BIN)/pytest benchmarks/ --benchmark-only --results benchmarks/results
+	$(BIN)/python benchmarks/render.py benchmarks/results
+
+# The next two take a GPU machine as it is: no .venv, nothing is installed, at most 8 minutes each, a few files into RESULTS.
+gpu-test:
+	PYTHONPATH=. $(PYTHON) tests/run_on_gpu.py $(RESULTS)
+
+# Caches in a folder of their own, so that first calls compile. What was measured when time is over is rendered all the same.
+gpu-bench:
+	@mkdir -p $(RESULTS)
+	caches=$$(mktemp -d); code=0; \
+	PYTHONPATH=. TRITON_CACHE_DIR=$$caches/triton TORCHINDUCTOR_CACHE_DIR=$$caches/inductor timeout -s INT -k 15 440 \
+	  $(PYTHON) -m pytest benchmarks/ --benchmark-only --timeout 0 --results $(RESULTS) --max-minutes 6.5 \
+	  > $(RESULTS)/bench.log 2>&1 || code=$$?; \
+	rm -rf $$caches; cat $(RESULTS)/bench.log; \
+	$(PYTHON) benchmarks/render.py $(RESULTS) --readme $(RESULTS)/README.md && exit $$code
 
 compile-all: $(VENV)/dev.done
 	$(BIN)/python -m entra_kernels._triton.aot --all
