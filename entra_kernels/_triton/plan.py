@@ -12,6 +12,7 @@ makes the order a counting sort.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entra_kernels._spans import Spans
-from entra_kernels._triton.launch import AttentionLaunch
+from entra_kernels._triton.launch import AttentionLaunch, Chip, KernelCase
 
 PROGRAMS = 528
 """Pieces times kv heads that a sequence is cut into, where it is long enough: two rounds of two programs for each of the 132
@@ -178,3 +179,19 @@ def plan(spans: Spans, *, size: AttentionLaunch, kv_heads: int, window: int | No
     _count_kernel[(levels,)](spans.starts, spans.ends, totals, *shape, **constexprs)
     _place_kernel[(levels,)](spans.starts, spans.ends, totals, places, tiles, pieces, of_slot, *shape, **constexprs)
     return Plan(places, tiles, pieces, of_slot, slots, entries)
+
+
+def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
+    """Both kernels, whatever the inputs' dtype; see `KernelCase`."""
+    for label, kernel in (("count", _count_kernel), ("place", _place_kernel)):
+        sizes = {"RESIDENT": 256, "STREAMED": 64, "PROGRAMS": PROGRAMS, "BLOCK": SEQUENCES}
+        types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("starts", "ends"), "*i64")
+        pointers = ("totals", "spans_out", "tiles_out", "pieces_out", "of_slot_out")
+        types |= {name: "*i32" for name in pointers if name in types}
+        yield KernelCase(
+            label=label,
+            kernel=kernel,
+            arguments={name: types[name] for name in kernel.arg_names if name not in sizes},
+            constexprs=sizes,
+            divisible=("starts",),
+        )
