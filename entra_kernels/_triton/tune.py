@@ -49,9 +49,8 @@ def candidates(current: AttentionLaunch, element_size: int, chip: Chip) -> Itera
         shared = (resident + stages * streamed) * current.depth * element_size
         if streamed > resident or accumulators > 128 or accumulators < 8 or shared > chip.shared_memory:
             continue
-        # Bounds that let two programs share the registers of an SM.
-        for registers in (None, 65_536 // (2 * 32 * warps)) if chip.is_nvidia and accumulators <= 64 else (None,):
-            registers = None if registers is not None and registers >= 255 else registers
+        # Bounds that let two programs of 8 warps, or three of 4, share the registers of an SM.
+        for registers in (None, {8: 128, 4: 168}[warps]) if chip.is_nvidia and accumulators <= 64 else (None,):
             size = current._replace(
                 resident=resident, streamed=streamed, num_warps=warps, num_stages=stages, max_registers=registers
             )
@@ -148,9 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not interpreted:
-        parser.error(
-            "no GPU is visible to torch, and launch sizes are timed on one; python -m entra_kernels._triton.sass counts"
-        )
+        parser.error("no GPU is visible to torch to time launch sizes on; python -m entra_kernels._triton.sass counts without")
     if options.heads % options.kv_heads:
         parser.error(f"--heads {options.heads} must be a multiple of --kv-heads {options.kv_heads}")
 
@@ -162,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chip = chip_of(device)
     current = attention_launch(options.head_dim, group, dtype.itemsize, chip, options=options.variant != "plain")
     sizes = list(itertools.islice(candidates(current, dtype.itemsize, chip), options.most))
-    found = []
+    found: list[Trial] = []
     for trial in trials(q, k, sizes, options.variant, options.rounds):
         print(f"{len(found) + 1} of {len(sizes)}", end="\r", file=sys.stderr, flush=True)
         found.append(trial)

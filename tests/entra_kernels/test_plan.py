@@ -27,7 +27,7 @@ def planned(lengths, *, kv_heads=8, group=4, window=None, resident=256, streamed
     return tables, tiles, pieces
 
 
-SKEWED = [16_384, 300, 1, 0, 9_000, 257, 256, 64, 1025] + [100 * i for i in range(55)]
+SKEWED = [4096, 300, 1, 0, 1025, 257, 256, 64, *range(0, 1000, 90)]
 
 
 @pytest.mark.parametrize("lengths", [[1000], [1], [0], [5, 0, 700, 256, 257], SKEWED], ids=["one", "1", "0", "five", "skewed"])
@@ -57,7 +57,7 @@ def test_every_tile_once_and_every_query_of_it(lengths, window, packed):
     assert len(pieces) == sum(count for _, count in of_slot)
 
 
-@pytest.mark.parametrize("lengths", [[1024], [2048], [4096], [32_768], SKEWED, [2048] * 64], ids=str)
+@pytest.mark.parametrize("lengths", [[1024], [4096], [16_384], SKEWED, [1024] * 20], ids=["1k", "4k", "16k", "skewed", "equal"])
 def test_longest_first_and_enough_programs(lengths):
     """132 SMs with two programs each: a sequence alone fills them, and none of its programs lasts longer than its share."""
     _, tiles, pieces = planned(lengths)
@@ -83,8 +83,8 @@ def test_pieces_do_not_depend_on_the_batch():
 
 def test_bounds_hold_for_any_length():
     """The tables' sizes come from shapes alone; what is written must fit for every length that the shape allows."""
-    for kv_heads in (1, 2, 8, 128, 500):
-        for lengths in ([1] * 40, [255] * 9, [4096], [8192, 1, 8192], [100_000]):
+    for kv_heads in (1, 8, 600):
+        for lengths in ([1] * 20, [255] * 5, [2048], [1500, 1, 1500]):
             tables, _, pieces = planned(lengths, kv_heads=kv_heads, group=1)
             assert len(pieces) <= tables.entries
             assert all(row[0] == 0 for row in tables.pieces.view(-1, 5).tolist()[len(pieces) :])
