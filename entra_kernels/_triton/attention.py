@@ -181,35 +181,79 @@ def _row_lse_kernel(
 
 
 @triton.jit
+def _query_scores(
+    k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, tile, tokens,
+    RESIDENT: tl.constexpr, STREAMED: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Products of the resident keys with one tile of queries of one head, [key, query]."""
+    start = tile * STREAMED
+    q_rows = q_head + tl.cast(start, tl.int64) * q_stride
+    return _products(
+        k_tile, k_rows, k_stride, k_stride_dim, k_count, q_rows, q_stride, q_stride_dim, tokens - start,
+        RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_received(
+    sums, scores, negative_lse, weights, key, tile, window, scale, softcap,
+    STREAMED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """`sums` with the probabilities that each key receives from one tile of queries."""
+    start = tile * STREAMED  # a product, so that the compiler knows the alignment and loads vectors
+    lane = tl.arange(0, STREAMED)
+    shift = tl.load(negative_lse + start + lane)[None, :]  # -inf past the end: there the probability is 0
+    if SOFTCAP:
+        received = tl.exp2(tl.fma(_tanh(scores * scale), softcap, shift))
+    else:
+        received = tl.exp2(tl.fma(scores, scale, shift))
+    if MASKED:
+        query = start + lane
+        visible = key[:, None] < query[None, :]
+        if WINDOW:
+            visible &= query[None, :] - key[:, None] < window
+        received = tl.where(visible, received, 0.0)
+    if weights is not None:
+        received *= tl.load(weights + start + lane)[None, :]
+    return sums + tl.sum(received, axis=1)
+
+
+@triton.jit
 def _scan_queries(
     sums, k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, negative_lse, weights,
     key, first, stop, tokens, window, scale, softcap,
     RESIDENT: tl.constexpr, STREAMED: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Adds the probabilities that each key receives from the tiles first ... stop - 1 of queries of one head."""
-    lane = tl.arange(0, STREAMED)
-    for tile in range(first, stop):
-        start = tile * STREAMED  # a product, so that the compiler knows the alignment and loads vectors
-        q_rows = q_head + tl.cast(start, tl.int64) * q_stride
-        scores = _products(
-            k_tile, k_rows, k_stride, k_stride_dim, k_count, q_rows, q_stride, q_stride_dim, tokens - start,
-            RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
-        )  # fmt: skip  # [key, query]
-        shift = tl.load(negative_lse + start + lane)[None, :]  # -inf past the end: there the probability is 0
-        if SOFTCAP:
-            received = tl.exp2(tl.fma(_tanh(scores * scale), softcap, shift))
-        else:
-            received = tl.exp2(tl.fma(scores, scale, shift))
-        if MASKED:
-            query = start + lane
-            visible = key[:, None] < query[None, :]
-            if WINDOW:
-                visible &= query[None, :] - key[:, None] < window
-            received = tl.where(visible, received, 0.0)
-        if weights is not None:
-            received *= tl.load(weights + start + lane)[None, :]
-        sums += tl.sum(received, axis=1)
+    if AHEAD and not MASKED:
+        # The product of the next tile is under way while the exponentials of this one are taken.
+        if first < stop:
+            scores = _query_scores(
+                k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, first, tokens,
+                RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
+            )  # fmt: skip
+            for tile in range(first, stop - 1):
+                following = _query_scores(
+                    k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, tile + 1, tokens,
+                    RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
+                )  # fmt: skip
+                sums = _add_received(
+                    sums, scores, negative_lse, weights, key, tile, window, scale, softcap, STREAMED, SOFTCAP, WINDOW, MASKED
+                )
+                scores = following
+            sums = _add_received(
+                sums, scores, negative_lse, weights, key, stop - 1, window, scale, softcap, STREAMED, SOFTCAP, WINDOW, MASKED
+            )
+    else:
+        for tile in range(first, stop):
+            scores = _query_scores(
+                k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, tile, tokens,
+                RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
+            )  # fmt: skip
+            sums = _add_received(
+                sums, scores, negative_lse, weights, key, tile, window, scale, softcap, STREAMED, SOFTCAP, WINDOW, MASKED
+            )
     return sums
 
 
@@ -219,7 +263,7 @@ def _column_sum_kernel(
     q_stride_batch, q_stride_head, q_stride, q_stride_dim, k_stride_batch, k_stride_head, k_stride, k_stride_dim,
     slots, kv_heads, group, window, scale, softcap,
     HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr,
+    PACKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Sums over one piece of the queries, [entries, Hkv, RESIDENT], or per query head, [entries, H, RESIDENT].
 
@@ -265,18 +309,18 @@ def _column_sum_kernel(
         sums = _scan_queries(
             sums, k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, lse_head, weights,
             key, first, diagonal_end, tokens, window, scale, softcap,
-            RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, True,
+            RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, True, AHEAD,
         )  # fmt: skip
         sums = _scan_queries(
             sums, k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, lse_head, weights,
             key, diagonal_end, full_end, tokens, window, scale, softcap,
-            RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, False,
+            RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, False, AHEAD,
         )  # fmt: skip
         if WINDOW:
             sums = _scan_queries(
                 sums, k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, lse_head, weights,
                 key, full_end, stop, tokens, window, scale, softcap,
-                RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, True,
+                RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, True, AHEAD,
             )  # fmt: skip
         if PER_HEAD:
             tl.store(partial_out + tl.arange(0, RESIDENT), sums)
@@ -445,7 +489,7 @@ def _launch(
     partial = torch.empty(tables.entries, sums, size.resident, dtype=torch.float32, device=q.device)
     _column_sum_kernel[(tables.entries * kv_heads,)](
         q, k, negative_lse, weights, partial, tables.pieces, tables.spans, *strides,
-        tables.slots, kv_heads, group, window or 0, factor, cap, PER_HEAD=per_head, **constexprs,
+        tables.slots, kv_heads, group, window or 0, factor, cap, PER_HEAD=per_head, AHEAD=size.ahead, **constexprs,
     )  # fmt: skip
     rows = out.shape[1]
     _add_kernel[(tables.slots * rows,)](
@@ -491,6 +535,7 @@ def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
                     "WINDOW": window,
                     "FLIPPED": False,
                     "PER_HEAD": window,
+                    "AHEAD": size.ahead,
                 }
                 if not window:
                     values |= {"sinks": None, "weights": None}

@@ -86,6 +86,9 @@ class AttentionLaunch(NamedTuple):
     """Bound on the registers of a thread: 128 lets two programs of 8 warps share an SM. On NVIDIA chips only."""
     least_piece: int
     """Streamed tiles, per query head, that a program of the column pass walks over at least."""
+    ahead: bool = False
+    """Whether the column pass starts the product of the next tile before it takes the exponentials of this one. A second set
+    of accumulators, for exponentials that run under a product of their own warp."""
 
     @property
     def options(self) -> dict[str, int]:
@@ -109,15 +112,16 @@ def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *
     the shared memory that decide how many programs share an SM. benchmarks/README.md has the table, and
     `python -m entra_kernels._triton.sass` makes it; `python -m entra_kernels._triton.tune` times the alternatives on a GPU.
 
-    sm_90, where a warp waits for its product before it takes exponentials: only a second program on the same SM keeps the
-    matrix unit busy meanwhile, and two programs of 8 warps need 128 registers and 113 KiB each.
+    sm_90, where a warp waits for its product before it takes exponentials: the matrix unit is busy meanwhile only with a second
+    program on the same SM, which for 8 warps means 128 registers and 113 KiB each, or with the product of the next tile
+    (`ahead`), which takes a second set of accumulators.
 
     | D | tile | counts | instead of |
     |---|---|---|---|
     | to 128 | 256 x 64 | 5.6 / 6.7, 128 registers, 96 KiB: two programs | 256 x 128: 4.6 / 5.6, 239 registers, one program |
-    | | | | 128 x 128: 5.8 / 6.6, but twice the traffic from L2, which at 128 keys is at its limit |
-    | to 128, options | 128 x 64 | 8.2 / 8.0, no spills | 256 x 64 spilled 26 times |
-    | to 256 | 128 x 128 | 6.9 / 7.6, 192 KiB: one program; here the product takes twice the time of the exponentials | |
+    | | | | 128 x 64 ahead, two programs: 7.4, and twice the traffic from L2 and into shared memory |
+    | to 128, options | 128 x 64 | 8.4 / 8.0, no spills | 256 x 64 spilled 26 times |
+    | to 256 | 128 x 128 ahead | 7.7 / 7.6, 192 KiB: one program; 60 of 64 exponentials under a product | not ahead: 6.9, none |
     | to 512 | 64 x 64 | 16.6 / 16.2 | |
 
     sm_100 keeps accumulators in tensor memory, a row to a thread: no shuffles at all with 4 warps and 128 x 64 (5.5 / 5.9, 192
@@ -138,7 +142,7 @@ def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *
         if depth <= 128:
             return launch(128 if options else 256, 64, 8, 2, 128)
         if depth <= 256:
-            return launch(128, 128, 8, 2)
+            return launch(128, 128, 8, 2)._replace(ahead=not options)
     if chip.arch == "sm_100" and depth <= 128 and not options:
         return launch(128, 64, 4, 2)
     for resident, streamed, num_warps, num_stages in ANY_CHIP:

@@ -30,8 +30,10 @@ LOG_UNITS = tl.constexpr(_LOG_UNITS)
 FREE = tl.constexpr(-(2**63))
 """Key of an unused place in the hash table: the one int64 that cannot be a token id."""
 
-BLOCK = 1024
-"""Tokens that a program takes at a time."""
+BLOCK, WARPS = 4096, 16
+"""Tokens that the one program of a sequence takes at a time, 8 to a thread. A batch of 64 sequences leaves half the SMs of an
+H200 idle, so what counts is how often a program goes round: a sequence of 16,384 tokens in 20 rounds (4 digits, then the
+marks), where 1,024 tokens at a time take 80, and a round waits for memory and for several barriers."""
 
 COUNTED = 256
 """Tokens that a program of `_count_kernel` takes at a time: with 8 warps at most one per thread, because Triton 3.6 for ROCm
@@ -174,11 +176,13 @@ def redundancy(
     keys = torch.full((2 * tokens,), FREE.value, dtype=torch.int64, device=logprobs.device)
     counts = torch.zeros_like(keys, dtype=torch.int32)
     with torch.cuda.device_of(logprobs):
-        _select_kernel[(sequences,)](importance, starts, lengths, wanted, protected, broken, BLOCK=BLOCK)
+        _select_kernel[(sequences,)](importance, starts, lengths, wanted, protected, broken, BLOCK=BLOCK, num_warps=WARPS)
         _count_kernel[(sequences, COUNTERS)](
             token_ids.contiguous(), protected, starts, lengths, keys, counts, BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8
         )
-        _reward_kernel[(sequences,)](counts, starts, lengths, wanted, broken, reward, degenerate_reward, BLOCK=BLOCK)
+        _reward_kernel[(sequences,)](
+            counts, starts, lengths, wanted, broken, reward, degenerate_reward, BLOCK=BLOCK, num_warps=WARPS
+        )
     return reward, importance, protected
 
 
@@ -189,9 +193,9 @@ def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
     count = {"token_ids": "*i64", "protected": "*i1", "keys": "*i64", "counts": "*i32"}
     reward = {"counts": "*i32", "wanted": "*i32", "broken": "*i32", "reward": "*fp32", "degenerate_reward": "fp32"}
     for label, kernel, arguments, constexprs, num_warps in (
-        ("select", _select_kernel, select, {"BLOCK": BLOCK}, 4),
+        ("select", _select_kernel, select, {"BLOCK": BLOCK}, WARPS),
         ("count", _count_kernel, count, {"BLOCK": COUNTED, "COUNTERS": COUNTERS}, 8),
-        ("reward", _reward_kernel, reward, {"BLOCK": BLOCK}, 4),
+        ("reward", _reward_kernel, reward, {"BLOCK": BLOCK}, WARPS),
     ):
         yield KernelCase(
             label=label,

@@ -112,13 +112,15 @@ def replaced(text: str, table: str, name: str) -> str:
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
-def resized(case: KernelCase, tile: str) -> KernelCase:
+def resized(case: KernelCase, tile: str, ahead: bool = False) -> KernelCase:
     """The same attention pass at another launch size, written as resident x streamed x warps x stages, and x registers where
     they are bounded: "128x64x8x2" or "256x64x8x2x128"."""
     if not re.fullmatch(r"\d+(x\d+){3,4}", tile):
         raise ValueError(f"--tile {tile!r} must be RESIDENTxSTREAMEDxWARPSxSTAGES[xREGISTERS], for example 128x64x8x2")
     resident, streamed, warps, stages, *registers = (int(part) for part in tile.split("x"))
     constexprs = case.constexprs | {"RESIDENT": resident, "STREAMED": streamed}
+    if "AHEAD" in constexprs:
+        constexprs["AHEAD"] = ahead
     bound = registers[0] if registers else None
     return replace(case, constexprs=constexprs, num_warps=warps, num_stages=stages, max_registers=bound)
 
@@ -132,6 +134,7 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, default=128, help="for --tile")
     parser.add_argument("--chip", default="sm_90", help="for --tile")
     parser.add_argument("--variant", default="", help="for --tile: 'window' or 'window softcap'")
+    parser.add_argument("--ahead", action="store_true", help="for --tile: start the next product before the exponentials")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter does not compile; unset it")
@@ -144,7 +147,7 @@ def main() -> int:
                 f"no attention pass on {arguments.chip!r} ends in {label!r}; python -m entra_kernels._triton.aot lists them"
             )
         try:
-            cases = [(resized(job.case(), tile), job) for tile in arguments.tile for job in selected]
+            cases = [(resized(job.case(), tile, arguments.ahead), job) for tile in arguments.tile for job in selected]
         except ValueError as error:
             parser.error(str(error))
         compiled = [aot.inspect(case, aot.CHIPS[job.chip], f"{job.name} {tile_of(case)}") for case, job in cases]

@@ -51,11 +51,10 @@ def candidates(current: AttentionLaunch, element_size: int, chip: Chip) -> Itera
             continue
         # Bounds that let two programs of 8 warps, or three of 4, share the registers of an SM.
         for registers in (None, {8: 128, 4: 168}[warps]) if chip.is_nvidia and accumulators <= 64 else (None,):
-            size = current._replace(
-                resident=resident, streamed=streamed, num_warps=warps, num_stages=stages, max_registers=registers
-            )
-            if size != current:
-                yield size
+            for ahead in (False, True) if accumulators <= 64 else (False,):
+                size = AttentionLaunch(resident, streamed, current.depth, warps, stages, registers, current.least_piece, ahead)
+                if size != current:
+                    yield size
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -118,8 +117,8 @@ def trials(q: Tensor, k: Tensor, sizes: Sequence[AttentionLaunch], variant: str,
 def table(found: Sequence[Trial], current: AttentionLaunch, flops: float) -> str:
     """Markdown, fastest column pass first, those without times last."""
     lines = [
-        "| resident x streamed | warps | stages | registers at most | column pass, ms | TFLOP/s | both passes, ms | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| resident x streamed | warps | stages | registers at most | ahead | column pass, ms | TFLOP/s | both passes, ms | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for trial in sorted(found, key=lambda trial: (trial.column is None, trial.column)):
         size = trial.size
@@ -128,7 +127,7 @@ def table(found: Sequence[Trial], current: AttentionLaunch, flops: float) -> str
         note = trial.reason or ("in use" if size == current else "")
         lines.append(
             f"| {size.resident} x {size.streamed} | {size.num_warps} | {size.num_stages} | {size.max_registers or '-'} "
-            f"| {times[0]} | {rate} | {times[1]} | {note} |"
+            f"| {'yes' if size.ahead else ''} | {times[0]} | {rate} | {times[1]} | {note} |"
         )
     return "\n".join(lines)
 

@@ -38,6 +38,16 @@ def main(device: str = "cuda") -> None:
             name = f"incoming_attention {dtype} D = {head_dim} {', '.join(options) or 'plain'}"
             expected = incoming_attention(q, k, backend="reference", **arguments)
             check(name, incoming_attention(q, k, backend="triton", **arguments), expected, TOLERANCE[dtype])
+        for options in (
+            {},
+            {"lse": lse},
+            {"sliding_window": 70, "softcap": 5.0, "sinks": torch.randn(4, device=device), "row_weights": weights},
+        ):
+            arguments = {"normalize": False, "sample_rows": 150, **options}
+            results = [incoming_attention(q, k, backend=backend, **arguments) for backend in ("triton", "reference")]
+            for field, result, expected in zip(results[0]._fields, *results, strict=True):
+                name = f"incoming_attention {dtype} D = {head_dim} sampled {', '.join(options) or 'plain'}, {field}"
+                check(name, result, expected, TOLERANCE[dtype])
         packed = {"cu_seqlens": torch.tensor([0, 1, 130, 300], device=device), "normalize": False}
         rows = [x[0].transpose(0, 1) for x in (q, k)]
         expected = incoming_attention(*rows, backend="reference", **packed)

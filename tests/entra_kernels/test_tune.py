@@ -35,7 +35,7 @@ def test_command(tune, variant, capsys):
     assert len(rows) == 2 + 3
     assert sum("in use" in row for row in rows) == 1
     assert "wrong" not in out
-    times = [float(row.split("|")[5]) for row in rows[2:]]
+    times = [float(row.split("|")[6]) for row in rows[2:]]
     assert times == sorted(times)
 
 
