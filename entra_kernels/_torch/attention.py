@@ -119,8 +119,14 @@ def _column_sums(
         if softcap is not None:
             visible.div_(softcap * unit).tanh_().mul_(softcap * unit)
         _fill_hidden(visible.view(group, rows, width), -math.inf, begin - low, sliding_window, later)
+        row_weights = weights[begin:end].expand(group, rows)
         if lse is not None:
-            probabilities = visible.sub_(lse[:, begin:end].reshape(-1, 1) * LOG2_E).exp2_()
+            shift = lse[:, begin:end].double() * LOG2_E  # [G, rows]
+            rounded = shift.to(dtype)
+            probabilities = visible.sub_(rounded.reshape(-1, 1)).exp2_()
+            # What rounding took from the shift goes into the weights, where it costs nothing.
+            lost = (rounded - shift).exp2().to(dtype)
+            row_weights = row_weights * torch.where(shift.isfinite(), lost, 1.0)
         else:
             if sinks is not None:
                 scores[:, width] = sinks.repeat_interleave(rows)
@@ -128,11 +134,10 @@ def _column_sums(
         by_head = probabilities.view(group, rows, width)
         # Strictly future queries, j > i. All that is hidden again, because a row that is not finite is NaN there as well.
         _fill_hidden(by_head, 0.0, begin - low, sliding_window, itself_or_later)
-        w = weights[begin:end]
         if per_head:
-            sums[:, low:end] += torch.matmul(w, by_head)
+            sums[:, low:end] += torch.matmul(row_weights.unsqueeze(1), by_head)[:, 0]
         else:
-            sums[0, low:end] += torch.mv(probabilities.T, w.repeat(group))
+            sums[0, low:end] += torch.mv(probabilities.T, row_weights.reshape(-1))
     return sums
 
 
