@@ -41,6 +41,10 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("error / allowed", "error_of_allowed", lambda r: f"{r['error_of_allowed']:.1g}"),
     ("error, L1", "error_l1", lambda r: f"{r['error_l1']:.1%}"),
     ("within 1.96 SE", "covered", lambda r: "all exact" if r["covered"] is None else f"{r['covered']:.1%}"),
+    *(
+        (f"within 1.96 SE, quarter {n}", f"covered_quarter_{n}", lambda r, n=n: f"{r[f'covered_quarter_{n}']:.1%}")
+        for n in (1, 2, 3, 4)
+    ),
     ("same top 20 %, mu", "same_top_mu", lambda r: f"{r['same_top_mu']:.1%}"),
     ("same top 20 %, importance", "same_top_importance", lambda r: f"{r['same_top_importance']:.1%}"),
 )
@@ -53,6 +57,7 @@ SECTIONS = {
     "memory": "Memory of incoming_attention beside q and k",
     "accuracy": "Column sums against float64",
     "sampled rows": "m sampled rows of N",
+    "coverage": "Real coverage of sampled rows' standard error",
     "linear_token_logprobs": "Log-probs from hidden states (tokens x hidden size x vocabulary)",
     "token_logprobs": "Log-probs from logits",
     "redundancy": "Epilogue, by device events on a GPU",

@@ -116,6 +116,35 @@ def test_sampled_rows(results, once, kind, tokens):
     once(runs[f"ours, m = {sampled_counts(tokens)[0]}"])
 
 
+@pytest.mark.priority(34)
+@pytest.mark.parametrize("spread", [0.04, 1, 2, 4, 12])
+def test_coverage(results, once, spread):
+    """How often 1.96 standard errors cover the truth, by quarter of the tokens; scores of that standard deviation."""
+    tokens, m, draws = by_size(tiny=(64, 16, 4), small=(960, 192, 100), full=(960, 192, 100))
+    q, k, _ = random_activations(tokens, 4, 2, 64)
+    options = {"scale": spread / 8}  # the products of two standard normal vectors of 64 entries have a deviation of 8
+    exact = incoming_attention(q, k, **options)[0]
+    covered, error = torch.zeros(2, tokens, device=q.device)
+    for seed in range(draws):
+        sampled = incoming_attention(q, k, sample_rows=m, seed=seed, **options)
+        off = (sampled.estimate[0] - exact).abs()
+        covered += (off <= 1.96 * sampled.standard_error[0]) / draws
+        error += off / draws
+    # Keys whose later rows are all taken as they are have no error.
+    quarters = covered[: tokens - m // 4].chunk(4)
+    results.add(
+        "coverage",
+        f"scores of standard deviation {spread:g}",
+        "ours",
+        tokens=tokens,
+        m=m,
+        draws=draws,
+        error_l1=(error.sum() / exact.sum()).item(),
+        **{f"covered_quarter_{i + 1}": quarter.mean().item() for i, quarter in enumerate(quarters)},
+    )
+    once(lambda: incoming_attention(q, k, sample_rows=m, **options))
+
+
 @pytest.mark.priority(33)
 def test_long_context(results, once):
     """A sampled run at a length where the exact one takes long: a million tokens on a GPU."""

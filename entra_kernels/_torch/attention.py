@@ -115,7 +115,9 @@ def _column_sums(
         size = group * rows * (width + extra)
         scores = buffers[0, :size].view(group * rows, width + extra)
         visible = scores[:, :width]
-        torch.mm((q[:, begin:end].to(dtype) * (scale * unit)).reshape(group * rows, -1), keys[:, low:end], out=visible)
+        queries = q[:, begin:end].to(dtype).reshape(group * rows, -1)
+        # The factor goes to the products: multiplied into the queries it would round every one of their entries.
+        torch.addmm(visible, queries, keys[:, low:end], beta=0, alpha=scale * unit, out=visible)
         if softcap is not None:
             visible.div_(softcap * unit).tanh_().mul_(softcap * unit)
         _fill_hidden(visible.view(group, rows, width), -math.inf, begin - low, sliding_window, later)
