@@ -130,7 +130,7 @@ def incoming_attention(
         normalize: False returns the sums over j, not divided.
         sample_rows: m >= 4 takes m query rows of each sequence instead of all, in time O(N m), and returns a
             `SampledAttention`. A quarter are the last rows, the others two from each of equal strata of neighbouring rows. The
-            estimate is unbiased; a sequence of up to m tokens is exact. Not with `per_head`.
+            estimate is unbiased; a sequence of up to m tokens is exact. These rows of q are copied. Not with `per_head`.
         seed: of the draw; with `sample_rows` only. The same seed gives sequences of the same length the same rows.
         backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
 

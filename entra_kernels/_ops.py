@@ -39,21 +39,6 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     return importlib.import_module(_MODULES[backend])
 
 
-def _checked_spans(starts: Tensor, lengths: Tensor, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Spans as int32 that lie inside their row: checked on the CPU, clamped elsewhere."""
-    if starts.device.type == "cpu":
-        outside = (starts < 0) | (lengths < 0) | (starts + lengths > tokens)
-        if outside.any():
-            i = int(outside.nonzero()[0])
-            raise ValueError(
-                f"sequence {i} spans tokens {int(starts[i])} to {int(starts[i] + lengths[i])}, outside 0 to {tokens}; "
-                "check start and length, or cu_seqlens (0, then running sums of the lengths)"
-            )
-    starts = starts.clamp(0, tokens)
-    lengths = torch.minimum(lengths.clamp(min=0), tokens - starts)
-    return starts.to(torch.int32), lengths.to(torch.int32)
-
-
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
     if targets.device.type == "cpu" and targets.numel():
         low, high = int(targets.min()), int(targets.max())
@@ -233,7 +218,10 @@ def redundancy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All packed, [T] and [S + 1]. Returns reward [S], importance [T], protected [T]."""
     module = _implementation(backend, logprobs)
-    starts, lengths = _checked_spans(cu_seqlens[:-1], cu_seqlens.diff(), 1, logprobs.shape[0])
+    tokens = logprobs.shape[0]
+    spans = Spans(cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.shape[0] - 1, tokens=tokens, batch=1)
+    spans.check(logprobs.device)
+    starts, lengths = cu_seqlens[:-1].clamp(0, tokens).int(), spans.token_counts(logprobs.device).int()
     return module.redundancy(
         logprobs,
         incoming,

@@ -35,7 +35,10 @@ def draw(spans: Spans, sample_rows: int, seed: int, device: torch.device) -> Sam
     strata = (sample_rows - sample_rows // EXACT_SHARE) // 2
     exact = sample_rows - 2 * strata
     tokens = spans.token_counts(device)[:, None]  # [S, 1]
-    uniform = torch.rand(2, strata, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+    uniform = torch.rand(2, strata, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if device.type == "cuda":
+        uniform = uniform.pin_memory()  # a copy from other memory waits for the device
+    uniform = uniform.to(device, non_blocking=True)
 
     before = (tokens - exact).clamp(min=2 * strata)  # rows in strata; no sequence shorter than that uses them
     stratum = torch.arange(strata + 1, device=device)

@@ -412,7 +412,8 @@ def incoming_attention(
     """See `entra_kernels.incoming_attention`; spans as in `entra_kernels/_spans.py`. q and k are read where they are.
 
     Beside the result it takes 4 bytes per token for each query head (the log-sum-exp) and for each kv head (the sums; with
-    `per_head` for each query head), and at most 528 KiB per sequence more.
+    `per_head` for each query head), each sequence rounded up to whole tiles; and the sums of further pieces, `plan._most_cuts`
+    tiles of them: for one sequence at most 528 KiB, times G with `per_head`.
     """
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]

@@ -5,13 +5,14 @@ over the queries from its first token to the end of the sequence; a walk is cut 
 program of its own, so that one short sequence fills the chip as well. How long a piece is depends on the sequence's own
 length (and on the model's heads), never on what else is in the batch: results stay the same bit for bit.
 
-Lengths live on the device, so all of this runs there, in two launches: `_count_kernel` counts tiles and pieces by the length
-of their walk, `_place_kernel` puts each in its place. A sequence of t tiles has exactly one walk of each length 1 ... t: that
-makes the order a counting sort.
+Lengths live on the device, so all of this runs there, in two launches: `_count_tiles_kernel` counts tiles and pieces by the
+length of their walk, `_place_tiles_kernel` puts each in its place. A sequence of t tiles has exactly one walk of each length
+1 ... t: that makes the order a counting sort.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ def _pieces(walk, tiles, longest_walk, kv_heads, least, UNITS: tl.constexpr, PRO
 
 
 @triton.jit(do_not_specialize=["sequences", "row_tokens", "slots", "levels", "longest_walk", "kv_heads", "least"])
-def _count_kernel(
+def _count_tiles_kernel(
     starts, ends, totals, sequences, row_tokens, slots, levels, longest_walk, kv_heads, least,
     RESIDENT: tl.constexpr, STREAMED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +105,7 @@ def _count_kernel(
 
 
 @triton.jit(do_not_specialize=["sequences", "row_tokens", "slots", "levels", "longest_walk", "kv_heads", "least"])
-def _place_kernel(
+def _place_tiles_kernel(
     starts, ends, totals, spans_out, tiles_out, pieces_out, of_slot_out,
     sequences, row_tokens, slots, levels, longest_walk, kv_heads, least,
     RESIDENT: tl.constexpr, STREAMED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
@@ -169,29 +170,49 @@ def plan(spans: Spans, *, size: AttentionLaunch, kv_heads: int, window: int | No
     """
     levels = triton.cdiv(spans.tokens, size.resident)
     slots = min(spans.count * levels, spans.batch * spans.tokens // size.resident + spans.count)
-    # sum of ceil(walk / piece) <= tiles + (sum of walks) / piece, and a piece is at least (sum of walks) * kv_heads / PROGRAMS.
-    entries = slots + spans.count * (PROGRAMS // kv_heads)
-    sizes = (2 * levels, 2 * spans.count, 3 * slots, 5 * entries, 2 * slots)
-    totals, places, tiles, pieces, of_slot = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    entries = slots + _most_cuts(spans.count, slots, levels, size, kv_heads)
+    # In multiples of 16 bytes: the compiler makes another kernel for a pointer that is not aligned to them.
+    counts = (2 * levels, 2 * spans.count, 3 * slots, 5 * entries, 2 * slots)
+    sizes = [triton.cdiv(count, 4) * 4 for count in counts]
+    parts = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    totals, places, tiles, pieces, of_slot = (part[:count] for part, count in zip(parts, counts, strict=True))
     longest_walk = levels if window is None else min(levels, triton.cdiv(size.resident - 1 + window, size.resident))
     shape = (spans.count, spans.tokens, slots, levels, longest_walk, kv_heads, size.least_piece)
     constexprs = {"RESIDENT": size.resident, "STREAMED": size.streamed, "PROGRAMS": PROGRAMS, "BLOCK": SEQUENCES}
-    _count_kernel[(levels,)](spans.starts, spans.ends, totals, *shape, **constexprs)
-    _place_kernel[(levels,)](spans.starts, spans.ends, totals, places, tiles, pieces, of_slot, *shape, **constexprs)
+    bounds = [None if bound is None else bound.contiguous() for bound in (spans.starts, spans.ends)]
+    _count_tiles_kernel[(levels,)](*bounds, totals, *shape, **constexprs)
+    _place_tiles_kernel[(levels,)](*bounds, totals, places, tiles, pieces, of_slot, *shape, **constexprs)
     return Plan(places, tiles, pieces, of_slot, slots, entries)
+
+
+def _most_cuts(sequences: int, slots: int, levels: int, size: AttentionLaunch, kv_heads: int) -> int:
+    """The most pieces that there can be beyond one for each tile.
+
+    sum of ceil(walk / piece) <= tiles + (sum of walks) / piece, and a piece is at least `least_piece` and at least
+    (sum of walks) * kv_heads / PROGRAMS. So a sequence has at most PROGRAMS / kv_heads of them, and one of t tiles, whose walks
+    add up to t (t + 1) / 2, at most so many that the bound holds for any split of the slots into sequences.
+    """
+    units = size.resident // size.streamed
+    most = PROGRAMS // kv_heads
+    of_tiles = [min(most, units * t * (t + 1) // 2 // size.least_piece) for t in range(1, levels + 1)]
+    per_tile = max((cuts / t for t, cuts in enumerate(of_tiles, start=1)), default=0.0)
+    return min(sequences * max(of_tiles, default=0), math.ceil(slots * per_tile))
 
 
 def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
     """Both kernels, whatever the inputs' dtype; see `KernelCase`."""
-    for label, kernel in (("count", _count_kernel), ("place", _place_kernel)):
-        sizes = {"RESIDENT": 256, "STREAMED": 64, "PROGRAMS": PROGRAMS, "BLOCK": SEQUENCES}
-        types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("starts", "ends"), "*i64")
-        pointers = ("totals", "spans_out", "tiles_out", "pieces_out", "of_slot_out")
-        types |= {name: "*i32" for name in pointers if name in types}
-        yield KernelCase(
-            label=label,
-            kernel=kernel,
-            arguments={name: types[name] for name in kernel.arg_names if name not in sizes},
-            constexprs=sizes,
-            divisible=("starts",),
-        )
+    for name, kernel in (("count", _count_tiles_kernel), ("place", _place_tiles_kernel)):
+        for label, bounds in (("", "*i64"), (" whole rows", None)):
+            values: dict[str, object] = {"RESIDENT": 256, "STREAMED": 64, "PROGRAMS": PROGRAMS, "BLOCK": SEQUENCES}
+            if bounds is None:
+                values |= {"starts": None, "ends": None}
+            pointers = ("totals", "spans_out", "tiles_out", "pieces_out", "of_slot_out")
+            types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("starts", "ends"), str(bounds))
+            types |= dict.fromkeys(pointers, "*i32")
+            yield KernelCase(
+                label=name + label,
+                kernel=kernel,
+                arguments={name: types[name] for name in kernel.arg_names if name not in values},
+                constexprs={name: values[name] for name in kernel.arg_names if name in values},
+                divisible=tuple(name for name in pointers if name in kernel.arg_names),
+            )

@@ -29,7 +29,7 @@ def small_tiles(monkeypatch):
 
     def attention_launch(head_dim, group, element_size, chip, *, options):
         depth = 16 if element_size == 4 and head_dim > 64 else max(16, 1 << (head_dim - 1).bit_length())
-        return launch.AttentionLaunch(32, 16, depth, num_warps=4, num_stages=1, max_registers=None, least_piece=1)
+        return launch.AttentionLaunch(32, 16, depth, num_warps=4, num_stages=1, max_registers=None, least_piece=3)
 
     for module in ("attention", "sampled"):
         monkeypatch.setattr(f"entra_kernels._triton.{module}.attention_launch", attention_launch)

@@ -10,7 +10,9 @@ import torch
 from entra_kernels import incoming_attention, linear_token_logprobs, redundancy, token_logprobs
 from entra_kernels._triton.logprobs import linear_token_logprobs as triton_logprobs
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Both sides take the same inputs and compute in float32. One query more or less would be an error of some 3e-3.
+TOLERANCE = 2e-4
 
 
 def check(name: str, result: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -22,7 +24,7 @@ def check(name: str, result: torch.Tensor, expected: torch.Tensor, tolerance: fl
 
 def main(device: str = "cuda") -> None:
     torch.manual_seed(0)
-    for dtype, head_dim in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)):
+    for dtype, head_dim in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float16, 80), (torch.float32, 64)):
         q, k = (torch.randn(2, heads, 300, head_dim, device=device, dtype=dtype) for heads in (4, 2))
         scores = (q.float() @ k.float().repeat_interleave(2, dim=1).mT) * head_dim**-0.5
         lse = scores.masked_fill(torch.ones(300, 300, device=device).triu(1).bool(), -torch.inf).logsumexp(-1)
@@ -37,7 +39,7 @@ def main(device: str = "cuda") -> None:
             arguments = {"normalize": False, **options}
             name = f"incoming_attention {dtype} D = {head_dim} {', '.join(options) or 'plain'}"
             expected = incoming_attention(q, k, backend="reference", **arguments)
-            check(name, incoming_attention(q, k, backend="triton", **arguments), expected, TOLERANCE[dtype])
+            check(name, incoming_attention(q, k, backend="triton", **arguments), expected, TOLERANCE)
         for options in (
             {},
             {"lse": lse},
@@ -47,7 +49,7 @@ def main(device: str = "cuda") -> None:
             results = [incoming_attention(q, k, backend=backend, **arguments) for backend in ("triton", "reference")]
             for field, result, expected in zip(results[0]._fields, *results, strict=True):
                 name = f"incoming_attention {dtype} D = {head_dim} sampled {', '.join(options) or 'plain'}, {field}"
-                check(name, result, expected, TOLERANCE[dtype])
+                check(name, result, expected, TOLERANCE)
         packed = {"cu_seqlens": torch.tensor([0, 1, 130, 300], device=device), "normalize": False}
         rows = [x[0].transpose(0, 1) for x in (q, k)]
         expected = incoming_attention(*rows, backend="reference", **packed)
@@ -55,24 +57,24 @@ def main(device: str = "cuda") -> None:
             f"incoming_attention {dtype} D = {head_dim} packed",
             incoming_attention(*rows, backend="triton", **packed),
             expected,
-            TOLERANCE[dtype],
+            TOLERANCE,
         )
 
-    for dtype in TOLERANCE:
+    for dtype in DTYPES:
         hidden, weight = (torch.randn(n, 96, device=device, dtype=dtype) / 4 for n in (150, 3001))
         targets = torch.randint(3001, (150,), device=device)
         for options in ({}, {"softcap": 30.0, "bias": torch.randn(3001, device=device, dtype=dtype), "logit_scale": 0.5}):
             expected = linear_token_logprobs(hidden, weight, targets, backend="reference", **options)
             result = linear_token_logprobs(hidden, weight, targets, backend="triton", **options)
-            check(f"linear_token_logprobs {dtype} {', '.join(options) or 'plain'}", result, expected, TOLERANCE[dtype])
+            check(f"linear_token_logprobs {dtype} {', '.join(options) or 'plain'}", result, expected, TOLERANCE)
         every = {"bias": None, "logit_scale": 1.0, "softcap": None, "temperature": 1.0, "entropy": True}
         expected = linear_token_logprobs(hidden, weight, targets, backend="reference", return_entropy=True)
         for way in ("fused", "chunked"):
             for result, exact in zip(triton_logprobs(hidden, weight, targets, way=way, **every), expected, strict=True):
-                check(f"linear_token_logprobs {dtype} {way} with entropy", result, exact, TOLERANCE[dtype])
+                check(f"linear_token_logprobs {dtype} {way} with entropy", result, exact, TOLERANCE)
         logits = hidden @ weight.T
         expected = token_logprobs(logits, targets, backend="reference")
-        check(f"token_logprobs {dtype}", token_logprobs(logits, targets, backend="triton"), expected, TOLERANCE[dtype])
+        check(f"token_logprobs {dtype}", token_logprobs(logits, targets, backend="triton"), expected, TOLERANCE)
 
     bounds = torch.tensor([0, 0, 5, 1500, 4000], device=device)
     ids = torch.randint(60, (4000,), device=device)

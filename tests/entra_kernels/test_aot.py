@@ -58,7 +58,7 @@ def test_the_subset_holds_every_kernel():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "sm_90 attention _add_kernel _column_sum_kernel _lay_out_kernel _row_lse_kernel" in lines
-    assert "sm_90 plan _count_kernel _place_kernel" in lines
+    assert "sm_90 plan _count_tiles_kernel _place_tiles_kernel" in lines
     assert "sm_90 sampled _sampled_columns_kernel _sampled_lse_kernel" in lines
     assert "sm_90 logprobs _head_kernel _reduce_kernel _row_kernel _stretch_kernel" in lines
     assert "sm_90 redundancy _count_kernel _reward_kernel _select_kernel" in lines

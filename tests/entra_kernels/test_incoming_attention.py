@@ -108,6 +108,36 @@ def test_against_the_reference(case, target, backend, small_tiles):
     check(q, k, arguments, backend)
 
 
+LAUNCHED = {
+    "plain": {},
+    "given lse": {"given_lse": True},
+    "per head": {"per_head": True},
+    "sinks, packed": {"sinks": True, "layout": "packed"},
+    "everything": {"sliding_window": 200, "softcap": 3.0, "row_weights": True, "sinks": True},
+    "sampled": {"sample_rows": 300},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 72, 128, 192, 256, 512])
+@pytest.mark.parametrize("options", [pytest.param(options, id=name) for name, options in LAUNCHED.items()])
+def test_launch_sizes_on_matrix_units(options, head_dim, dtype):
+    """The code that ships: the small tiles of the other tests are too small for a warpgroup's matrix instruction."""
+    options = dict(options)
+    sample_rows = options.pop("sample_rows", None)
+    q, k, arguments = problem("cuda", dtype, lengths=(1100, 700), heads=4, kv_heads=1, head_dim=head_dim, **options)
+    if sample_rows is None:
+        check(q, k, arguments, "triton")
+        return
+    ours, exact = (
+        incoming_attention(*tensors, sample_rows=sample_rows, backend=backend, **arguments)
+        for tensors, backend in (((q, k), "triton"), ((q.double(), k.double()), "reference"))
+    )
+    for field, right in zip(ours, exact, strict=True):
+        assert (field - right).abs().max() <= 4 * SLACK * exact.estimate.max()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("options", [{"head_dim": 64}, {"sliding_window": 150}], ids=["full", "window"])
 def test_launch_sizes(options, target, backend):
@@ -421,31 +451,75 @@ def test_no_copy_of_q_or_k_and_no_wait_for_the_device(small_tiles):
             assert out.numel() < k.numel(), f"{name} makes {list(out.shape)}"
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_bounds_of_any_strides(device, backend, small_tiles):
+    """Columns of one tensor, one length for all rows, every second bound: a kernel took them as contiguous."""
+    q, k, arguments = problem(device, torch.float32, lengths=(40, 40), layout="both")
+    expected = incoming_attention(q, k, backend=backend, **arguments)
+    columns = torch.stack([arguments["start"], arguments["length"]], dim=1)
+    start, length = columns.unbind(1)
+    assert torch.equal(incoming_attention(q, k, start=start, length=length, backend=backend), expected)
+    q, k = q.nan_to_num(), k.nan_to_num()
+    whole = incoming_attention(q, k, length=torch.tensor([30, 30], device=device), backend=backend)
+    expanded = torch.tensor(30, device=device).expand(2)
+    assert torch.equal(incoming_attention(q, k, length=expanded, backend=backend), whole)
+    q, k = q[0].transpose(0, 1), k[0].transpose(0, 1)
+    bounds = torch.tensor([0, 17, 40], device=device)
+    assert torch.equal(
+        incoming_attention(q, k, cu_seqlens=bounds.repeat_interleave(2)[::2], backend=backend),
+        incoming_attention(q, k, cu_seqlens=bounds, backend=backend),
+    )
+
+
 @pytest.mark.parametrize("tokens", [1, 1000, 32_768, 1_048_576])
 @pytest.mark.parametrize("given_lse", [False, True], ids=["two passes", "given lse"])
 def test_extra_memory(tokens, given_lse):
     """At most 4 N (H + 2 Hkv) bytes + 16 MiB, whatever N: counted from what the launcher allocates."""
-
-    class Counter(TorchDispatchMode):
-        bytes = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and "alias" not in str(function) and out._base is None:
-                self.bytes += out.untyped_storage().nbytes()
-            return out
-
     q = torch.empty(1, 1, 1, 1, dtype=torch.float16).expand(1, 32, tokens, 128)
     k = torch.empty(1, 1, 1, 1, dtype=torch.float16).expand(1, 8, tokens, 128)
     lse = torch.empty(1, 1, 1).expand(1, 32, tokens) if given_lse else None
+    allocated = allocated_by_launcher(q, k, Spans(None, None, 1, tokens, 1), lse=lse)
+    assert tokens * 4 < allocated <= 4 * tokens * (32 + 2 * 8) + 2**24
+
+
+@pytest.mark.parametrize(("count", "tokens", "packed"), [(65_537, 3, False), (1024, 100, True), (64, 1000, True)])
+def test_extra_memory_of_many_short_sequences(count, tokens, packed):
+    """Scratch space of one piece per SM for each of 65,537 rows of 3 tokens would be 35 GB."""
+    batch, row = (1, count * tokens) if packed else (count, tokens)
+    q = torch.empty(1, 1, 1, 1, dtype=torch.float16).expand(batch, 32, row, 128)
+    k = torch.empty(1, 1, 1, 1, dtype=torch.float16).expand(batch, 8, row, 128)
+    bounds = torch.zeros(count + 1, dtype=torch.int32)
+    spans = Spans(bounds[:-1], bounds[1:], count, row, 1) if packed else Spans(None, None, count, row, batch)
+    tiles = 256 * (count * tokens // 256 + count)
+    # The log-sum-exp and the sums in whole tiles, and up to 8.25 further pieces per tile of 256 keys (G = 4).
+    assert allocated_by_launcher(q, k, spans) <= 4 * tiles * (32 + 8 * (1 + 8.25)) + 4 * count * tokens + 2**20
+
+
+def allocated_by_launcher(q, k, spans, **options):
+    """Bytes of all tensors that the Triton launcher makes."""
+
+    class Counter(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.storages = {}
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.storages[out.untyped_storage().data_ptr()] = out.untyped_storage()  # kept, so that no address comes twice
+            return out
+
     with Counter() as counter:
-        launch_nothing(q, k, Spans(None, None, 1, tokens, 1), lse=lse)
-    assert tokens * 4 < counter.bytes <= 4 * tokens * (32 + 2 * 8) + 2**24
+        launch_nothing(q, k, spans, **options)
+    for tensor in (q, k, *options.values()):
+        if tensor is not None:
+            counter.storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in counter.storages.values())
 
 
 KERNELS = (
-    ("plan", "_count_kernel"),
-    ("plan", "_place_kernel"),
+    ("plan", "_count_tiles_kernel"),
+    ("plan", "_place_tiles_kernel"),
     ("attention", "_row_lse_kernel"),
     ("attention", "_column_sum_kernel"),
     ("attention", "_lay_out_kernel"),
