@@ -17,6 +17,11 @@ OURS = "ours"
 NO_TIME = "not run: the time given to this run was over"
 
 
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
 def _first_call(run: Run, check: Callable[[Any], float | None]) -> tuple[str | None, float, float | None]:
     """Why `run` cannot be timed, if so; the seconds of its first call, in which it compiles; and its error / allowed error."""
     start = time.perf_counter()
@@ -26,8 +31,7 @@ def _first_call(run: Run, check: Callable[[Any], float | None]) -> tuple[str | N
         seconds = time.perf_counter() - start
         used = check(result)
     except Exception as error:  # a peer may fail in any way; the reason is recorded
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0][:200] if lines else ''}", 0.0, None
+        return _reason(error), 0.0, None
     if used is not None and not used <= 1:  # NaN is wrong too
         return f"wrong result: {used:.3g} times the allowed error", seconds, used
     return None, seconds, used
@@ -80,7 +84,19 @@ def compare(
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
 
-    for name, timing in side_by_side(works, rounds, seconds).items():
+    failed: dict[str, Exception] = {}
+    timings = side_by_side(works, rounds, seconds, failed)
+    peaks: dict[str, int] = {}
+    for name in timings:
+        try:
+            peaks[name] = peak_memory(works[name])
+        except Exception as error:  # memory that was enough before
+            failed[name] = error
+    for name, error in failed.items():
+        skip(name, _reason(error))
+    for name, timing in timings.items():
+        if name in failed:
+            continue
         more = dict((facts or {}).get(name, {}))
         flops = more.pop("flops", None)
         if flops:
@@ -98,7 +114,7 @@ def compare(
             ms_low=timing.low * 1e3,
             ms_high=timing.high * 1e3,
             rounds=timing.rounds,
-            peak_bytes=peak_memory(works[name]),
+            peak_bytes=peaks[name],
             **fields[name],
             **more,
         )

@@ -67,15 +67,32 @@ def _seconds(function: Callable[[], Any]) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def side_by_side(functions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = 8.0) -> dict[str, Timing]:
+def side_by_side(
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    seconds: float = 8.0,
+    failed: dict[str, Exception] | None = None,
+) -> dict[str, Timing]:
     """How long each function takes, once it has been called before. One that would need more than `seconds` for all rounds
-    runs in fewer, at least one."""
-    wanted = {name: min(rounds, max(1, int(seconds / max(_seconds(function), 1e-6)))) for name, function in functions.items()}
+    runs in fewer, at least one. One that raises is left out and goes into `failed`, where that is given."""
+    wanted: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds):
+    for turn in range(-1, rounds):
         for name, function in functions.items():
-            if turn < wanted[name]:
-                times[name].append(_seconds(function))
+            if name not in times or turn >= wanted.get(name, rounds):
+                continue
+            try:
+                elapsed = _seconds(function)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[name] = error
+                del times[name]
+                continue
+            if turn < 0:
+                wanted[name] = min(rounds, max(1, int(seconds / max(elapsed, 1e-6))))
+            else:
+                times[name].append(elapsed)
     return {name: Timing(statistics.median(values), min(values), max(values), len(values)) for name, values in times.items()}
 
 

@@ -1,5 +1,6 @@
 """`make gpu-test`: the tests that need a GPU, in parallel processes because most of their time is compilation, then the
-sanitizer. Runs all parts, then exits with 1 if any failed. Five files in the folder of results, whatever happens:
+sanitizer. Runs all parts, then exits with 1 if any failed. Five files in the folder of results (summary.txt alone where no
+test could be collected):
 
 - tests.xml (JUnit) and tests.log of all processes,
 - memcheck.log and racecheck.log, or the reason why there is none,
@@ -71,8 +72,10 @@ def run_tests(ids: list[str], results: Path, seconds: float) -> list[str]:
         save_logs()
         suites = ET.Element("testsuites")
         for report in reports:
-            if report.is_file() and report.stat().st_size:
+            try:
                 suites.extend(ET.parse(report).getroot().iter("testsuite"))
+            except (OSError, ET.ParseError):
+                continue  # killed before it was written: its process counts as failed
     ET.ElementTree(suites).write(results / "tests.xml", encoding="utf-8")
     count = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")}
     *tests, script = (process.returncode == 0 for process, _ in running)
@@ -111,7 +114,12 @@ def main() -> int:
     arguments.results.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * arguments.minutes
     summary = arguments.results / "summary.txt"
-    lines = run_tests(collect(arguments.selection or ["tests", "-m", "gpu"]), arguments.results, 60 * (arguments.minutes - 2))
+    try:
+        ids = collect(arguments.selection or ["tests", "-m", "gpu"])
+    except SystemExit as error:
+        summary.write_text(f"tests: FAILED: {error}\n")
+        raise
+    lines = run_tests(ids, arguments.results, 60 * (arguments.minutes - 2))
     summary.write_text("\n".join(lines) + "\n")
     for tool, left in (("memcheck", 2), ("racecheck", 1)):
         lines.append(sanitize(tool, arguments.results, (end - time.monotonic()) / left))

@@ -516,10 +516,14 @@ HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128, 192, 256, 512)
 
 
 def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
-    """Both passes for every head dim: plain, with a window and every option that goes with it, and with a softcap on top; and
-    the small kernels. All for a stride of 1 along the head dim, see `entra_kernels/_triton/aot.py`."""
+    """Both passes for every head dim: plain, with a window and every option that goes with it, and with a softcap on top; for
+    some also with what needs no other launch size than plain; and the small kernels.
+
+    All for a stride of 1 along the head dim, see `entra_kernels/_triton/aot.py`."""
     for head_dim in HEAD_DIMS:
-        for variant in ("", " window", " window softcap"):
+        for variant in ("", " sinks per head packed", " window", " window softcap"):
+            if variant == " sinks per head packed" and head_dim not in (64, 128, 256):
+                continue
             for kernel, name in ((_row_lse_kernel, "row_lse"), (_column_sum_kernel, "column_sum")):
                 softcap, window = "softcap" in variant, "window" in variant
                 size = attention_launch(head_dim, 4, 4 if dtype == "fp32" else 2, chip, options=window)
@@ -531,15 +535,17 @@ def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
                     "WIDE": False,
                     "q_stride_dim": 1,
                     "k_stride_dim": 1,
-                    "PACKED": window,
+                    "PACKED": variant != "",
                     "SOFTCAP": softcap,
                     "WINDOW": window,
                     "FLIPPED": False,
-                    "PER_HEAD": window,
+                    "PER_HEAD": variant != "",
                     "AHEAD": size.ahead,
                 }
+                if not variant:
+                    values["sinks"] = None
                 if not window:
-                    values |= {"sinks": None, "weights": None}
+                    values["weights"] = None
                 pointers = {"q": f"*{dtype}", "k": f"*{dtype}", "sinks": f"*{dtype}"}
                 pointers |= dict.fromkeys(("negative_lse", "weights", "partial_out"), "*fp32")
                 pointers |= dict.fromkeys(("tiles", "pieces", "spans"), "*i32")

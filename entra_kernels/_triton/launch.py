@@ -108,7 +108,8 @@ def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *
     """The launch size of both attention passes for a head dim, G heads per kv head, bytes per element, and a chip.
 
     `options` says whether there is a window, a softcap or row weights. What stands behind each choice are static counts: of
-    the compiled inner loop (instructions per score, column pass / row pass, bfloat16, Triton 3.7.1) and of the registers and
+    the compiled inner loop (instructions per score, column pass / row pass, bfloat16, Triton 3.7.1; 3.6 takes a little less
+    and spills nowhere up to D = 128 either) and of the registers and
     the shared memory that decide how many programs share an SM. benchmarks/README.md has the table, and
     `python -m entra_kernels._triton.sass` makes it; `python -m entra_kernels._triton.tune` times the alternatives on a GPU.
 

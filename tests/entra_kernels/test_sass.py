@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -218,3 +219,16 @@ def test_the_table_replaces_the_one_between_the_markers():
 def test_a_tile_that_is_none_is_refused():
     with pytest.raises(ValueError, match="--tile '128x64' must be RESIDENTxSTREAMEDxWARPSxSTAGES"):
         sass.resized(None, "128x64")
+
+
+def test_the_printed_table_is_of_the_launch_sizes_in_use():
+    """Kernel, chip, tile, warps and stages of each row; what was counted is for `make static-proof` to renew."""
+    text = (Path(__file__).parents[2] / "benchmarks/README.md").read_text()
+    section = text.partition(sass.BEGIN)[2].partition(sass.END)[0]
+    printed = [row.split(" | ")[:5] for row in section.splitlines() if re.match(r"\| [a-z_]+ ?.* \| (sm_|gfx)", row)]
+    expected = [
+        [f"| {case.label}", aot.CHIPS[job.chip].arch, sass.tile_of(case), str(case.num_warps), str(case.num_stages)]
+        for job in aot.jobs(sass.SHOWN)
+        for case in (job.case(),)
+    ]
+    assert printed == expected, "run: make static-proof"
