@@ -237,6 +237,9 @@ def _sampled_sums(
             if softcap is not None:
                 scores.div_(softcap).tanh_().mul_(softcap)
             scores.masked_fill_(hidden, -math.inf)
+            if lse is None and sinks is None:
+                received += torch.softmax(scores, dim=-1).sum(dim=0)
+                continue
             total = scores.logsumexp(dim=-1) if lse is None else lse[head, rows]
             if sinks is not None:
                 total = torch.logaddexp(total, sinks[head, None])
