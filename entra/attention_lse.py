@@ -4,7 +4,7 @@ Fused attention keeps the log-sum-exp of every query for its backward. transform
 
 - SDPA and flash-attn run as operations that torch's dispatcher knows (`OPERATIONS`). A dispatch mode around the one call sees
   them, with their arguments, and asks those that leave the log-sum-exp out of an inference for it. Which kernel runs is decided
-  before the operation is called, so the output stays bit-identical.
+  before the operation is called, so the output stays bit-identical (on CUDA a test asks each backend; it has not run yet).
 - FlexAttention returns it, but transformers rounds it to the dtype of v. In bfloat16 an LSE of 10 is off by up to 0.02, and so
   every probability by 2 %: only an unrounded one is taken. It must not run inside a dispatch mode, which turns torch.compile
   off.
@@ -36,7 +36,7 @@ OPERATIONS = frozenset(
         "flash_attn_3::fwd",
     }
 )
-"""Operations whose second output is the natural log-sum-exp, [B, H, N] (cuDNN: [B, H, N, 1]), at most with more rows behind."""
+"""Operations whose second output is the natural log-sum-exp, [B, H, N] (cuDNN: [B, H, N, 1]), possibly padded to more rows."""
 
 OBSERVABLE = frozenset({"sdpa", "flash_attention_2", "flash_attention_3"})
 """transformers' names of the attention functions that may run inside `LseObserver`; any other may hold a torch.compile."""

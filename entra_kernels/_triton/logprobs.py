@@ -386,6 +386,9 @@ def fused_is_faster(rows: int, channels: int, vocabulary: int, element_size: int
     So, at V = 131,072, chunked wins with more than 175 rows and from about C = 3,000 on. Float32 is always fused: 87 % of the
     instructions in its inner loop are FMAs already (compiled for sm_90), and cuBLAS would round to TF32 where the process
     allows it.
+
+    The bare product of the first line takes 11.1 ms: 81 % of its rate are sure, and what is above that must come out of the L2
+    cache, which is where a chunk's last written part still lies when it is read.
     """
     if element_size == 4:
         return True

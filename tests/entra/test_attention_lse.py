@@ -200,7 +200,7 @@ def test_cuda_operations_are_asked_for_their_lse(
     torch.testing.assert_close(captured.incoming, own, rtol=0, atol=SLACK * own.max().item())
 
 
-# The schemas are those of flash-attn 2.8 (flash_attn/flash_attn_interface.py) and flash-attn 3 (hopper/flash_api.cpp, hopper/
+# The schemas are those of flash-attn 2 (flash_attn/flash_attn_interface.py) and flash-attn 3 (hopper/flash_api.cpp, hopper/
 # flash_attn_interface.py), read there; the arguments of flash-attn 3 that are passed as None here are left out of its tail.
 _FLASH_ATTN_SCHEMAS = {
     "flash_attn::_flash_attn_forward": (
