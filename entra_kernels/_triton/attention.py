@@ -301,9 +301,7 @@ def _column_sum_kernel(
     q_head = q + batch * q_stride_batch + kv_head * group * q_stride_head + start * q_stride
     lse_head = negative_lse + (kv_head * group * slots + first_slot) * RESIDENT
     if PER_HEAD:
-        partial_out += (entry * kv_heads + kv_head) * group * RESIDENT
-    else:
-        partial_out += (entry * kv_heads + kv_head) * RESIDENT
+        partial_out += tl.program_id(0).to(tl.int64) * group * RESIDENT
     sums = tl.zeros((RESIDENT,), tl.float32)
     for _ in tl.range(0, group, disable_licm=True):  # hoisting out of it spills
         sums = _scan_queries(
@@ -329,7 +327,8 @@ def _column_sum_kernel(
         q_head += q_stride_head
         lse_head += slots * RESIDENT
     if not PER_HEAD:
-        tl.store(partial_out + tl.arange(0, RESIDENT), sums)
+        # Not computed before the loops, which would hold it in registers.
+        tl.store(partial_out + tl.program_id(0).to(tl.int64) * RESIDENT + tl.arange(0, RESIDENT), sums)
 
 
 @triton.jit(do_not_specialize=["slots", "rows"])
