@@ -78,7 +78,7 @@ def test_score_batch(results, once, build):
         case,
         runs,
         rounds=by_size(tiny=2, small=5, full=7),
-        seconds=by_size(tiny=1, small=8, full=8),
+        seconds=by_size(tiny=1, small=20, full=8),
         tokens=TOKENS,
     )
     once(runs["ours"])
