@@ -27,7 +27,7 @@ def planned(lengths, *, kv_heads=8, group=4, window=None, resident=256, streamed
     return tables, tiles, pieces
 
 
-SKEWED = [4096, 300, 1, 0, 1025, 257, 256, 64, *range(0, 1000, 90)]
+SKEWED = [4096, 300, 1, 0, 1025, 257, 256, 64, *range(0, 1008, 18)]  # 64 sequences
 
 
 @pytest.mark.parametrize("lengths", [[1000], [1], [0], [5, 0, 700, 256, 257], SKEWED], ids=["one", "1", "0", "five", "skewed"])
