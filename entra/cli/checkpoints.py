@@ -61,6 +61,17 @@ def checkpoint_to_resume(folder: Path, wish: str | bool | None, settings: Mappin
     return last
 
 
+def is_finished(checkpoint: Path, max_steps: int, epochs: float) -> bool:
+    """Whether a whole checkpoint has all steps of a run of `max_steps` steps, or with max_steps <= 0 of so many epochs.
+
+    The trainer would make one step more.
+    """
+    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    if max_steps <= 0:
+        max_steps = state["max_steps"] if state["num_train_epochs"] >= epochs else state["global_step"] + 1
+    return bool(state["global_step"] >= max_steps)
+
+
 def record(folder: Path, settings: Mapping[str, Any]) -> None:
     """Note the settings of a run that begins."""
     folder.mkdir(parents=True, exist_ok=True)

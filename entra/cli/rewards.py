@@ -88,7 +88,9 @@ def _function(name: str, columns: Sequence[str] | None) -> RewardFunction:
     elif "." in name:
         function = _imported(name)
     else:
-        raise CommandError(f"unknown reward function {name!r}; {nearest_of(name, _NAMES)} Or give a path: package.module.function")
+        raise CommandError(
+            f"unknown reward function {name!r}; give a path (package.module.function) or a name: {nearest_of(name, _NAMES)}"
+        )
     if columns is not None:
         needed = [n for n in _required(function) if n not in columns and n not in _FROM_TRAINER]
         if needed:

@@ -13,12 +13,12 @@ Decisions taken here:
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import math
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from entra.cli import CommandError, one_line, refuse
-from entra.cli.checkpoints import checkpoint_to_resume, last_checkpoint, record
+from entra.cli.checkpoints import checkpoint_to_resume, is_finished, last_checkpoint, record
 from entra.cli.flags import add_flags
 from entra.cli.rewards import check_weights, reward_functions
 from entra.cli.training_data import Problems, load_data
@@ -139,14 +139,19 @@ def run(options: argparse.Namespace) -> None:
     missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(f"training needs {', '.join(missing)}: pip install 'entra[train]'")
+    # Of transformers about TRL: nothing that a user of either could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     command = _parse(options.rest)
-    arguments = command.arguments
+    arguments, settings = command.arguments, command.settings()
     folder = Path(arguments.output_dir)
-    checkpoint = checkpoint_to_resume(folder, arguments.resume_from_checkpoint, command.settings())
+    checkpoint = checkpoint_to_resume(folder, arguments.resume_from_checkpoint, settings)
+    if checkpoint is not None and is_finished(checkpoint, arguments.max_steps, arguments.num_train_epochs):
+        print(f"{folder} is finished: all steps are done, the model is in {checkpoint}", file=sys.stderr)
+        return
     trainer = _trainer(command)
     if trainer.accelerator.is_main_process:
         if checkpoint is None:
-            record(folder, command.settings())
+            record(folder, settings)
         else:
             print(f"going on from {checkpoint}", file=sys.stderr)
     try:
@@ -257,7 +262,7 @@ def _trainer(command: _Run) -> Any:
     check_weights(arguments.reward_weights)
     with arguments.main_process_first(desc="making the model folder"):
         name = _model_folder(command.model.model_name_or_path, Path(arguments.output_dir))
-    chat = functools.partial(_has_chat_template, name, command.model.model_revision, arguments.trust_remote_code)
+    chat = _has_chat_template(name, command.model.model_revision, arguments.trust_remote_code)
     problems = Problems(options.tasks, options.problems, options.eval_problems, options.problem_seed, chat)
     data = load_data(command.script, command.mixture, problems, arguments.eval_strategy != "no")
     guards = {guard: getattr(options, guard) for guard in _GUARDS}
@@ -309,18 +314,18 @@ def _model_folder(name: str, output: Path) -> str:
 def _has_chat_template(model: str, revision: str, trust_remote_code: bool) -> bool:
     from transformers import AutoTokenizer
 
-    with _told():
+    with _told(f"cannot load --model_name_or_path {model}: "):
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     return tokenizer.chat_template is not None
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Inside, what TRL, transformers and the configs refuse is a CommandError."""
+def _told(what: str = "") -> Iterator[None]:
+    """Inside, what TRL, transformers and the configs refuse is a CommandError that begins with `what`."""
     try:
         yield
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise CommandError(one_line(error)) from error
+        raise CommandError(what + one_line(error)) from error
 
 
 def _summary(state: Any, folder: Path, seconds: float) -> str:

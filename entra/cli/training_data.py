@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ class Problems(NamedTuple):
     train: int
     test: int
     seed: int
-    chat: Callable[[], bool]
+    chat: bool
     """Whether the model takes chat messages."""
 
 
@@ -67,9 +67,11 @@ def _problems(problems: Problems, evaluate: bool) -> dict[str, Any]:
         raise CommandError(f"--problems {problems.train} and --eval_problems {problems.test} must be at least 1")
     held_out = problems.test if evaluate else 0
     try:
-        both = load_problems(problems.tasks, problems.train + held_out, seed=problems.seed, chat=problems.chat())
+        both = load_problems(problems.tasks, problems.train + held_out, seed=problems.seed, chat=problems.chat)
     except (ImportError, ValueError) as error:
         raise CommandError(one_line(error)) from error
+    if not evaluate:
+        return {"train": both}
     # The tasks take turns, so the last rows hold all of them.
     return {"train": both.select(range(problems.train)), "test": both.select(range(problems.train, len(both)))}
 
