@@ -5,7 +5,7 @@ Decisions taken here:
 - A row carries the whole reasoning-gym entry as JSON, because scorers look at the question and the metadata, whose structure
   differs from task to task and fits no common Arrow type. A task whose scorer does not accept its own answer after that (tuples
   become lists) is refused when the dataset is made.
-- All problems of a dataset are different, so that a split of it has no problem on both sides. reasoning-gym draws problem i from
+- All problems of a dataset are different, so that a split of it has none on both sides. reasoning-gym draws problem i from
   `seed + i`: two datasets with neighbouring seeds would share most of theirs.
 - The instruction stands in the user's message: not every chat template knows a system role.
 - Some of reasoning-gym's scorers evaluate the answer as Python (n_queens, spiral_matrix, binary_matrix, string_insertion) or
@@ -63,7 +63,7 @@ def load_problems(
         from datasets import Dataset
     except ImportError:
         raise ImportError("a dataset of problems needs datasets: pip install 'entra[train]'") from None
-    options = tasks if isinstance(tasks, Mapping) else dict.fromkeys(tasks, {})
+    options = tasks if isinstance(tasks, Mapping) else {task: {} for task in tasks}
     share = -(-size // len(options))
     columns = [_rows(task, options[task] or {}, share, seed, chat) for task in options]
     rows = [row for turn in zip(*columns, strict=True) for row in turn][:size]
@@ -74,7 +74,7 @@ def reasoning_gym_reward(completions: Sequence[Any], entry: Sequence[str], **col
     """A TRL reward function: each completion's `extract_answer`, scored by its task's own scorer.
 
     Between 0 and 1: 1 is right; many tasks give a little for an answer in the right form, or for one with more around it than
-    asked. An answer on which a scorer stumbles (some raise on text that is no number) is wrong: 0.
+    asked. No answer is worth 0, and so is one on which a scorer stumbles (some raise on text that is no number).
 
     Args:
         completions: text or chat messages.
@@ -145,6 +145,8 @@ def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
 
 def _score(answer: str, entry: dict[str, Any]) -> float:
     scorer = _scorer(entry["metadata"]["source_dataset"])
+    if not answer:
+        return 0.0
     try:
         return min(max(float(scorer(answer, entry)), 0.0), 1.0)
     except Exception:  # of int(), json.loads() or numpy, on text from the policy; an answer that cannot be read is not right

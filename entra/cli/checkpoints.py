@@ -18,7 +18,18 @@ from entra.cli.output import flat, json_value, write_whole
 _RECORD = "entra_train.json"
 _STATE = "trainer_state.json"  # which the trainer writes last
 _FREE = (
-    *("output_dir", "resume_from_checkpoint", "run_name", "project", "report_to", "trackio", "hub", "push_to_hub", "log", "save"),
+    *(
+        "output_dir",
+        "resume_from_checkpoint",
+        "run_name",
+        "project",
+        "report_to",
+        "trackio",
+        "hub",
+        "push_to_hub",
+        "log",
+        "save",
+    ),
     *("eval", "do_", "num_completions_to_print", "disable_tqdm", "dataloader", "max_steps", "num_train_epochs", "local_rank"),
     *("ddp", "fsdp", "deepspeed", "use_cpu", "vllm_server", "vllm_group", "vllm_gpu", "verify"),
 )
@@ -37,7 +48,7 @@ def checkpoint_to_resume(folder: Path, wish: str | bool | None, settings: Mappin
 
     Args:
         folder: of the checkpoints.
-        wish: `--resume_from_checkpoint`: None: the last one, if the settings are still the same; true: the last one in any case;
+        wish: `--resume_from_checkpoint`: None: the last one, if the settings are still the same; true: the last one anyway;
             false: begin, which a folder with checkpoints refuses; else the checkpoint's folder.
         settings: of this run.
 
@@ -55,7 +66,9 @@ def checkpoint_to_resume(folder: Path, wish: str | bool | None, settings: Mappin
             raise CommandError(f"--resume_from_checkpoint true, but {folder} has no checkpoint; leave it out to begin")
         return None
     if wish is False:
-        raise CommandError(f"{folder} has {last.name}, which a run from the start would mix with its own; use another --output_dir")
+        raise CommandError(
+            f"{folder} has {last.name}, which a run from the start would mix with its own; use another --output_dir"
+        )
     if wish is None:
         _check(folder, last, settings)
     return last

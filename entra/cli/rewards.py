@@ -94,10 +94,8 @@ def _function(name: str, columns: Sequence[str] | None) -> RewardFunction:
     if columns is not None:
         needed = [n for n in _required(function) if n not in columns and n not in _FROM_TRAINER]
         if needed:
-            raise CommandError(
-                f"reward function {name} needs the column {needed[0]!r}; the dataset has {', '.join(columns)}"
-            )
-    return function  # type: ignore[no-any-return]
+            raise CommandError(f"reward function {name} needs the column {needed[0]!r}; the dataset has {', '.join(columns)}")
+    return function
 
 
 def _trl_reward(name: str) -> RewardFunction:
@@ -107,7 +105,7 @@ def _trl_reward(name: str) -> RewardFunction:
         raise CommandError(f"{name} needs math-verify: pip install math-verify")
     found = getattr(trl.rewards, name)
     # The numbers of `trl grpo`.
-    return found(max_completion_len=1280, soft_punish_cache=256) if name.startswith("get_") else found  # type: ignore[no-any-return]
+    return found(max_completion_len=1280, soft_punish_cache=256) if name.startswith("get_") else found
 
 
 def _imported(path: str) -> RewardFunction:
@@ -121,7 +119,7 @@ def _imported(path: str) -> RewardFunction:
         raise CommandError(f"cannot import the reward function {path}: {one_line(error)}") from error
     if not callable(function) or inspect.isclass(function):
         raise CommandError(f"{path} is a {type(function).__name__}, not a reward function or a callable object")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _required(function: RewardFunction) -> list[str]:

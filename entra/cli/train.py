@@ -3,8 +3,8 @@
 Decisions taken here:
 
 - Every option of TRL's ScriptArguments, GRPOConfig (or RLOOConfig), ModelConfig and DatasetMixtureConfig is a flag of the same
-  name with the same meaning, parsed by TRL's own parser. Those of ScoreConfig and of this command come beside them. There is one
-  `chat_template_kwargs`, TRL's: prompts are scored as they are generated from.
+  name with the same meaning, parsed by TRL's own parser. Those of ScoreConfig and of this command come beside them. Only one
+  `chat_template_kwargs` is there, TRL's: prompts are scored as they are generated from.
 - The same command again goes on from the last checkpoint, as with `entra score` (`entra.cli.checkpoints`).
 - "smollm2" is written out as an ordinary model folder first: TRL loads the reference model a second time, by name.
 - Without a GPU, `use_cpu` and float32 are the defaults; TRL's would stop with an error.
@@ -13,6 +13,7 @@ Decisions taken here:
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import math
 import shutil
@@ -39,8 +40,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 _USAGE = "entra train --model_name_or_path MODEL --dataset_name DATA --output_dir FOLDER [--config FILE] [OPTION ...]"
 _DESCRIPTION = """\
 Train with GRPO or RLOO and ENTRA rewards, scored by the policy itself. Options come from a YAML file (--config) and from flags,
-which win. By default right answers are rewarded, and right answers that do not repeat themselves more (reward functions: the gate,
-and "entra" behind it). Checkpoints go to --output_dir every --save_steps; a run that was stopped, in whatever way, goes on from
+which win. By default right answers are rewarded, and more so when they do not repeat themselves (reward functions: the gate, and
+"entra" behind it). Checkpoints go to --output_dir every --save_steps; a run that was stopped, in whatever way, goes on from
 the last one when the same command is given again, and a command with other settings is refused. Several processes:
 accelerate launch -m entra.cli train ..., or torchrun -m entra.cli train ..."""
 
@@ -58,8 +59,8 @@ class TrainOptions:
     the gate and entra."""
 
     gate: str | None = None
-    """The reward function that "entra" is multiplied by, so that only right answers are paid for being concise: a name or path as
-    above, or "none". Default: reasoning_gym for its problems, accuracy_reward for a dataset with a column `solution`."""
+    """The reward function that "entra" is multiplied by, so that only right answers are paid for being concise: a name or path
+    as above, or "none". Default: reasoning_gym for its problems, accuracy_reward for a dataset with a column `solution`."""
 
     group_gate: float = 0.0
     """"entra" pays only where at least this share of the prompt's completions passes the gate. In [0, 1]; 0: everywhere."""
@@ -71,7 +72,7 @@ class TrainOptions:
     """Completions whose mean log P is lower get 0 from "entra": gibberish never repeats either. Default: no floor."""
 
     dead_band: float = 0.0
-    """Rewards of "entra" within one group that differ by less in all are set to their mean, so that noise gives no advantage."""
+    """Rewards of "entra" within a group that differ by less in all are set to their mean, so that noise gives no advantage."""
 
     skip_truncated: bool = False
     """Completions that were cut off are not scored by "entra"."""
@@ -277,7 +278,7 @@ def _trainer(command: _Run) -> Any:
             "dtype": command.model.dtype,
             **(arguments.model_init_kwargs or {}),
         }
-        trainer = {"grpo": entra.EntraGRPOTrainer, "rloo": entra.EntraRLOOTrainer}[options.trainer](
+        trainer: Any = {"grpo": entra.EntraGRPOTrainer, "rloo": entra.EntraRLOOTrainer}[options.trainer](
             model=name,
             reward_funcs=functions,
             args=arguments,
@@ -305,10 +306,23 @@ def _model_folder(name: str, output: Path) -> str:
             model, tokenizer = load_smollm2()
             unfinished = output / f"{name}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
-            model.save_pretrained(unfinished)
+            _ordinary(model).save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             unfinished.rename(folder)
     return str(folder)
+
+
+def _ordinary(model: Any) -> Any:
+    """The same weights in a model that can be saved: transformers takes one from a GGUF file for quantized, and refuses."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    ordinary = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    ordinary.load_state_dict(model.state_dict())
+    ordinary.generation_config = model.generation_config
+    return ordinary
 
 
 def _has_chat_template(model: str, revision: str, trust_remote_code: bool) -> bool:
