@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import math
 import shutil
 import sys
 import time
@@ -40,8 +39,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 _USAGE = "entra train --model_name_or_path MODEL --dataset_name DATA --output_dir FOLDER [--config FILE] [OPTION ...]"
 _DESCRIPTION = """\
 Train with GRPO or RLOO and ENTRA rewards, scored by the policy itself. Options come from a YAML file (--config) and from flags,
-which win. By default right answers are rewarded, and more so when they do not repeat themselves (reward functions: the gate, and
-"entra" behind it). Checkpoints go to --output_dir every --save_steps; a run that was stopped, in whatever way, goes on from
+which win. By default right answers are rewarded, and more so when they do not repeat themselves (reward functions: the gate and
+"entra"). Checkpoints go to --output_dir every --save_steps; a run that was stopped, in whatever way, goes on from
 the last one when the same command is given again, and a command with other settings is refused. Several processes:
 accelerate launch -m entra.cli train ..., or torchrun -m entra.cli train ..."""
 
@@ -349,6 +348,10 @@ def _summary(state: Any, folder: Path, seconds: float) -> str:
     if logged:
         names = [name for name in logged[-1] if name == "reward" or (name.startswith("rewards/") and name.endswith("/mean"))]
         for name in (*names, "completions/mean_length"):
-            before, after = (entry.get(name, math.nan) for entry in (logged[0], logged[-1]))
-            lines.append(f"  {name:<36} {before:10.4g} -> {after:.4g}")
+            before, after = (entry.get(name) for entry in (logged[0], logged[-1]))  # None: no completion was scored
+            lines.append(f"  {name:<36} {_number(before):>10} -> {_number(after)}")
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
