@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tiny_tokenizer import build_tokenizer
 import entra
 from entra.cli import main
 from entra.cli.checkpoints import last_checkpoint
-from entra.cli.train import _GUARDS, RECIPES, TrainOptions
+from entra.cli.train import _GUARDS, RECIPES, TrainOptions, _summary
 
 for package in ("trl", "datasets", "accelerate"):
     pytest.importorskip(package, reason=f"needs {package}: pip install 'entra[train]'")
@@ -252,6 +253,14 @@ def test_interrupted_says_how_to_go_on(model, here, capsys, monkeypatch):
     monkeypatch.setattr(entra.EntraGRPOTrainer, "training_step", interrupted)
     assert train(model) == 130
     assert "interrupted after 0 steps; there is no checkpoint yet" in capsys.readouterr().err
+
+
+def test_summary_where_no_completion_was_scored():
+    """Found with the recipe: where every completion is cut off, skip_truncated leaves none to average, and None is logged."""
+    logged = [{"reward": 0.5, "rewards/entra_reward/mean": value} for value in (None, 0.25)]
+    text = _summary(SimpleNamespace(log_history=logged, global_step=2), Path("out"), 3.0)
+    assert "rewards/entra_reward/mean" in text
+    assert " none -> 0.25" in text
 
 
 def test_help_names_every_option_of_ours(capsys):
