@@ -102,13 +102,14 @@ def token_signals(
         device = model.get_input_embeddings().weight.device
         budget = config.token_budget or (_CPU_TOKEN_BUDGET if device.type == "cpu" else _DEVICE_TOKEN_BUDGET)
         batches = _micro_batches([len(row) if n else 0 for row, n in zip(rows, last, strict=True)], budget)
+        # Asked before the first forward: a rank that waits here takes part in nobody's forward.
+        forwards = _most_forwards(len(batches)) if forwards_are_collective(model) else len(batches)
         for batch in batches:
             results = _forward(model, device, [rows[r] for r in batch], [last[r] for r in batch], config, inspector)
             for r, result in zip(batch, results, strict=True):
                 signals[r] = result
-        if forwards_are_collective(model):
-            for _ in range(_most_forwards(len(batches)) - len(batches)):
-                _forward(model, device, [[0, 0]], [1], config)
+        for _ in range(forwards - len(batches)):
+            _forward(model, device, [[0, 0]], [1], config)
     return signals
 
 
