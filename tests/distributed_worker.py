@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ _TIMEOUT = timedelta(seconds=120)
 
 
 def unequal_rows(rank: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and completions of a rank, as ids: 1 long and 6 short rows (7 forwards), or none that can be scored (no forward)."""
+    """Prompts and completions of a rank, as ids: 1 long row and 6 short ones (7 forwards), or none to score (no forward)."""
     completions = [[]] * 2
     if rank == 0:
         ids = torch.randint(5, 101, (150,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -91,12 +93,21 @@ def recorded_rewards(rank: int) -> list[Recorded]:
 
 
 def train(
-    folder: Path, model: nn.Module, rank: int, *, riding: bool = False, steps: int = STEPS, checkpoints: str | None = None, **options
+    folder: Path,
+    model: nn.Module,
+    rank: int,
+    *,
+    riding: bool = False,
+    steps: int = STEPS,
+    checkpoints: str | None = None,
+    resume: bool = False,
+    kill: bool = False,
+    fsdp: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a training saw; each scoring call looks at one prompt's completions, half of them on each rank.
 
     Riding: one generation serves two optimisation steps, so that TRL needs the old log-probs and makes a pass for them.
-    `checkpoints` is the folder to save them in, after each step; `options`: `resume`, `kill`.
+    `checkpoints` is the folder to save them in, after each step; `fsdp` the configuration for accelerate's sharding.
     """
     import trl
     from datasets import Dataset
@@ -122,6 +133,8 @@ def train(
         use_cpu=True,
         bf16=False,
         ddp_backend="gloo",
+        fsdp=fsdp is not None,
+        fsdp_config=fsdp,
         disable_tqdm=True,
     )
     tokenizer = build_tokenizer()
@@ -133,10 +146,10 @@ def train(
         args=args,
         train_dataset=Dataset.from_list([{"prompt": f"{10**i}+{i}="} for i in range(8)]),
         processing_class=tokenizer,
-        callbacks=[Killer()] if options.get("kill") else [],
+        callbacks=[Killer()] if kill else [],
         verify_every=1,
     )
-    trainer.train(resume_from_checkpoint=options.get("resume"))
+    trainer.train(resume_from_checkpoint=resume)
     return {
         "calls": {reward.__name__: reward.calls for reward in rewards},
         "log": [entry for entry in trainer.state.log_history if "reward" in entry],
@@ -199,7 +212,7 @@ def resume(folder: Path, rank: int) -> None:
 
 
 def fsdp2(folder: Path, rank: int) -> None:
-    """A policy that transformers shards as it loads it, which is FSDP2 that the Trainer takes as it is."""
+    """Both ways to FSDP2: a policy that transformers shards as it loads it, and one that accelerate shards."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -209,10 +222,29 @@ def fsdp2(folder: Path, rank: int) -> None:
     model = load()
     seen: dict[str, Any] = {"head": type(model.lm_head.weight).__name__, "unequal": score_unequal(model, rank)}
     seen["riding"] = train(folder, load(), rank, riding=True, steps=2)
-    seen["own_pass"] = train(folder, load(), rank, steps=2)
+    with _accelerate_shards_on_a_cpu():
+        fsdp = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
+        seen["own_pass"] = train(folder, build("qwen3"), rank, steps=2, fsdp=fsdp)
     seen["failure"] = failure(load(), rank)
     seen["disagreement"] = _disagreement(folder, model, rank)
     torch.save(seen, folder / f"fsdp2.{rank}.pt")
+
+
+@contextmanager
+def _accelerate_shards_on_a_cpu() -> Iterator[None]:
+    """Accelerate looks at FSDP only where it has found an accelerator, but nothing that it then does needs one."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    with mock.patch.object(AcceleratorState, "__init__", init):
+        yield
 
 
 def _disagreement(folder: Path, model: nn.Module, rank: int) -> str:
@@ -239,7 +271,7 @@ def _wait_for(file: Path) -> None:
 
 
 def zero3(folder: Path, rank: int) -> None:
-    """Scoring under DeepSpeed's ZeRO-3."""
+    """Scoring under DeepSpeed's ZeRO-3; written from its documentation and not run yet."""
     import deepspeed
 
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
