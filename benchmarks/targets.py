@@ -125,8 +125,7 @@ def _score_batch(case: str, limit: float) -> Callable[[Content], tuple[str, bool
 
 
 def _riding(content: Content) -> tuple[str, bool]:
-    name = "ours, riding: inside ENTRA's code"
-    share = find(content, "training step", "TRL makes a log-prob pass", name, "share_of_step")
+    share = find(content, "training step", "TRL makes a log-prob pass", "ours, riding: what ENTRA adds", "share_of_step")
     return f"{share:.2%}", share < 0.02
 
 

@@ -66,8 +66,12 @@ class Inspector(Protocol):
 
 
 def check_scorable(model: Any) -> None:
-    """Raises a ValueError when no layer of the model can be scored, a RuntimeError when it has no head."""
+    """Raises a ValueError when no layer of the model can be scored or it adds virtual tokens, a RuntimeError when it has no
+    head."""
     scored_layer(model)
+    adapters = getattr(model, "peft_config", {})
+    if isinstance(adapters, dict) and any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        raise ValueError("the adapter adds virtual tokens (prompt tuning), whose attention is not that of text; use LoRA, say")
     _head_of(unwrapped(model))
 
 

@@ -1,16 +1,18 @@
-"""`EntraReward`: from scores to a reward that is safe to optimise. Everything here is pure but the call to `score_batch`.
+"""`EntraReward`: from scores to a reward that is safe to optimise.
 
 r alone can be gamed: five distinct tokens score 1, gibberish never repeats, and group-scaled advantages blow up any spread,
 however small. Hence the options below; docs/method.md argues each.
 
 Under a trainer with several processes the rows of all of them are put together before groups are looked at, because a prompt's
-completions may be spread over ranks.
+completions may be spread over ranks. Rows of one prompt are one group: a reward function is told no more than that, so two rows
+of a dataset with the same prompt count as one.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import os
 import statistics
 from collections.abc import Callable, Hashable, Sequence
 from multiprocessing.context import get_spawning_popen
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entra.config import FLOAT32_MAX, ScoreConfig, check_integer, check_number, names_unknown_options
-from entra.encode import Encoder
+from entra.encode import Encoder, completion_text
 from entra.forward import unwrapped
 from entra.policy import resolve_policy
 from entra.score import Scores, score_batch
@@ -36,10 +38,11 @@ class EntraReward:
         trainer = trl.GRPOTrainer(reward_funcs=[entra.EntraReward(model=frozen, tokenizer=tok, gate=accuracy_reward)], ...)
 
     Picklable when its parts are, named, synchronous. Scores with a model of its own (a frozen scorer), or with the live policy
-    when `entra.bind_policy` is around `trainer.train()`.
+    in `entra.EntraGRPOTrainer`, or in any trainer when `entra.bind_policy` is around `trainer.train()`.
 
     Args:
-        model: a frozen scorer, as for `score_batch`; None: the bound policy.
+        model: a frozen scorer, as for `score_batch`; None: the live policy. With a tokenizer it scores the text, as the ids of
+            the policy may be others; without one, the ids that the trainer gives.
         tokenizer: its tokenizer.
         config: the options of the method; None: the defaults.
         gate: any TRL reward function, such as an accuracy reward. Each reward is multiplied by what it returns (at least 0), so
@@ -52,7 +55,8 @@ class EntraReward:
             to 0..1): brevity is paid for only where the policy can afford it. In [0, 1]; 0: off. Needs a gate.
         dead_band: rewards of one prompt's completions that differ by less than this in all are set to their mean, so that noise
             gives no advantage. 0: off.
-        skip_truncated: completions without an EOS at the end get None (not scored). Needs completion ids.
+        skip_truncated: completions without an EOS at the end get None (not scored). Needs completion ids, and a scorer with the
+            policy's EOS.
         name: how the trainer logs it.
 
     Raises:
@@ -77,7 +81,7 @@ class EntraReward:
         skip_truncated: bool = False,
         name: str = "entra_reward",
     ) -> None:
-        if gate is not None and (not callable(gate) or inspect.iscoroutinefunction(gate)):
+        if gate is not None and (not callable(gate) or isinstance(gate, torch.nn.Module) or _is_async(gate)):
             raise TypeError(
                 f"gate={gate!r} must be a synchronous reward function: called with prompts, completions and columns"
             )
@@ -87,9 +91,16 @@ class EntraReward:
             raise TypeError(f"name={name!r} must be text, under which the trainer logs the reward")
         if halve_at is not None:
             check_number("halve_at", halve_at, 1e-6, FLOAT32_MAX, "it is a number of redundant tokens")
+            if config is not None and (config.ranking_scope != "completion" or config.length_adjusted is not None):
+                raise ValueError(
+                    f"halve_at={halve_at} counts the redundant tokens of the completion as it is; it does not go with "
+                    f"ranking_scope={config.ranking_scope!r} or length_adjusted={config.length_adjusted}"
+                )
         check_number("group_gate", group_gate, 0.0, 1.0, "it is a share of a prompt's completions")
         if group_gate > 0 and gate is None:
             raise ValueError(f"group_gate={group_gate} needs a gate that tells which completions are right; pass gate=...")
+        if min_length is None:
+            raise TypeError("min_length=None must be a whole number of tokens; 0 for no minimum")
         check_integer("min_length", min_length, 0, "tokens")
         if min_mean_logprob is not None:
             check_number("min_mean_logprob", min_mean_logprob, -FLOAT32_MAX, 0.0, "it is a mean log-probability")
@@ -127,7 +138,7 @@ class EntraReward:
         scores = score_batch(
             prompts,
             completions,
-            completion_ids,
+            None if self._reads_text(completions) else completion_ids,
             model=self.model,
             tokenizer=self.tokenizer,
             config=self.config,
@@ -136,7 +147,13 @@ class EntraReward:
         mean_logprobs = [float(l.mean()) if l.numel() else -math.inf for l in scores.logprobs]
         lengths = [ids.numel() for ids in scores.token_ids]
         redundant = [_redundant_tokens(r, protected) for r, protected in zip(scores.rewards, scores.protected, strict=True)]
-        values = scores.rewards if self.halve_at is None else halved(redundant, self.halve_at)
+        values = scores.rewards
+        if self.halve_at is not None:
+            degenerate = self.config.degenerate_reward
+            values = [
+                degenerate if d is None and r is not None else halved(d, self.halve_at)
+                for r, d in zip(values, redundant, strict=True)
+            ]
         rewards = guarded(values, lengths, mean_logprobs, self.min_length, self.min_mean_logprob)
         allowed: list[float | None] = [1.0] * len(rewards)
         if self.gate is not None:
@@ -190,6 +207,15 @@ class EntraReward:
             )
         return vars(self)
 
+    def _reads_text(self, completions: Sequence[Any] | None) -> bool:
+        """Whether a scorer with a tokenizer of its own has text to read."""
+        if self.model is None or (self.tokenizer is None and not isinstance(self.model, str | os.PathLike)):
+            return False
+        try:
+            return completions is not None and all(completion_text(completion) is not None for completion in completions)
+        except (TypeError, ValueError):  # ids, or messages of a tool
+            return False
+
     def _without_truncated(self, rewards: list[float | None], completion_ids: Sequence[Any] | None) -> list[float | None]:
         if completion_ids is None:
             raise ValueError("skip_truncated=True needs completion_ids, whose last id tells whether the completion had ended")
@@ -199,15 +225,27 @@ class EntraReward:
         return [reward if encoder.has_ended(ids) else None for reward, ids in zip(rewards, completion_ids, strict=True)]
 
 
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
 def _checked_gate(values: Any, count: int) -> list[float | None]:
-    """The gate's values, one finite number or None for each completion."""
-    if not isinstance(values, Sequence) or len(values) != count:
-        got = f"{len(values)} values" if isinstance(values, Sequence) else repr(values)
-        raise ValueError(f"gate returned {got} for {count} completions; it must return a list with one number or None for each")
+    """The gate's values, one finite number or None for each completion: a list, an array or a tensor."""
+    rule = "it must return one number or None for each"
+    if isinstance(values, str) or not hasattr(values, "__len__"):
+        raise ValueError(f"gate returned {values!r} for {count} completions; {rule}")
+    if len(values) != count:
+        raise ValueError(f"gate returned {len(values)} values for {count} completions; {rule}")
+    checked: list[float | None] = []
     for i, value in enumerate(values):
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+        try:
+            number = None if value is None else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if number is not None and not math.isfinite(number):
             raise ValueError(f"gate returned {value!r} for row {i}; it must be a finite number, or None for not scored")
-    return list(values)
+        checked.append(number)
+    return checked
 
 
 def guarded(
@@ -225,9 +263,9 @@ def guarded(
     ]
 
 
-def halved(redundant: Sequence[float | None], at: float) -> list[float | None]:
+def halved(redundant: float | None, at: float) -> float | None:
     """`1 / (1 + redundant / at)`: 1 without redundant tokens, one half at `at` of them; None stays None."""
-    return [None if tokens is None else 1.0 / (1.0 + tokens / at) for tokens in redundant]
+    return None if redundant is None else 1.0 / (1.0 + redundant / at)
 
 
 def gated(rewards: Sequence[float | None], gate: Sequence[float | None]) -> list[float | None]:
@@ -301,8 +339,9 @@ def _from_all_ranks(rows: list[_Row], in_a_trainer: bool) -> tuple[slice, list[_
 
 
 def _redundant_tokens(reward: float | None, protected: Tensor) -> float | None:
-    """D = M (1 - r): 0 when none of the M unprotected tokens repeats, M when all are the same."""
-    return None if reward is None else int((~protected).sum()) * (1.0 - reward)
+    """D = M (1 - r): 0 when none of the M unprotected tokens repeats, M when all are the same; None where r means nothing."""
+    unprotected = int((~protected).sum())
+    return None if reward is None or unprotected <= 1 else unprotected * (1.0 - reward)
 
 
 def _members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:

@@ -101,7 +101,15 @@ class Rollout:
             incoming: float [R, N], of all positions.
             first: the position of the first completion token in every row.
             complete: [R], False for rows that the pass did not see whole (masked out); they are computed when asked for.
+
+        Raises:
+            RuntimeError: the pass saw other positions than those of the batch.
         """
+        if incoming.shape[1] != first + logprobs.shape[1]:
+            raise RuntimeError(
+                f"attention of {incoming.shape[1]} positions for {first + logprobs.shape[1]} tokens: the model adds tokens of "
+                "its own, and scores would belong to others; use a model that does not"
+            )
         self._recorded[_statistic(config)] = [
             TokenSignals(logprobs[r, :n].float(), incoming[r, first : first + n].float()) if whole else None
             for r, (whole, n) in enumerate(zip(complete, (len(row.completion) for row in self._sequences), strict=True))

@@ -90,7 +90,7 @@ def score_batch(
 
     Has the signature of a TRL reward function, so it is one: `reward_funcs=[accuracy_reward, entra.score_batch]`. Called by TRL
     (`trainer_state` is among the keywords), every other keyword is a dataset column and is left alone, whatever its name; the
-    policy is then the bound one (`entra.bind_policy`). For options under TRL use `entra.EntraReward`.
+    policy is then the bound one (`entra.EntraGRPOTrainer`, `entra.bind_policy`). For options under TRL use `entra.EntraReward`.
 
     Args:
         prompts: one per completion: text, chat messages, or token ids.
@@ -145,7 +145,8 @@ def score_batch(
     if policy is None and count and (logprobs is None or incoming is None):
         raise RuntimeError(
             "there is no model to score with; pass model=... (and tokenizer=... for text), or call inside "
-            "entra.bind_policy(model, tokenizer), or pass logprobs=... and incoming=..."
+            "entra.bind_policy(model, tokenizer) or entra.EntraGRPOTrainer, or pass logprobs=... and incoming=... (TRL's async "
+            "trainer runs rewards in a process without the policy: there model=... is the only way)"
         )
     rollout = None if policy is None or logprobs is not None or incoming is not None else policy.rollout
     if rollout is not None and rollout.holds(prompts, completion_ids):

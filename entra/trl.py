@@ -46,9 +46,15 @@ class _LivePolicy:
             raise ValueError(f"verify_on_breach={verify_on_breach!r} must be 'raise' or 'warn'")
         _check_arguments(inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
+        _check_tokenizer(self._tokenizer)  # type: ignore[attr-defined]
         _check_sharding(getattr(self.accelerator.state, "fsdp_plugin", None))  # type: ignore[attr-defined]
         check_scorable(self.model)  # type: ignore[attr-defined]
         self._entra_configs = _live_configs(self.reward_funcs)  # type: ignore[attr-defined]
+        if verify_every and not self._entra_configs:
+            raise ValueError(
+                f"verify_every={verify_every}, but there is nothing to verify: no reward function is entra.score_batch or a "
+                "live entra.EntraReward (a function that calls score_batch scores by a pass of its own); put one of them in"
+            )
         if self.beta == 0 and any(_is_ungated(reward) for reward in self.reward_funcs):  # type: ignore[attr-defined]
             warnings.warn(
                 "beta=0 and a live ENTRA reward without a gate: nothing holds the policy near where it started, and r alone is "
@@ -65,8 +71,10 @@ class _LivePolicy:
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         output: tuple[Any, ...] = super()._generate(prompts)  # type: ignore[misc]
+        if any(map(_has_images, prompts)) or any(self._tool_images(output)):
+            raise ValueError("a prompt or a tool's answer has images, but ENTRA scores text only; train with trl's own trainer")
         own = None if self._own_position is None else output[self._own_position]
-        self._entra_rollout = Rollout(self.model, self.processing_class, prompts, output[0], output[1], own)  # type: ignore[attr-defined]
+        self._entra_rollout = Rollout(self.model, self._tokenizer, prompts, output[0], output[1], own)  # type: ignore[attr-defined]
         self._entra_adapters = _adapters(self.model)  # type: ignore[attr-defined]
         return output
 
@@ -109,40 +117,39 @@ class _LivePolicy:
 
     def _config_to_ride_on(self, model: Any, kwargs: dict[str, Any]) -> ScoreConfig | None:
         """The config whose signals this pass can yield: one of the policy as it generated, over text, at temperature 1."""
-        config = next((c for c in self._entra_configs if c.ranking_scope == "completion"), None)
         if (
             torch.is_grad_enabled()
             or model is not self.model  # type: ignore[attr-defined]
             or self._entra_rollout is None
             or self._entra_rollout.is_recorded
             or self.temperature != 1.0  # type: ignore[attr-defined]
-            or any(kwargs.values())  # images, entropies, auxiliary loss
+            or any(value is not None and value is not False for value in kwargs.values())  # images, entropies, auxiliary loss
             or _adapters(model) != self._entra_adapters
             or _has_dropout(model)
         ):
             return None
-        return config
+        return next((config for config in self._entra_configs if config.ranking_scope == "completion"), None)
+
+    def _tool_images(self, output: tuple[Any, ...]) -> list[Any]:
+        return [] if self._own_position is None else output[-1] or []
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
-        if any(name in inputs[0] for name in ("image", "images")):
-            raise ValueError(
-                "the dataset has images, but ENTRA scores text only; train without ENTRA's trainer, or without images"
-            )
         rollout, self._entra_rollout = self._entra_rollout, None
         for config in self._entra_configs:
             if rollout is not None:
                 rollout.signals(config)
         if rollout is not None:
             self._verify(rollout)
-        with bound(Policy(self.model, self.processing_class, rollout)):  # type: ignore[attr-defined]
+        with bound(Policy(self.model, self._tokenizer, rollout)):  # type: ignore[attr-defined]
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
 
     def _verify(self, rollout: Rollout) -> None:
         self._entra_calls += 1
-        if not self._entra_verify_every or self._entra_calls % self._entra_verify_every or not self._entra_configs:
+        if not self._entra_verify_every or self._entra_calls % self._entra_verify_every:
             return
         row = self._entra_calls // self._entra_verify_every % len(rollout.sequences)
-        deviation = verify(rollout, row, self._entra_configs[0])
+        config = next((c for c in self._entra_configs if c.ranking_scope == "completion"), self._entra_configs[0])
+        deviation = verify(rollout, row, config)
         for name, value in deviation.metrics().items():
             self._log_metric(f"entra/verify/{name}", value)  # type: ignore[attr-defined]
         breach = deviation.breach()
@@ -167,7 +174,8 @@ class EntraGRPOTrainer(_LivePolicy, GRPOTrainer):
 
     Raises:
         ValueError: at construction: reward weights that are all zero, a tokenizer without EOS, a model whose attention cannot
-            be captured, FSDP1, an option outside its range.
+            be captured (also one with virtual tokens: prompt tuning), FSDP1, an option outside its range, nothing to verify.
+        RuntimeError: a model without a language-model head; while training, a breach of the error budget.
 
     Source: docs/training.md.
     """
@@ -194,13 +202,23 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
                 f"reward_funcs holds functools.partial(score_batch, {', '.join(reward.keywords)}), but under TRL score_batch "
                 "takes its keywords for dataset columns; use entra.EntraReward(config=...)"
             )
-    tokenizer = arguments.get("processing_class")
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if tokenizer is not None and tokenizer.eos_token_id is None:
+    if arguments.get("processing_class") is not None:
+        _check_tokenizer(getattr(arguments["processing_class"], "tokenizer", arguments["processing_class"]))
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no EOS token, so no completion would ever end and nothing could stand for a pad; "
-            "set tokenizer.eos_token (and pad_token) first"
+            "set tokenizer.eos_token (and pad_token) first, and pass it as processing_class"
         )
+
+
+def _has_images(prompt: Any) -> bool:
+    """Whether a chat prompt holds anything but text."""
+    contents = (message.get("content") for message in prompt) if isinstance(prompt, list) else ()
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return any(part.get("type") != "text" for part in parts)
 
 
 def _check_sharding(fsdp_plugin: Any) -> None:
@@ -241,8 +259,8 @@ def _adapters(model: Any) -> object:
 
 def _has_dropout(model: Any) -> bool:
     """Whether a forward in the model's present mode is random."""
-    return any(
-        module.training
-        and ((isinstance(module, torch.nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0) > 0)
-        for module in model.modules()
-    )
+    for module in model.modules():
+        p = module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        if module.training and isinstance(p, int | float) and p > 0:
+            return True
+    return False

@@ -82,6 +82,8 @@ def verify(rollout: Rollout, row: int, config: ScoreConfig) -> Deviation:
     if computed.logprobs.numel() == 0:  # a prompt of one token without completion
         return Deviation(())
     incoming = reference.incoming[-computed.incoming.numel() :]
+    if not bool(torch.isfinite(incoming).all() & torch.isfinite(reference.logprobs).all()):
+        return Deviation(())  # the model's own numbers are not; such a row gets no reward either
     checks = [
         Check("incoming", _relative(computed.incoming, incoming), reference.incoming_budget),
         Check("logprobs", _largest(computed.logprobs, reference.logprobs), reference.logprob_budget),

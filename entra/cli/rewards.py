@@ -58,16 +58,6 @@ def reward_functions(
     return functions
 
 
-def check_weights(weights: Sequence[float] | None) -> None:
-    """Refuse weights under which nothing is trained.
-
-    Raises:
-        CommandError: all of them are 0.
-    """
-    if weights and not any(weights):
-        raise CommandError(f"--reward_weights {' '.join(map(str, weights))}: all are 0, nothing is trained; weigh one reward")
-
-
 def _default_gate(columns: Sequence[str] | None) -> str:
     if columns is not None and "entry" in columns:
         return "reasoning_gym"

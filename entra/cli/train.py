@@ -30,7 +30,7 @@ import torch
 from entra.cli import CommandError, one_line, refuse
 from entra.cli.checkpoints import checkpoint_to_resume, is_finished, last_checkpoint, record
 from entra.cli.flags import add_flags
-from entra.cli.rewards import check_weights, reward_functions
+from entra.cli.rewards import reward_functions
 from entra.cli.training_data import Problems, load_data
 from entra.config import ScoreConfig, nearest_of
 
@@ -62,7 +62,7 @@ class TrainOptions:
     as above, or "none". Default: reasoning_gym for its problems, accuracy_reward for a dataset with a column `solution`."""
 
     halve_at: float | None = None
-    """"entra" is then 1 / (1 + D / h) with D redundant tokens, instead of r: a total, which filler cannot raise. Default: r."""
+    """"entra" is then 1 / (1 + D / h), with D redundant tokens, instead of r: filler raises it far less. Default: r."""
 
     group_gate: float = 0.0
     """"entra" pays only where at least this share of the prompt's completions passes the gate. In [0, 1]; 0: everywhere."""
@@ -262,7 +262,6 @@ def _trainer(command: _Run) -> Any:
     import entra
 
     arguments, options = command.arguments, command.options
-    check_weights(arguments.reward_weights)
     with arguments.main_process_first(desc="making the model folder"):
         name = _model_folder(command.model.model_name_or_path, Path(arguments.output_dir))
     chat = _has_chat_template(name, command.model.model_revision, arguments.trust_remote_code)

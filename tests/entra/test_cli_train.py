@@ -181,7 +181,7 @@ def test_killed_and_resumed_gives_the_same_model(model, here, capsys):
         pytest.param({"tasks": ["chain_sum"]}, "--tasks are of the dataset reasoning_gym", id="tasks-of-a-file"),
         pytest.param({"dataset_train_split": "sums"}, "no split 'sums'; it has train: use --dataset_train_split", id="split"),
         pytest.param({"eval_strategy": "steps"}, "no split 'test'; it has train: use --dataset_test_split", id="test-split"),
-        pytest.param({"reward_weights": [0.0, 0.0]}, "--reward_weights 0.0 0.0: all are 0", id="weights"),
+        pytest.param({"reward_weights": [0.0, 0.0]}, "reward_weights=[0.0, 0.0] are all zero", id="weights"),
         pytest.param({"group_gate": 0.5, "gate": "none"}, "group_gate=0.5 needs a gate", id="group-gate"),
         pytest.param({"min_length": 2.5}, "min_length=2.5 must be a whole number", id="type-in-yaml"),
         pytest.param({"protect_fraction": 2}, "protect_fraction=2 must be in [0, 1]", id="range"),

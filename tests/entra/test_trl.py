@@ -272,31 +272,42 @@ def test_the_reference_pass_of_an_adapter_is_not_taken_for_the_policy(tmp_path, 
     assert own_forwards == ([8] if num_iterations == 1 else [])
 
 
-def test_tokens_of_tools_are_neither_ranked_nor_counted(tmp_path, own_forwards):
+@pytest.mark.parametrize("num_iterations", [1, 2])
+@pytest.mark.parametrize("mask", [[1, 1, 0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]], ids=["inside", "at_the_end"])
+def test_tokens_of_tools_are_neither_ranked_nor_counted(tmp_path, own_forwards, num_iterations, mask):
+    ids = [10, 11, 50, 50, 50, 12, 13, 2]
     seen = {}
 
     def rollout(prompts, trainer):
-        ids = trainer.processing_class(prompts)["input_ids"]
-        completions = [[10, 11, 50, 50, 50, 12 + i, 13, 2] for i in range(len(prompts))]
         return {
-            "prompt_ids": ids,
-            "completion_ids": completions,
+            "prompt_ids": trainer.processing_class(prompts)["input_ids"],
+            "completion_ids": [ids] * len(prompts),
             "logprobs": [[0.0] * 8] * len(prompts),
-            "env_mask": [[1, 1, 0, 0, 0, 1, 1, 1]] * len(prompts),
+            "env_mask": [mask] * len(prompts),
         }
 
     def look(prompts, completions, completion_ids, **columns):
-        seen["scores"] = entra.score_batch(prompts, completions, completion_ids, details=True)
-        return seen["scores"].rewards
+        seen["own"] = entra.score_batch(prompts, completions, completion_ids, details=True)
+        seen["all"] = entra.score_batch(
+            prompts, completions, completion_ids, model=trainer.model, tokenizer=tokenizer(), details=True
+        )
+        return seen["own"].rewards
 
     trainer = trainer_of(
-        tmp_path, entra.EntraGRPOTrainer, [entra.EntraReward(), look], num_iterations=2, options={"rollout_func": rollout}
+        tmp_path,
+        entra.EntraGRPOTrainer,
+        [entra.EntraReward(), look],
+        num_iterations=num_iterations,
+        options={"rollout_func": rollout},
     )
     trainer.train()
-    assert own_forwards == []
-    for i, ids in enumerate(seen["scores"].token_ids):
-        assert ids.tolist() == [10, 11, 12 + i, 13]
-        assert seen["scores"].logprobs[i].numel() == 4
+    assert own_forwards == ([8] if num_iterations == 1 else [])
+    places = [i for i in range(7) if mask[i]]  # the EOS is dropped
+    for i, own in enumerate(seen["own"].token_ids):
+        assert own.tolist() == [ids[place] for place in places]
+        for name, tolerance in (("logprobs", LOGPROB_TOLERANCE), ("incoming", INCOMING_TOLERANCE)):
+            whole = getattr(seen["all"], name)[i]
+            torch.testing.assert_close(getattr(seen["own"], name)[i], whole[places], rtol=0, atol=tolerance)
 
 
 def test_a_wrapper_of_score_batch_with_other_prompts_gets_its_own_forward(tmp_path):
@@ -350,7 +361,7 @@ def test_mixed_precision_is_no_breach(tmp_path, family, iterations):
 def test_signals_recorded_at_the_wrong_place_end_the_run(tmp_path, monkeypatch):
     right = entra.rollout.Rollout.record
     monkeypatch.setattr(
-        entra.rollout.Rollout, "record", lambda self, c, l, mu, first, whole: right(self, c, l, mu, first - 1, whole)
+        entra.rollout.Rollout, "record", lambda self, c, l, mu, *rest: right(self, c, l, mu.roll(1, dims=1), *rest)
     )
     trainer = trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.score_batch], num_iterations=2, options={"verify_every": 1})
     with pytest.raises(RuntimeError, match="scored_incoming"):
@@ -397,6 +408,53 @@ def test_tokenizer_without_eos(tmp_path):
     bare.eos_token = None
     with pytest.raises(ValueError, match="the tokenizer has no EOS token"):
         entra.EntraGRPOTrainer(model=build("qwen3"), reward_funcs=[entra.score_batch], processing_class=bare)
+
+
+def test_tokenizer_without_eos_beside_a_saved_model(tmp_path):
+    bare = tokenizer()
+    bare.eos_token = None
+    build("qwen3").save_pretrained(tmp_path)
+    bare.save_pretrained(tmp_path)
+    from datasets import Dataset
+
+    with pytest.raises(ValueError, match="the tokenizer has no EOS token"):
+        entra.EntraGRPOTrainer(
+            model=str(tmp_path),
+            train_dataset=Dataset.from_list(ROWS),
+            reward_funcs=[entra.score_batch],
+            args=trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[]),
+        )
+
+
+def test_prompt_tuning(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs PEFT")
+    virtual = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="the adapter adds virtual tokens"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.score_batch], options={"peft_config": virtual})
+
+
+def test_a_pass_over_other_positions_is_not_recorded():
+    rollout = entra.rollout.Rollout(build("qwen3"), tokenizer(), ["?"], [[5, 6]], [[7, 8]])
+    with pytest.raises(RuntimeError, match="attention of 7 positions for 4 tokens"):
+        rollout.record(entra.ScoreConfig(), torch.zeros(1, 2), torch.zeros(1, 7), 2, [True])
+
+
+def test_images_in_a_prompt():
+    class Generates:
+        def _generate(self, prompts):
+            return [[5]], [[6]], []
+
+    class Trainer(entra.trl._LivePolicy, Generates):
+        """A trainer without its construction."""
+
+    message = {"role": "user", "content": [{"type": "image", "image": None}, {"type": "text", "text": "1+1="}]}
+    with pytest.raises(ValueError, match="has images, but ENTRA scores text only"):
+        object.__new__(Trainer)._generate([[message]])
+
+
+def test_nothing_to_verify(tmp_path):
+    with pytest.raises(ValueError, match="verify_every=3, but there is nothing to verify"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [every_second], options={"verify_every": 3})
 
 
 def test_options_that_trl_would_take_for_columns(tmp_path):

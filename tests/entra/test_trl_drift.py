@@ -58,6 +58,9 @@ class TestOverriddenMethods:
         )
         rewards = text.index("self._calculate_rewards(inputs, prompts, completions, completion_ids_list)")
         assert first < policy < reference < rewards
+        # Rows that are masked out lose their attention mask, and text has no images.
+        assert "completion_mask = completion_mask * (~is_truncated)" in text
+        assert "if images is not None else None" in text
         # Left-padded prompts and right-padded completions, the completions last.
         assert "torch.cat([prompt_ids, completion_ids], dim=1)" in text
         assert "logits_to_keep = completion_ids.size(1)" in text
@@ -123,6 +126,20 @@ def test_transformers_looks_attention_up_by_the_config_of_the_module():
     text = source(modeling_qwen3.Qwen3Attention.forward)
     assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in text
     assert "self.config._attn_implementation" in text
+
+
+def test_the_version_of_fsdp_is_where_accelerate_keeps_it():
+    from accelerate import FullyShardedDataParallelPlugin
+
+    assert "fsdp_version" in FullyShardedDataParallelPlugin.__dataclass_fields__
+    assert "self.accelerator" in source(trl.GRPOTrainer)
+
+
+def test_what_the_command_line_uses():
+    assert {"return_remaining_strings", "separate_remaining_strings"} <= set(parameters(trl.TrlParser.parse_args_and_config))
+    assert callable(trl.get_dataset)
+    assert callable(trl.GRPOTrainer.end)
+    assert callable(trl.GRPOConfig.main_process_first)
 
 
 def test_configs_that_baselines_and_docs_name():
