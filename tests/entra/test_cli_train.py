@@ -24,6 +24,8 @@ from entra.cli.train import _GUARDS, RECIPES, TrainOptions, _summary
 for package in ("trl", "datasets", "accelerate"):
     pytest.importorskip(package, reason=f"needs {package}: pip install 'entra[train]'")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 REWARD = """
 def right(completions, solution, **columns):
     return [float(s in c) for c, s in zip(completions, solution, strict=True)]
@@ -119,6 +121,18 @@ def test_problems_of_reasoning_gym_with_rloo_and_evaluation(model, here):
     made_with = json.loads(Path("out/entra_train.json").read_text())
     assert made_with["config"]["attention_statistic"] == "lift"
     assert made_with["config"]["chat_template_kwargs"] == {"thinking": True}
+
+
+def test_two_processes(model, here):
+    Path("config.yaml").write_text(yaml.safe_dump(settings(model, per_device_train_batch_size=2, ddp_backend="gloo")))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "entra.cli", "train", "--config", "config.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("out: 2 steps, model saved") == 1
+    assert weights("out").keys() == weights(model).keys()
+    assert len(log_of("out")) == 2
 
 
 # Runs the command line in a process that kills itself with SIGKILL in the third step, before its checkpoint is whole.

@@ -18,6 +18,7 @@ import entra.rollout
 import entra.verify
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = [{"prompt": f"{'1+' * (i % 3)}{i}=", "answer": str(i), "model": "a column"} for i in range(8)]
 # Two forwards of one sequence under different padding, float32: some roundings of numbers up to about 10.
@@ -72,15 +73,6 @@ def tokenizer():
 def logged(trainer):
     trainer.train()
     return [entry for entry in trainer.state.log_history if "reward" in entry]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are so small that a second thread only waits, and on a busy machine for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
