@@ -5,11 +5,39 @@
 Importing this loads torch and nothing heavier: transformers, trl and triton load when they are used.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from entra.capture import capture_incoming_attention
 from entra.config import ScoreConfig
 from entra.policy import bind_policy
 from entra.reward import EntraReward
 from entra.score import Scores, score_batch
 
-__all__ = ["EntraReward", "ScoreConfig", "Scores", "bind_policy", "capture_incoming_attention", "score_batch"]
+if TYPE_CHECKING:
+    from entra.trl import EntraGRPOTrainer, EntraRLOOTrainer
+
+__all__ = [
+    "EntraGRPOTrainer",
+    "EntraRLOOTrainer",
+    "EntraReward",
+    "ScoreConfig",
+    "Scores",
+    "bind_policy",
+    "capture_incoming_attention",
+    "score_batch",
+]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("EntraGRPOTrainer", "EntraRLOOTrainer"):
+        raise AttributeError(f"module 'entra' has no attribute {name!r}")
+    try:
+        import entra.trl
+    except ModuleNotFoundError as error:
+        if error.name != "trl":
+            raise
+        raise ModuleNotFoundError(
+            f"entra.{name} needs TRL, which is not installed; pip install 'entra[train]'", name="trl"
+        ) from error
+    return getattr(entra.trl, name)

@@ -103,6 +103,8 @@ class Capture:
         self._backend = backend
         self._reuse_lse = reuse_lse
         self._result: tuple[Tensor, CapturedLayer] | None = None
+        self.inspect: Callable[[Tensor, Tensor, dict[str, Any]], None] | None = None
+        """Called with q [B, H, N, D], k [B, G, N, D] and the other arguments of `incoming_attention`, for `entra.verify`."""
 
     @property
     def incoming(self) -> Tensor:
@@ -182,20 +184,18 @@ class Capture:
         known = None if known_lse is None else known_lse(q, k, scale=scale, sliding_window=window, softcap=softcap)
         lse, lse_source = (None, None) if known is None else known
 
-        incoming = incoming_attention(
-            q,
-            k,
-            start=start,
-            length=length,
-            scale=scale,
-            sliding_window=window,
-            softcap=softcap,
-            sinks=sinks,
-            lse=lse,
-            row_weights=row_weights,
-            per_head=self._head_reduction == "max",
-            backend=self._backend,
-        )
+        options: dict[str, Any] = {
+            "start": start,
+            "length": length,
+            "scale": scale,
+            "sliding_window": window,
+            "softcap": softcap,
+            "sinks": sinks,
+            "row_weights": row_weights,
+        }
+        if self.inspect is not None:
+            self.inspect(q, k, options)
+        incoming = incoming_attention(q, k, lse=lse, per_head=self._head_reduction == "max", backend=self._backend, **options)
         if self._head_reduction == "max":
             incoming = incoming.amax(dim=1)
         self._result = (
@@ -281,7 +281,7 @@ def capture_incoming_attention(
             raise ValueError(f"{option}={value!r} must be one of {', '.join(map(repr, allowed))}")
 
     first, count = _whole_numbers("start", start), _whole_numbers("length", length)
-    name, module, layer_type = _scored_layer(model)
+    name, module, layer_type = scored_layer(model)
     config = module.config
     original = config._attn_implementation
     capture = Capture(
@@ -386,12 +386,12 @@ def _visible_keys(batch: int, tokens: int, start: Tensor | None, window: int | N
     return position.clamp(min=0, max=window).float()
 
 
-def _scored_layer(model: nn.Module) -> tuple[str, Any, str]:
+def scored_layer(model: nn.Module) -> tuple[str, Any, str]:
     """Name, attention module, and layer type of the last full-attention layer, else of the last windowed one.
 
-    Candidates are found by what they do, in any wrapper: modules with a layer index whose forward looks its attention
-    function up. Modules of another config class than the text decoder's (vision towers, depth decoders) and layers
-    past the decoder's depth (multi-token prediction) are not candidates.
+    Raises a ValueError where there is none. Candidates are found by what they do, in any wrapper: modules with a layer index
+    whose forward looks its attention function up. Modules of another config class than the text decoder's (vision towers, depth
+    decoders) and layers past the decoder's depth (multi-token prediction) are not candidates.
     """
     text_config = _text_config(model)
     depth = getattr(text_config, "num_hidden_layers", None)

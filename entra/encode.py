@@ -21,6 +21,12 @@ class EncodedRow(NamedTuple):
     prompt: list[int]
     completion: list[int]
 
+    def ranked(self, scope: str) -> list[int]:
+        """The tokens that compete for protection: the completion's, or all that have a log P; none without a completion."""
+        if not self.completion or scope == "completion":
+            return self.completion
+        return (self.prompt + self.completion)[1:]
+
 
 class Encoder:
     """Turns one prompt and one completion into an `EncodedRow`.

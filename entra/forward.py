@@ -13,15 +13,16 @@ Rows are padded on the right and run without an attention mask, which is exact f
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from entra.capture import capture_incoming_attention
+from entra.capture import capture_incoming_attention, scored_layer
 from entra.config import ScoreConfig
 from entra_kernels import linear_token_logprobs, token_logprobs
 
@@ -30,6 +31,10 @@ _CHUNK_LOGITS = 2**24
 
 # Padded tokens of one forward when the config leaves it open. A CPU is busy with a single row, and padding only adds to it.
 _CPU_TOKEN_BUDGET, _DEVICE_TOKEN_BUDGET = 1_024, 16_384
+
+
+LogprobsBy = Callable[[str, Tensor, Tensor], Tensor]
+"""(backend, hidden [n, C], ids [n]) to log-probs [n], through one head."""
 
 
 class TokenSignals(NamedTuple):
@@ -50,32 +55,77 @@ class _LogitTransform(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def token_signals(model: Any, rows: Sequence[Sequence[int]], last: Sequence[int], config: ScoreConfig) -> list[TokenSignals]:
+class Inspector(Protocol):
+    """Looks at what the kernels are given, in the middle of a forward (`entra.verify`)."""
+
+    def attention(self, q: Tensor, k: Tensor, options: dict[str, Any]) -> None:
+        """q and k of the scored layer, and the other arguments of `incoming_attention`."""
+
+    def head(self, logprobs_by: LogprobsBy, weight: Tensor | None, hidden: Tensor, ids: Tensor) -> None:
+        """Hidden states on their way into the head, the ids that they predict, and their log-probs by any backend."""
+
+
+def check_scorable(model: Any) -> None:
+    """Raises a ValueError when no layer of the model can be scored, a RuntimeError when it has no head."""
+    scored_layer(model)
+    _head_of(unwrapped(model))
+
+
+def token_signals(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    last: Sequence[int],
+    config: ScoreConfig,
+    inspector: Inspector | None = None,
+) -> list[TokenSignals]:
     """Log-probabilities and incoming attention of the last `last[r]` tokens of each row.
 
     Args:
         model: a transformers causal LM or a wrapper around one; its mode, config and hooks are as before afterwards.
         rows: token ids; row r needs at least last[r] + 1 of them, because the first token of a sequence has no log P.
-        last: how many tokens of each row are wanted, at least 1.
+        last: how many tokens of each row are wanted; rows of which none are take part in no forward.
         config: `token_budget`, `attention_statistic`, `head_reduction` and `backend` are used.
+        inspector: looks at every forward.
 
     Returns:
-        One `TokenSignals` per row, on the model's device, not dependent on how the rows were split into forwards.
+        One `TokenSignals` per row, on the model's device, not dependent on how the rows were split into forwards. Where ranks
+        hold parts of the model, every rank must call this the same number of times, with as many rows as it likes: ranks with
+        fewer forwards run empty ones until all have run the same number.
 
     Raises:
         ValueError: no layer of the model can be scored (see `entra.capture`).
         RuntimeError: the model has no head that can be hooked, or changes its logits in a way that is not known.
     """
     model = unwrapped(model)
-    signals: list[TokenSignals | None] = [None] * len(rows)
+    signals = [TokenSignals(torch.zeros(0), torch.zeros(0))] * len(rows)
     with _lock(model), torch.no_grad(), _evaluation_mode(model):
         device = model.get_input_embeddings().weight.device
         budget = config.token_budget or (_CPU_TOKEN_BUDGET if device.type == "cpu" else _DEVICE_TOKEN_BUDGET)
-        for batch in _micro_batches([len(row) for row in rows], budget):
-            results = _forward(model, device, [rows[r] for r in batch], [last[r] for r in batch], config)
+        batches = _micro_batches([len(row) if n else 0 for row, n in zip(rows, last, strict=True)], budget)
+        for batch in batches:
+            results = _forward(model, device, [rows[r] for r in batch], [last[r] for r in batch], config, inspector)
             for r, result in zip(batch, results, strict=True):
                 signals[r] = result
-    return [signal for signal in signals if signal is not None]
+        if forwards_are_collective(model):
+            for _ in range(_most_forwards(len(batches)) - len(batches)):
+                _forward(model, device, [[0, 0]], [1], config)
+    return signals
+
+
+def forwards_are_collective(model: Any) -> bool:
+    """Whether the ranks of this run hold parts of the model (FSDP2, ZeRO-3), so that all of them must run each forward."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+def _most_forwards(ours: int) -> int:
+    """The largest number of forwards that a rank has; every rank must ask."""
+    counts: list[Any] = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, ours)
+    return max(counts)
 
 
 _LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
@@ -98,9 +148,10 @@ def unwrapped(model: Any) -> Any:
 
 
 def _micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Row indices, longest rows first, so that the padded tokens of a batch stay within the budget (one row always fits)."""
+    """Indices of the rows that are not empty, longest first, so that the padded tokens of a batch stay within the budget (one
+    row always fits)."""
     batches: list[list[int]] = []
-    for r in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+    for r in sorted((r for r, length in enumerate(lengths) if length), key=lambda r: -lengths[r]):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= token_budget:
             batches[-1].append(r)
         else:
@@ -109,7 +160,12 @@ def _micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]
 
 
 def _forward(
-    model: Any, device: torch.device, rows: list[Sequence[int]], last: list[int], config: ScoreConfig
+    model: Any,
+    device: torch.device,
+    rows: list[Sequence[int]],
+    last: list[int],
+    config: ScoreConfig,
+    inspector: Inspector | None = None,
 ) -> list[TokenSignals]:
     length = torch.tensor([len(row) for row in rows])
     tokens = int(length.max())
@@ -132,6 +188,8 @@ def _forward(
             backend=config.backend,
         ) as captured,
     ):
+        if inspector is not None:
+            head.inspect, captured.inspect = inspector.head, inspector.attention
         output = model(input_ids=input_ids, use_cache=False, return_dict=True)
     head.check(output.logits)
     logprobs = head.logprobs.to(device).split(last)
@@ -152,6 +210,7 @@ class _HeadLogprobs:
         self._backend = backend
         self._busy = False
         self._results: tuple[Tensor, Tensor] | None = None
+        self.inspect: Callable[[LogprobsBy, Tensor | None, Tensor, Tensor], None] | None = None
 
     @property
     def logprobs(self) -> Tensor:
@@ -186,30 +245,32 @@ class _HeadLogprobs:
         """Log-probs of the wanted positions, and the last position's logits [B, 1, V] by the same arithmetic."""
         wanted = hidden.reshape(-1, hidden.shape[-1])[self._positions.to(hidden.device)]
         targets = self._targets.to(hidden.device)
-        weight = getattr(head, "weight", None)
-        if (
-            type(head).forward is nn.Linear.forward
-            and "forward" not in vars(head)
-            and type(weight) is nn.Parameter
-            and weight.is_floating_point()
-        ):
+        plain = _is_plain_linear(head)
+        weight: Any = head.weight if plain else None
+        if plain:
             bias: Any = head.bias
             last = nn.functional.linear(hidden[:, -1:].to(weight.dtype), weight, bias)
-            logprobs = linear_token_logprobs(
-                wanted.to(weight.dtype),
-                weight,
-                targets,
-                bias=bias,
-                logit_scale=self._transform.scale,
-                softcap=self._transform.softcap,
-                backend=self._backend,
-            )
-            return logprobs, self._transform(last.float())
-        last = head(hidden[:, -1:])
-        rows = max(1, _CHUNK_LOGITS // last.shape[-1])
-        chunks = zip(wanted.split(rows), targets.split(rows), strict=True)
-        parts = [token_logprobs(self._transform(head(h).float()), t, backend=self._backend) for h, t in chunks]
-        return torch.cat(parts), self._transform(last.float())
+        else:
+            last = head(hidden[:, -1:])
+
+        def logprobs_by(backend: str, hidden: Tensor, targets: Tensor) -> Tensor:
+            if plain:
+                return linear_token_logprobs(
+                    hidden.to(weight.dtype),
+                    weight,
+                    targets,
+                    bias=bias,
+                    logit_scale=self._transform.scale,
+                    softcap=self._transform.softcap,
+                    backend=backend,
+                )
+            rows = max(1, _CHUNK_LOGITS // last.shape[-1])
+            chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+            return torch.cat([token_logprobs(self._transform(head(h).float()), t, backend=backend) for h, t in chunks])
+
+        if self.inspect is not None:
+            self.inspect(logprobs_by, weight, wanted, targets)
+        return logprobs_by(self._backend, wanted, targets), self._transform(last.float())
 
     def check(self, logits: Tensor) -> None:
         """Raises a RuntimeError when the model's own logits [B, 1, V] are not what the log-probs were computed from."""
@@ -226,13 +287,29 @@ class _HeadLogprobs:
             )
 
 
-@contextmanager
-def _head_logprobs(model: Any, shape: torch.Size, positions: Tensor, targets: Tensor, backend: str) -> Iterator[_HeadLogprobs]:
-    head = model.get_output_embeddings()
+def _is_plain_linear(head: nn.Module) -> bool:
+    """Whether the head is a matrix product and no more: no adapter, no quantised weight, nobody's forward but its own."""
+    weight = getattr(head, "weight", None)
+    return (
+        type(head).forward is nn.Linear.forward
+        and "forward" not in vars(head)
+        and type(weight) is nn.Parameter
+        and weight.is_floating_point()
+    )
+
+
+def _head_of(model: Any) -> nn.Module:
+    head: nn.Module | None = model.get_output_embeddings()
     if head is None:
         raise RuntimeError(
             f"{type(model).__name__} has no language-model head (get_output_embeddings() is None); pass a causal LM"
         )
+    return head
+
+
+@contextmanager
+def _head_logprobs(model: Any, shape: torch.Size, positions: Tensor, targets: Tensor, backend: str) -> Iterator[_HeadLogprobs]:
+    head = _head_of(model)
     hook = _HeadLogprobs(_logit_transform(model), shape, positions, targets, backend)
     handle = head.register_forward_pre_hook(hook.before)
     try:

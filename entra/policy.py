@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from entra.rollout import Rollout
 
 
 class Policy(NamedTuple):
@@ -15,13 +18,14 @@ class Policy(NamedTuple):
 
     model: Any
     tokenizer: Any | None
+    rollout: Rollout | None = None
+    """What a trainer has just generated with this policy; its completions need no forward of their own."""
 
 
 _BOUND: ContextVar[Policy | None] = ContextVar("entra_bound_policy", default=None)
 
 
-@contextmanager
-def bind_policy(model: Any, tokenizer: Any | None = None) -> Iterator[None]:
+def bind_policy(model: Any, tokenizer: Any | None = None) -> AbstractContextManager[None]:
     """Inside the block, `score_batch` and `EntraReward` without a model of their own score with this one.
 
     This is how a reward function, which a trainer hands nothing but text and ids, reaches the live policy: enter it around
@@ -35,7 +39,13 @@ def bind_policy(model: Any, tokenizer: Any | None = None) -> Iterator[None]:
         TypeError: `model` is not a torch module.
     """
     _check_model(model)
-    token = _BOUND.set(Policy(model, tokenizer))
+    return bound(Policy(model, tokenizer))
+
+
+@contextmanager
+def bound(policy: Policy) -> Iterator[None]:
+    """`bind_policy` for a policy that may come with a rollout."""
+    token = _BOUND.set(policy)
     try:
         yield
     finally:
@@ -50,10 +60,10 @@ def resolve_policy(model: Any | None, tokenizer: Any | None) -> Policy | None:
     if model is not None:
         _check_model(model)
         return Policy(model, tokenizer)
-    bound = _BOUND.get()
-    if bound is not None and tokenizer is not None:
-        return Policy(bound.model, tokenizer)
-    return bound
+    policy = _BOUND.get()
+    if policy is not None and tokenizer is not None:
+        return policy._replace(tokenizer=tokenizer)
+    return policy
 
 
 def _check_model(model: Any) -> None:

@@ -2,20 +2,29 @@
 
 r alone can be gamed: five distinct tokens score 1, gibberish never repeats, and group-scaled advantages blow up any spread,
 however small. Hence the options below; docs/method.md argues each.
+
+Under a trainer with several processes the rows of all of them are put together before groups are looked at, because a prompt's
+completions may be spread over ranks.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import statistics
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from multiprocessing.context import get_spawning_popen
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from entra.config import FLOAT32_MAX, ScoreConfig, check_integer, check_number, names_unknown_options
 from entra.encode import Encoder
 from entra.forward import unwrapped
 from entra.policy import resolve_policy
-from entra.score import score_batch
+from entra.score import Scores, score_batch
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -37,6 +46,8 @@ class EntraReward:
             only right answers are paid for being concise; None from the gate gives None. Must not be async.
         min_length: completions of fewer tokens get 0, because few tokens never repeat.
         min_mean_logprob: completions whose mean log P is lower get 0, because gibberish never repeats either; None: no floor.
+        group_gate: completions of a prompt get 0 unless at least this share of them is right (mean of the gate's values, cut
+            to 0..1): brevity is paid for only where the policy can afford it. In [0, 1]; 0: off. Needs a gate.
         dead_band: rewards of one prompt's completions that differ by less than this in all are set to their mean, so that noise
             gives no advantage. 0: off.
         skip_truncated: completions without an EOS at the end get None (not scored). Needs completion ids.
@@ -56,6 +67,7 @@ class EntraReward:
         tokenizer: Any | None = None,
         config: ScoreConfig | None = None,
         gate: RewardFunction | None = None,
+        group_gate: float = 0.0,
         min_length: int = 0,
         min_mean_logprob: float | None = None,
         dead_band: float = 0.0,
@@ -70,6 +82,9 @@ class EntraReward:
             raise TypeError(f"config={config!r} must be an entra.ScoreConfig, not {type(config).__name__}")
         if not isinstance(name, str):
             raise TypeError(f"name={name!r} must be text, under which the trainer logs the reward")
+        check_number("group_gate", group_gate, 0.0, 1.0, "it is a share of a prompt's completions")
+        if group_gate > 0 and gate is None:
+            raise ValueError(f"group_gate={group_gate} needs a gate that tells which completions are right; pass gate=...")
         check_integer("min_length", min_length, 0, "tokens")
         if min_mean_logprob is not None:
             check_number("min_mean_logprob", min_mean_logprob, -FLOAT32_MAX, 0.0, "it is a mean log-probability")
@@ -78,6 +93,7 @@ class EntraReward:
         self.tokenizer = tokenizer
         self.config = ScoreConfig() if config is None else config
         self.gate = gate
+        self.group_gate = group_gate
         self.min_length = min_length
         self.min_mean_logprob = min_mean_logprob
         self.dead_band = dead_band
@@ -92,6 +108,10 @@ class EntraReward:
         **columns: Any,
     ) -> list[float | None]:
         """One reward per completion, or None for those that are not scored. `columns` go to the gate.
+
+        Under TRL it logs, as metrics and as columns of the completions table (all under its name): `score` (r before gate and
+        guards), `protected_share`, `incoming` (mean incoming attention of a token), and as metrics alone `group_std` (mean over
+        prompts of the standard deviation of the rewards of one prompt) and `length_correlation` (of reward and tokens).
 
         Raises:
             ValueError: `skip_truncated` without completion ids or EOS id, or a gate that does not return one finite number or
@@ -109,12 +129,55 @@ class EntraReward:
         mean_logprobs = [float(l.mean()) if l.numel() else -math.inf for l in scores.logprobs]
         lengths = [ids.numel() for ids in scores.token_ids]
         rewards = guarded(scores.rewards, lengths, mean_logprobs, self.min_length, self.min_mean_logprob)
+        allowed: list[float | None] = [1.0] * len(rewards)
         if self.gate is not None:
-            allowed = self.gate(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-            rewards = gated(rewards, _checked_gate(allowed, len(rewards)))
+            values = self.gate(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+            allowed = _checked_gate(values, len(rewards))
+            rewards = gated(rewards, allowed)
         if self.skip_truncated:
             rewards = self._without_truncated(rewards, completion_ids)
-        return dead_banded(rewards, [_group_key(prompt) for prompt in prompts], self.dead_band)
+        mine, rows = _from_all_ranks(
+            list(map(_Row, map(_group_key, prompts), lengths, allowed, rewards)), "trainer_state" in columns
+        )
+        groups = [row.group for row in rows]
+        rewards = group_gated([row.reward for row in rows], [row.gate for row in rows], groups, self.group_gate)
+        rewards = dead_banded(rewards, groups, self.dead_band)
+        self._log(scores, rewards, rows, columns.get("log_metric"), columns.get("log_extra"))
+        return rewards[mine]
+
+    def _log(
+        self,
+        scores: Scores,
+        rewards: Sequence[float | None],
+        rows: Sequence[_Row],
+        log_metric: Callable[[str, float], None] | None,
+        log_extra: Callable[[str, list[float]], None] | None,
+    ) -> None:
+        """`scores` of this rank's completions, `rewards` and `rows` of all ranks'."""
+        per_completion = {
+            "score": [math.nan if reward is None else reward for reward in scores.rewards],
+            "protected_share": [_mean(protected) for protected in scores.protected],
+            "incoming": [_mean(incoming) for incoming in scores.incoming],
+        }
+        metrics = {name: _mean(torch.tensor(values)) for name, values in per_completion.items()}
+        metrics["group_std"] = group_std(rewards, [row.group for row in rows])
+        metrics["length_correlation"] = correlation(rewards, [row.length for row in rows])
+        if log_extra is not None:
+            for name, values in per_completion.items():
+                log_extra(f"{self.__name__}/{name}", values)
+        if log_metric is not None:
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    log_metric(f"{self.__name__}/{name}", value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.model is None and get_spawning_popen() is not None:
+            raise RuntimeError(
+                f"{self.__name__} has no model of its own, so it scores with the live policy, but it is being sent to another "
+                "process, which has none (as TRL's async trainer does): pass model=..., use entra.EntraGRPOTrainer, or build "
+                "the reward in that process"
+            )
+        return vars(self)
 
     def _without_truncated(self, rewards: list[float | None], completion_ids: Sequence[Any] | None) -> list[float | None]:
         if completion_ids is None:
@@ -159,21 +222,78 @@ def gated(rewards: Sequence[float | None], gate: Sequence[float | None]) -> list
     ]
 
 
+def group_gated(
+    rewards: Sequence[float | None], gate: Sequence[float | None], groups: Sequence[Hashable], share: float
+) -> list[float | None]:
+    """0.0 in groups whose mean gate, cut to 0..1, is below `share`; None stays None, and a gate of None does not count."""
+    result = list(rewards)
+    for indices in _members(groups).values() if share > 0 else ():
+        values = [min(max(value, 0.0), 1.0) for i in indices if (value := gate[i]) is not None]
+        if not values or sum(values) / len(values) < share:
+            for i in indices:
+                result[i] = None if rewards[i] is None else 0.0
+    return result
+
+
 def dead_banded(rewards: Sequence[float | None], groups: Sequence[Hashable], width: float) -> list[float | None]:
     """Rewards of one group that lie within less than `width` become their mean: no spread, no advantage."""
     result = list(rewards)
-    if width == 0:
-        return result
-    members: dict[Hashable, list[int]] = {}
-    for i, (reward, group) in enumerate(zip(rewards, groups, strict=True)):
-        if reward is not None:
-            members.setdefault(group, []).append(i)
-    for indices in members.values():
+    for indices in _members(groups).values() if width > 0 else ():
         values = [value for i in indices if (value := rewards[i]) is not None]
-        if max(values) - min(values) < width:
+        if values and max(values) - min(values) < width:
             for i in indices:
-                result[i] = sum(values) / len(values)
+                result[i] = None if rewards[i] is None else sum(values) / len(values)
     return result
+
+
+def group_std(rewards: Sequence[float | None], groups: Sequence[Hashable]) -> float:
+    """Mean over groups of the standard deviation of the rewards of one group, as TRL divides by it (n - 1); NaN without a
+    group of two."""
+    spreads = []
+    for indices in _members(groups).values():
+        values = [value for i in indices if (value := rewards[i]) is not None]
+        if len(values) > 1:
+            spreads.append(statistics.stdev(values))
+    return statistics.fmean(spreads) if spreads else math.nan
+
+
+def correlation(rewards: Sequence[float | None], lengths: Sequence[int]) -> float:
+    """Pearson correlation of reward and length over what is scored, -1..1; NaN where one of them does not vary."""
+    pairs = [(reward, length) for reward, length in zip(rewards, lengths, strict=True) if reward is not None]
+    if len({reward for reward, _ in pairs}) < 2 or len({length for _, length in pairs}) < 2:
+        return math.nan
+    return statistics.correlation([reward for reward, _ in pairs], [length for _, length in pairs])
+
+
+class _Row(NamedTuple):
+    """What is known of one completion when groups are looked at."""
+
+    group: Hashable
+    length: int
+    gate: float | None
+    reward: float | None
+
+
+def _from_all_ranks(rows: list[_Row], in_a_trainer: bool) -> tuple[slice, list[_Row]]:
+    """The rows of all ranks where a trainer runs several, and which of them are ours."""
+    if not (in_a_trainer and dist.is_available() and dist.is_initialized()):
+        return slice(None), rows
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, rows)
+    first = sum(len(part) for part in everybody[: dist.get_rank()])
+    return slice(first, first + len(rows)), [row for part in everybody for row in part]
+
+
+def _members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+    members: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    return members
+
+
+def _mean(values: Tensor) -> float:
+    """NaN for none, and NaN values do not count."""
+    return float(values.float().nanmean())
 
 
 def _group_key(prompt: Any) -> Hashable:

@@ -147,9 +147,13 @@ def score_batch(
             "there is no model to score with; pass model=... (and tokenizer=... for text), or call inside "
             "entra.bind_policy(model, tokenizer), or pass logprobs=... and incoming=..."
         )
-    given = completions if completion_ids is None else completion_ids
-    rows = _encode(prompts, given, policy, tokenizer, config, forward=logprobs is None or incoming is None)
-    signals = _signals(rows, policy, logprobs, incoming, config, given)
+    rollout = None if policy is None or logprobs is not None or incoming is not None else policy.rollout
+    if rollout is not None and rollout.holds(prompts, completion_ids):
+        rows, signals = rollout.rows(), rollout.signals(config)
+    else:
+        given = completions if completion_ids is None else completion_ids
+        rows = _encode(prompts, given, policy, tokenizer, config, forward=logprobs is None or incoming is None)
+        signals = _signals(rows, policy, logprobs, incoming, config, given)
     scores = _assemble(rows, signals, config)
     return scores if details else scores.rewards
 
@@ -206,7 +210,7 @@ def _signals(
         computed = _run(rows, policy, config)
     signals = []
     for i, row in enumerate(rows):
-        ranked = len(_ranked(row, config))
+        ranked = len(row.ranked(config.ranking_scope))
         ids = None if given is None else as_ids(given[i])
         length = None if ids is None else len(ids)
         signals.append(
@@ -219,23 +223,10 @@ def _signals(
 
 
 def _run(rows: list[EncodedRow], policy: Policy | None, config: ScoreConfig) -> list[TokenSignals]:
-    wanted = [len(_ranked(row, config)) if row.completion else 0 for row in rows]
-    scored = [i for i, n in enumerate(wanted) if n]
-    empty = TokenSignals(torch.zeros(0), torch.zeros(0))
-    if not scored or policy is None:
-        return [empty] * len(rows)
-    results = token_signals(
-        policy.model, [rows[i].prompt + rows[i].completion for i in scored], [wanted[i] for i in scored], config
-    )
-    by_row = dict(zip(scored, results, strict=True))
-    return [by_row.get(i, empty) for i in range(len(rows))]
-
-
-def _ranked(row: EncodedRow, config: ScoreConfig) -> list[int]:
-    """The tokens that compete for protection: the completion's, or all that have a log P; none without a completion."""
-    if not row.completion or config.ranking_scope == "completion":
-        return row.completion
-    return (row.prompt + row.completion)[1:]
+    if policy is None:
+        return []  # there are no rows
+    wanted = [len(row.ranked(config.ranking_scope)) for row in rows]
+    return token_signals(policy.model, [row.prompt + row.completion for row in rows], wanted, config)
 
 
 def _given(name: str, i: int, value: Any, tokens: int, untrimmed: int | None) -> Tensor:
@@ -257,7 +248,7 @@ def _given(name: str, i: int, value: Any, tokens: int, untrimmed: int | None) ->
 
 
 def _assemble(rows: list[EncodedRow], signals: list[TokenSignals], config: ScoreConfig) -> Scores:
-    ranked = [torch.tensor(_ranked(row, config), dtype=torch.int64) for row in rows]
+    ranked = [torch.tensor(row.ranked(config.ranking_scope), dtype=torch.int64) for row in rows]
     lengths = [ids.numel() for ids in ranked]
     if not rows:
         return Scores(rewards=[], token_ids=[], logprobs=[], incoming=[], importance=[], protected=[], config=config)

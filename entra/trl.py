@@ -1,0 +1,237 @@
+"""TRL's GRPO and RLOO trainers, scoring with the live policy.
+
+    trainer = entra.EntraGRPOTrainer(model=model, reward_funcs=[accuracy_reward, entra.score_batch], args=args, ...)
+
+Decisions taken here:
+
+- A mixin overrides three methods and calls each of them: `_generate` keeps the token ids, `_get_per_token_logps_and_entropies`
+  lets the capture ride on the log-prob pass that TRL makes of the policy anyway, `_calculate_rewards` binds the policy while
+  the reward functions run. No method of TRL's is copied; `tests/entra/test_trl_drift.py` says what is relied on.
+- TRL makes such a pass only when generation and optimisation steps are not aligned, or with vLLM and its importance sampling
+  correction. Otherwise, and wherever its numbers are not those of `score_batch` (a temperature other than 1, dropout, rows that
+  are masked out, an adapter switched off), scoring makes one no-grad forward of its own.
+- That forward is made before the reward functions are called, on every rank alike: what a gate decides cannot make ranks of a
+  sharded model run different numbers of forwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from trl import GRPOTrainer, RLOOTrainer
+
+from entra.capture import capture_incoming_attention
+from entra.config import ScoreConfig, check_integer
+from entra.forward import check_scorable
+from entra.policy import Policy, bound
+from entra.reward import EntraReward
+from entra.rollout import Rollout
+from entra.score import score_batch
+from entra.verify import verify
+
+
+class _LivePolicy:
+    """The mixin; it goes before a trainer of TRL's."""
+
+    # Where `_generate` returns the mask of the tokens that the policy wrote itself.
+    _own_position: int | None = None
+
+    def __init__(self, *args: Any, verify_every: int = 0, verify_on_breach: str = "raise", **kwargs: Any) -> None:
+        check_integer("verify_every", verify_every, 0, "scoring calls, or 0 for never")
+        if verify_on_breach not in ("raise", "warn"):
+            raise ValueError(f"verify_on_breach={verify_on_breach!r} must be 'raise' or 'warn'")
+        _check_arguments(inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
+        super().__init__(*args, **kwargs)
+        check_scorable(self.model)  # type: ignore[attr-defined]
+        self._entra_configs = _live_configs(self.reward_funcs)  # type: ignore[attr-defined]
+        if self.beta == 0 and any(_is_ungated(reward) for reward in self.reward_funcs):  # type: ignore[attr-defined]
+            warnings.warn(
+                "beta=0 and a live ENTRA reward without a gate: nothing holds the policy near where it started, and r alone is "
+                "highest for a few different tokens, or for gibberish that never repeats. Gate it, "
+                "entra.EntraReward(gate=accuracy_reward, min_length=..., min_mean_logprob=...), or set beta > 0",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._entra_verify_every = verify_every
+        self._entra_on_breach = verify_on_breach
+        self._entra_calls = 0
+        self._entra_rollout: Rollout | None = None
+        self._entra_adapters: object = None
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        output: tuple[Any, ...] = super()._generate(prompts)  # type: ignore[misc]
+        own = None if self._own_position is None else output[self._own_position]
+        self._entra_rollout = Rollout(self.model, self.processing_class, prompts, output[0], output[1], own)  # type: ignore[attr-defined]
+        self._entra_adapters = _adapters(self.model)  # type: ignore[attr-defined]
+        return output
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        logprobs_of = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
+        config = self._config_to_ride_on(model, kwargs)
+        if config is None or self._entra_rollout is None:
+            result: tuple[Any, ...] = logprobs_of(
+                model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **kwargs
+            )
+            return result
+        rollout, first = self._entra_rollout, input_ids.shape[1] - logits_to_keep
+        start = torch.tensor([first - len(row.prompt) for row in rollout.sequences])
+        length = torch.tensor([len(row.prompt) + len(row.completion) for row in rollout.sequences])
+        logprobs, incoming = [], []
+        for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            with capture_incoming_attention(
+                model,
+                start=start[part],
+                length=length[part],
+                statistic=config.attention_statistic,
+                head_reduction=config.head_reduction,
+                backend=config.backend,
+            ) as captured:
+                logprobs.append(logprobs_of(model, input_ids[part], attention_mask[part], logits_to_keep, **kwargs)[0])
+            incoming.append(captured.incoming)
+        whole = attention_mask.sum(dim=1).cpu() >= length  # rows that are masked out have no completion
+        joined = torch.cat(logprobs)
+        rollout.record(config, joined, torch.cat(incoming), first, whole.tolist())
+        return joined, None, None
+
+    def _config_to_ride_on(self, model: Any, kwargs: dict[str, Any]) -> ScoreConfig | None:
+        """The config whose signals this pass can yield: one of the policy as it generated, over text, at temperature 1."""
+        config = next((c for c in self._entra_configs if c.ranking_scope == "completion"), None)
+        if (
+            torch.is_grad_enabled()
+            or model is not self.model  # type: ignore[attr-defined]
+            or self._entra_rollout is None
+            or self._entra_rollout.is_recorded
+            or self.temperature != 1.0  # type: ignore[attr-defined]
+            or any(kwargs.values())  # images, entropies, auxiliary loss
+            or _adapters(model) != self._entra_adapters
+            or _has_dropout(model)
+        ):
+            return None
+        return config
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        if any(name in inputs[0] for name in ("image", "images")):
+            raise ValueError(
+                "the dataset has images, but ENTRA scores text only; train without ENTRA's trainer, or without images"
+            )
+        rollout, self._entra_rollout = self._entra_rollout, None
+        for config in self._entra_configs:
+            if rollout is not None:
+                rollout.signals(config)
+        if rollout is not None:
+            self._verify(rollout)
+        with bound(Policy(self.model, self.processing_class, rollout)):  # type: ignore[attr-defined]
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
+
+    def _verify(self, rollout: Rollout) -> None:
+        self._entra_calls += 1
+        if not self._entra_verify_every or self._entra_calls % self._entra_verify_every or not self._entra_configs:
+            return
+        row = self._entra_calls // self._entra_verify_every % len(rollout.sequences)
+        deviation = verify(rollout, row, self._entra_configs[0])
+        for name, value in deviation.metrics().items():
+            self._log_metric(f"entra/verify/{name}", value)  # type: ignore[attr-defined]
+        breach = deviation.breach()
+        if breach is not None and self._entra_on_breach == "raise":
+            raise RuntimeError(breach)
+        if breach is not None:
+            warnings.warn(breach, RuntimeWarning, stacklevel=2)
+
+
+class EntraGRPOTrainer(_LivePolicy, GRPOTrainer):
+    """`trl.GRPOTrainer` in which `entra.score_batch` and `entra.EntraReward` without a model score the live policy.
+
+        trainer = entra.EntraGRPOTrainer(model=model, reward_funcs=[entra.EntraReward(gate=accuracy_reward)], args=args, ...)
+
+    No extra forward runs where TRL makes a log-prob pass of the policy anyway; otherwise scoring costs one no-grad forward.
+
+    Args:
+        args, kwargs: those of `trl.GRPOTrainer`.
+        verify_every: at every n-th scoring call, score one sequence again with the pure-PyTorch reference (its first 2,048
+            tokens at most, one head at a time) and log how far the kernels are off; 0: never.
+        verify_on_breach: what happens when that is beyond the error budget: "raise" a RuntimeError, or "warn".
+
+    Raises:
+        ValueError: at construction: reward weights that are all zero, a tokenizer without EOS, a model whose attention cannot
+            be captured, an option outside its range.
+
+    Source: docs/training.md.
+    """
+
+    _own_position = 2
+
+
+class EntraRLOOTrainer(_LivePolicy, RLOOTrainer):
+    """`trl.RLOOTrainer` in which `entra.score_batch` and `entra.EntraReward` without a model score the live policy.
+
+    Arguments, errors and source are those of `EntraGRPOTrainer`.
+    """
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """What TRL would only fail on later, or not at all."""
+    args, rewards = arguments.get("args"), arguments.get("reward_funcs")
+    weights = getattr(args, "reward_weights", None)
+    if weights and not any(weights):
+        raise ValueError(f"reward_weights={weights} are all zero, so that nothing is trained; give one of them a weight")
+    for reward in rewards if isinstance(rewards, list) else [rewards]:
+        if isinstance(reward, functools.partial) and reward.func is score_batch:
+            raise ValueError(
+                f"reward_funcs holds functools.partial(score_batch, {', '.join(reward.keywords)}), but under TRL score_batch "
+                "takes its keywords for dataset columns; use entra.EntraReward(config=...)"
+            )
+    tokenizer = arguments.get("processing_class")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if tokenizer is not None and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no EOS token, so no completion would ever end and nothing could stand for a pad; "
+            "set tokenizer.eos_token (and pad_token) first"
+        )
+
+
+def _live_configs(rewards: list[Any]) -> list[ScoreConfig]:
+    """Configs of the rewards that score the live policy, each once."""
+    configs: list[ScoreConfig] = []
+    for reward in rewards:
+        config = None
+        if reward is score_batch:
+            config = ScoreConfig()
+        elif isinstance(reward, EntraReward) and reward.model is None:
+            config = reward.config
+        if config is not None and config not in configs:
+            configs.append(config)
+    return configs
+
+
+def _is_ungated(reward: Any) -> bool:
+    return reward is score_batch or (isinstance(reward, EntraReward) and reward.model is None and reward.gate is None)
+
+
+def _adapters(model: Any) -> object:
+    """Which adapters of a PEFT model are on: TRL switches them for the reference pass, on the same model."""
+    layers = (
+        (name, module) for name, module in model.named_modules() if isinstance(getattr(module, "disable_adapters", None), bool)
+    )
+    return [(name, tuple(layer.active_adapters), layer.disable_adapters) for name, layer in layers]
+
+
+def _has_dropout(model: Any) -> bool:
+    """Whether a forward in the model's present mode is random."""
+    return any(
+        module.training
+        and ((isinstance(module, torch.nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0) > 0)
+        for module in model.modules()
+    )
