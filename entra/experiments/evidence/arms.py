@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from entra.config import ScoreConfig
 from entra.experiments.evidence.evaluate import MAX_NEW_TOKENS
 from entra.experiments.evidence.model import EOS_ID
 from entra.experiments.evidence.problems import Problem, correct
-from entra.reward import EntraReward, gated
+from entra.reward import EntraReward, gated, group_gated
 from entra.score import score_batch
 
 Reward = Callable[..., Sequence[float | None]]
@@ -52,22 +53,20 @@ def rewards_of(arm: str, seed: int, config: ScoreConfig | None = None) -> tuple[
 
     config = ScoreConfig() if config is None else config
 
-    def entra(**changes: Any) -> list[Reward]:
-        from dataclasses import replace
-
-        return [accuracy, EntraReward(config=replace(config, **changes), gate=group_gate)]
+    def gated_entra(**changes: float) -> list[Reward]:
+        return [accuracy, EntraReward(config=replace(config, **changes), gate=accuracy, group_gate=GROUP_GATE)]
 
     makers: dict[str, Callable[[], list[Reward]]] = {
         "accuracy": lambda: [accuracy],
-        "entra-additive": lambda: [accuracy, EntraReward(config=config)],
-        "entra-gated": lambda: entra(),
+        "entra-additive": lambda: [accuracy, score_batch if config == ScoreConfig() else EntraReward(config=config)],
+        "entra-gated": gated_entra,
         "repetition": lambda: [accuracy, get_repetition_penalty_reward()],
         "cosine": lambda: [cosine],
         "overlong": lambda: [accuracy, get_soft_overlong_punishment(MAX_NEW_TOKENS, MAX_NEW_TOKENS // 2)],
         "kimi": lambda: [accuracy, kimi],
-        "all-tokens": lambda: entra(protect_fraction=0.0),
+        "all-tokens": lambda: gated_entra(protect_fraction=0.0),
         "random-protected": lambda: [accuracy, RandomlyProtected(seed, config)],
-        "lambda-0": lambda: entra(attention_weight=0.0),
+        "lambda-0": lambda: gated_entra(attention_weight=0.0),
     }
     if arm not in makers:
         raise ValueError(f"arm={arm!r} must be one of {', '.join(makers)}")
@@ -91,15 +90,9 @@ def accuracy(
     ]
 
 
-def group_gate(prompts: Sequence[str], **arguments: Any) -> list[float]:
-    """Accuracy, but 0 for all completions of a prompt of which less than `GROUP_GATE` are right."""
-    right = accuracy(prompts=prompts, **arguments)
-    members = _groups(prompts)
-    share = {prompt: sum(right[i] for i in rows) / len(rows) for prompt, rows in members.items()}
-    return [value if share[prompt] >= GROUP_GATE else 0.0 for value, prompt in zip(right, prompts, strict=True)]
-
-
-def cosine(prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+def cosine(
+    prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **columns: Any
+) -> list[float]:
     """The reward of trl.rewards.get_cosine_scaled_reward with its default values, over our checker."""
     right = accuracy(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
     values = []
@@ -131,11 +124,14 @@ class RandomlyProtected:
         self.random = random.Random(seed)
         self.config = config
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Any, **columns: Any) -> list[float | None]:
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Any, **columns: Any
+    ) -> list[float | None]:
         noise = [[self.random.random() for _ in ids] for ids in completion_ids]
         zeros = [[0.0] * len(ids) for ids in completion_ids]
         rewards = score_batch(prompts, None, completion_ids, logprobs=noise, incoming=zeros, config=self.config)
-        return gated(rewards, group_gate(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns))
+        right = accuracy(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        return group_gated(gated(rewards, right), right, prompts, GROUP_GATE)
 
 
 def _groups(prompts: Sequence[str]) -> dict[str, list[int]]:

@@ -1,8 +1,8 @@
 """The problems of the evidence runs, the overthinking traces that the model is first trained on, and the checker.
 
 Problems and checkers are reasoning-gym's. A trace is a concise core that computes the answer, then 0 to 4 episodes of
-overthinking (re-verify, restate, dead end, second guess), then the answer. Of the kind `guess` the core is a mental guess, wrong in
-40 % of the traces, and a check that corrects it: that check is needed, and the 15 % of traces that skip it are often wrong.
+overthinking (re-verify, restate, dead end, second guess), then the answer. Of the kind `guess` the core is a mental guess, wrong
+in 40 % of the traces, and a check that corrects it: that check is needed, and the 15 % of traces that skip it are often wrong.
 Whether a problem is for training or held out depends on its text alone, so the two never meet.
 """
 
@@ -27,8 +27,8 @@ GUESS_WRONG = 0.4
 CHECK_SKIPPED = 0.15
 
 _DATASETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sum": ("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2}),
-    "guess": ("chain_sum", {"min_terms": 4, "max_terms": 4, "min_digits": 2, "max_digits": 2}),
+    "sum": ("chain_sum", {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}),
+    "guess": ("chain_sum", {"min_terms": 5, "max_terms": 5, "min_digits": 1, "max_digits": 1}),
     "sort": (
         "number_sorting",
         {"min_numbers": 4, "max_numbers": 4, "max_decimals": 0, "min_value": 10, "max_value": 99},
@@ -185,7 +185,7 @@ def _slip(problem: Problem, rng: random.Random) -> str:
     """Another answer, near the right one."""
     if problem.kind in ("sum", "guess"):
         value = int(problem.answer.replace(" ", ""))
-        return str(rng.choice([v for v in (value - 10, value - 2, value - 1, value + 1, value + 2, value + 10) if v >= 0]))
+        return str(rng.choice([v for v in (value - 2, value - 1, value + 1, value + 2) if v >= 0]))
     parts = problem.answer.split(" , ") if problem.kind == "sort" else problem.answer.split()
     i = rng.randrange(len(parts) - 1)
     parts[i], parts[i + 1] = parts[i + 1], parts[i]

@@ -13,6 +13,7 @@ from entra.experiments.evidence.problems import Problem, mixed, trace
 
 BATCH = 32
 SORTED_BATCHES = 16
+TOKENS = 3000  # about the completion tokens of a batch; a mean over the batch's own would favour the tokens of short traces
 LEARNING_RATE = 2e-3
 WARMUP = 100
 
@@ -20,7 +21,7 @@ WARMUP = 100
 def train_sft(
     folder: Path,
     *,
-    steps: int = 2000,
+    steps: int = 1800,
     problems: int = 20_000,
     seed: int = 0,
     hidden: int | None = None,
@@ -58,8 +59,7 @@ def train_sft(
         batches = batches or _of_like_length(pool, rng)
         ids, labels = _batch(tokenizer, batches.pop())
         output = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        kept = labels[:, 1:] != -100
-        step_loss = torch.nn.functional.cross_entropy(output[kept], labels[:, 1:][kept])
+        step_loss = torch.nn.functional.cross_entropy(output.transpose(1, 2), labels[:, 1:], reduction="sum") / TOKENS
         optimizer.zero_grad()
         step_loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
