@@ -1,59 +1,414 @@
-"""TRL takes score_batch and EntraReward as reward functions, unchanged."""
+"""ENTRA in TRL's trainers: as a plain reward function, and scoring the live policy in the trainers of `entra.trl`."""
+
+import functools
+import json
+import math
+import multiprocessing
+import warnings
 
 import pytest
+import torch
 from tiny_models import build
 from tiny_tokenizer import build_tokenizer
 
 import entra
+import entra.capture
+import entra.rollout
+import entra.verify
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
 
+ROWS = [{"prompt": f"{'1+' * (i % 3)}{i}=", "answer": str(i), "model": "a column"} for i in range(8)]
+# Two forwards of one sequence under different padding, float32: some roundings of numbers up to about 10.
+LOGPROB_TOLERANCE, INCOMING_TOLERANCE = 2e-5, 2e-6
 
-@pytest.fixture
-def train(tmp_path):
-    """Runs two GRPO steps on a tiny model and returns what the trainer logged."""
+
+def every_second(completions, **columns):
+    """An accuracy reward."""
+    return [float(i % 2) for i in range(len(completions))]
+
+
+def trainer_of(tmp_path, kind, reward_funcs, model=None, options=None, **config):
+    """A trainer of `kind` that generates 4 completions of 12 tokens a prompt with a tiny model, two prompts at a time."""
     from datasets import Dataset
 
-    def run(reward_funcs, bind=False):
-        model, tokenizer = build("llama"), build_tokenizer()
-        tokenizer.padding_side = "left"
-        dataset = Dataset.from_list([{"prompt": f"{i}+{i}=", "answer": str(2 * i), "model": "a column"} for i in range(8)])
-        args = trl.GRPOConfig(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=4,
-            num_generations=4,
-            max_completion_length=12,
-            max_steps=2,
-            logging_steps=1,
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            disable_tqdm=True,
+    defaults = {
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "beta": 0.0,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    config_class = trl.RLOOConfig if issubclass(kind, trl.RLOOTrainer) else trl.GRPOConfig
+    args = config_class(**{**defaults, **config})
+    model = build("qwen3") if model is None else model
+    return kind(
+        model=model,
+        reward_funcs=reward_funcs,
+        args=args,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer(),
+        **(options or {}),
+    )
+
+
+def tokenizer():
+    made = build_tokenizer()
+    made.padding_side = "left"
+    return made
+
+
+def logged(trainer):
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "reward" in entry]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are so small that a second thread only waits, and on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_warning_of_an_ungated_reward(request):
+    if "warns" in request.node.name:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "beta=0 and a live ENTRA reward")
+        yield
+
+
+@pytest.fixture
+def own_forwards(monkeypatch):
+    """Rows that scoring ran a forward of its own for, one entry per call."""
+    calls = []
+    original = entra.rollout.token_signals
+
+    def spy(model, rows, *args, **kwargs):
+        calls.append(len(rows))
+        return original(model, rows, *args, **kwargs)
+
+    monkeypatch.setattr(entra.rollout, "token_signals", spy)
+    return calls
+
+
+class Comparison:
+    """A reward function that scores the live policy twice: as the trainer offers it, and by a forward of its own."""
+
+    __name__ = "comparison"
+
+    def __init__(self, config=None):
+        self.reward = entra.EntraReward(config=config)
+        self.model = None
+        self.live, self.alone = [], []
+
+    def __call__(self, prompts, completions, completion_ids, **columns):
+        live = entra.score_batch(prompts, completions, completion_ids, config=self.reward.config, details=True)
+        self.live.append(live)
+        self.alone.append(
+            entra.score_batch(
+                prompts,
+                completions,
+                completion_ids,
+                model=self.model,
+                tokenizer=tokenizer(),
+                config=self.reward.config,
+                details=True,
+            )
         )
-        trainer = trl.GRPOTrainer(
-            model=model, reward_funcs=reward_funcs, args=args, train_dataset=dataset, processing_class=tokenizer
-        )
-        if bind:
-            with entra.bind_policy(model, tokenizer):
-                trainer.train()
-        else:
-            trainer.train()
-        return [entry for entry in trainer.state.log_history if "reward" in entry]
+        return live.rewards
 
-    return run
-
-
-def test_frozen_scorer_in_a_plain_grpo_trainer(train):
-    def short(completions, answer, **columns):
-        return [1.0] * len(completions)
-
-    reward = entra.EntraReward(model=build("qwen3"), tokenizer=build_tokenizer(), gate=short)
-    logged = train([reward])
-    assert len(logged) == 2
-    assert all(0 < entry["rewards/entra_reward/mean"] <= 1 for entry in logged)
+    def check(self):
+        assert self.live
+        for live, alone in zip(self.live, self.alone, strict=True):
+            for ours, theirs in zip(live.token_ids, alone.token_ids, strict=True):
+                assert ours.tolist() == theirs.tolist()
+            for ours, theirs in zip(live.logprobs, alone.logprobs, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=LOGPROB_TOLERANCE)
+            for ours, theirs in zip(live.incoming, alone.incoming, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=INCOMING_TOLERANCE)
 
 
-def test_score_batch_itself_with_the_bound_policy(train):
-    logged = train([entra.score_batch], bind=True)
-    assert all(0 < entry["rewards/score_batch/mean"] <= 1 for entry in logged)
+def compare(tmp_path, kind=None, config=None, **options):
+    """Trains a step; the scores of the live policy must be those of `score_batch` on its own."""
+    comparison = Comparison(config)
+    # The EntraReward beside it tells the trainer what to compute.
+    trainer = trainer_of(tmp_path, kind or entra.EntraGRPOTrainer, [comparison.reward, comparison], **options)
+    comparison.model = trainer.model
+    entries = logged(trainer)
+    comparison.check()
+    return trainer, entries
+
+
+# As reward functions of TRL's own trainers.
+
+
+def test_frozen_scorer_in_a_plain_grpo_trainer(tmp_path):
+    reward = entra.EntraReward(model=build("qwen3"), tokenizer=build_tokenizer(), gate=every_second)
+    (entry,) = logged(trainer_of(tmp_path, trl.GRPOTrainer, [reward], multi_objective_aggregation="normalize_then_sum"))
+    assert 0 < entry["rewards/entra_reward/mean"] <= 0.5
+    for name in ("score", "protected_share", "incoming", "group_std"):
+        assert 0 < entry[f"entra_reward/{name}"] < 1
+
+
+def test_score_batch_itself_with_the_bound_policy(tmp_path):
+    model = build("llama")
+    trainer = trainer_of(tmp_path, trl.GRPOTrainer, [entra.score_batch], model)
+    with entra.bind_policy(model, tokenizer()):
+        (entry,) = logged(trainer)
+    assert 0 < entry["rewards/score_batch/mean"] <= 1
+
+
+def test_frozen_scorer_in_rloo(tmp_path):
+    reward = entra.EntraReward(model=build("qwen3"), tokenizer=build_tokenizer(), name="brevity")
+    (entry,) = logged(trainer_of(tmp_path, trl.RLOOTrainer, [reward]))
+    assert 0 < entry["rewards/brevity/mean"] <= 1
+
+
+def test_trl_grpo_takes_a_reward_by_its_dotted_name(tmp_path, monkeypatch, capsys):
+    from trl.scripts.grpo import main, make_parser
+
+    build("qwen3").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "my_rewards.py").write_text(
+        "import entra\n"
+        "def accuracy(completions, answer, **columns):\n"
+        "    return [float(right in text) for text, right in zip(completions, answer)]\n"
+        "concise = entra.EntraReward(model='model', gate=accuracy, name='concise')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = (
+        "--model_name_or_path model --dtype float32 --dataset_name data --reward_funcs my_rewards.concise --output_dir run "
+        "--per_device_train_batch_size 4 --num_generations 4 --max_completion_length 8 --max_steps 1 --logging_steps 1 "
+        "--report_to none --use_cpu true --bf16 false --save_strategy no --disable_tqdm true"
+    )
+    main(*make_parser().parse_args_and_config(words.split()))
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert "rewards/concise/mean" in capsys.readouterr().out
+
+
+# Riding on TRL's pass, or a pass of one's own.
+
+
+@pytest.mark.parametrize("statistic", ["mean", "lift"])
+def test_scores_ride_on_trls_pass(tmp_path, own_forwards, statistic):
+    config = entra.ScoreConfig(attention_statistic=statistic)
+    compare(tmp_path, num_iterations=2, config=config)
+    assert own_forwards == []
+
+
+def test_no_extra_forward_runs_when_riding_and_one_otherwise(tmp_path):
+    def forwards(kind, reward, **config):
+        model, count = build("qwen3"), 0
+
+        def hook(*_):
+            nonlocal count
+            count += 1
+
+        model.register_forward_pre_hook(hook)
+        trainer_of(tmp_path, kind, [reward], model, **config).train()
+        return count
+
+    for config, extra in (({"num_iterations": 2}, 0), ({}, 1)):
+        plain = forwards(trl.GRPOTrainer, every_second, **config)
+        assert forwards(entra.EntraGRPOTrainer, entra.EntraReward(gate=every_second), **config) == plain + extra
+
+
+def test_aligned_steps_make_their_own_pass(tmp_path, own_forwards):
+    compare(tmp_path)
+    assert own_forwards == [8]
+
+
+def test_rloo(tmp_path, own_forwards):
+    compare(tmp_path, entra.EntraRLOOTrainer)
+    assert own_forwards == []  # RLOO always makes a log-prob pass
+
+
+def test_another_temperature_falls_back(tmp_path, own_forwards):
+    compare(tmp_path, num_iterations=2, temperature=0.7)
+    assert own_forwards == [8]
+
+
+def test_dropout_falls_back(tmp_path, own_forwards):
+    trainer, _ = compare(tmp_path, num_iterations=2, model=build("qwen3", attention_dropout=0.5))
+    assert own_forwards == [8]
+    assert trainer.model.training
+
+
+def test_rows_that_are_masked_out_fall_back(tmp_path, own_forwards):
+    model = build("qwen3")
+    model.generation_config.eos_token_id = list(range(2, 12))  # so that some of 12 tokens end
+    _, (entry,) = compare(tmp_path, num_iterations=2, mask_truncated_completions=True, model=model)
+    truncated = round(8 * entry["completions/clipped_ratio"])
+    assert 0 < truncated < 8
+    assert own_forwards == [truncated]
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_the_reference_pass_of_an_adapter_is_not_taken_for_the_policy(tmp_path, own_forwards, num_iterations):
+    peft = pytest.importorskip("peft", reason="needs PEFT")
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False, lora_dropout=0.0)
+    model = peft.get_peft_model(build("qwen3"), adapter)
+    compare(tmp_path, num_iterations=num_iterations, beta=0.1, model=model)
+    # With aligned steps the reference pass is the only one, and the adapter is off in it.
+    assert own_forwards == ([8] if num_iterations == 1 else [])
+
+
+def test_tokens_of_tools_are_neither_ranked_nor_counted(tmp_path, own_forwards):
+    seen = {}
+
+    def rollout(prompts, trainer):
+        ids = trainer.processing_class(prompts)["input_ids"]
+        completions = [[10, 11, 50, 50, 50, 12 + i, 13, 2] for i in range(len(prompts))]
+        return {
+            "prompt_ids": ids,
+            "completion_ids": completions,
+            "logprobs": [[0.0] * 8] * len(prompts),
+            "env_mask": [[1, 1, 0, 0, 0, 1, 1, 1]] * len(prompts),
+        }
+
+    def look(prompts, completions, completion_ids, **columns):
+        seen["scores"] = entra.score_batch(prompts, completions, completion_ids, details=True)
+        return seen["scores"].rewards
+
+    trainer = trainer_of(
+        tmp_path, entra.EntraGRPOTrainer, [entra.EntraReward(), look], num_iterations=2, options={"rollout_func": rollout}
+    )
+    trainer.train()
+    assert own_forwards == []
+    for i, ids in enumerate(seen["scores"].token_ids):
+        assert ids.tolist() == [10, 11, 12 + i, 13]
+        assert seen["scores"].logprobs[i].numel() == 4
+
+
+def test_a_wrapper_of_score_batch_with_other_prompts_gets_its_own_forward(tmp_path):
+    def blind(prompts, completions, completion_ids, **columns):
+        return entra.score_batch(["?"] * len(prompts), completions, completion_ids)
+
+    trainer = trainer_of(tmp_path, entra.EntraGRPOTrainer, [blind], num_iterations=2)
+    (entry,) = logged(trainer)
+    assert 0 < entry["rewards/blind/mean"] <= 1
+
+
+# Verification by the reference.
+
+
+def test_verification_logs_small_deviations(tmp_path):
+    trainer = trainer_of(
+        tmp_path, entra.EntraGRPOTrainer, [entra.score_batch], num_iterations=2, max_steps=4, options={"verify_every": 2}
+    )
+    entries = logged(trainer)
+    verified = [entry for entry in entries if "entra/verify/incoming" in entry]
+    assert len(verified) == 1  # two scoring calls
+    for name, bound in (("incoming", 1e-5), ("logprobs", 1e-5), ("scored_incoming", 1e-5), ("scored_logprobs", 1e-5)):
+        assert 0 <= verified[0][f"entra/verify/{name}"] < bound
+
+
+def test_a_wrong_kernel_ends_the_run_or_warns(tmp_path, monkeypatch):
+    right = entra.capture.incoming_attention
+    monkeypatch.setattr(entra.capture, "incoming_attention", lambda *a, **k: 1.001 * right(*a, **k))
+    wrong = trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.score_batch], options={"verify_every": 1})
+    with pytest.raises(RuntimeError, match=r"off from the reference: incoming by 0\.001"):
+        wrong.train()
+    warned = trainer_of(
+        tmp_path, entra.EntraGRPOTrainer, [entra.score_batch], options={"verify_every": 1, "verify_on_breach": "warn"}
+    )
+    with pytest.warns(RuntimeWarning, match="off from the reference: incoming"):
+        warned.train()
+
+
+def test_signals_recorded_at_the_wrong_place_end_the_run(tmp_path, monkeypatch):
+    right = entra.rollout.Rollout.record
+    monkeypatch.setattr(
+        entra.rollout.Rollout, "record", lambda self, c, l, mu, first, whole: right(self, c, l, mu, first - 1, whole)
+    )
+    trainer = trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.score_batch], num_iterations=2, options={"verify_every": 1})
+    with pytest.raises(RuntimeError, match="scored_incoming"):
+        trainer.train()
+
+
+# Bad input, at construction.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward_weights": [0.0, 0.0]}, r"reward_weights=\[0.0, 0.0\] are all zero"),
+        ({"num_generations": 1}, "at least 2"),
+        ({"options": {"verify_every": -1}}, "verify_every=-1 must be at least 0"),
+        ({"options": {"verify_on_breach": "shout"}}, "verify_on_breach='shout' must be 'raise' or 'warn'"),
+    ],
+)
+def test_config_that_cannot_work(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [every_second, entra.score_batch], **change)
+
+
+def test_model_that_cannot_be_captured(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=101, hidden_size=16, num_hidden_layers=1, eos_token_id=2, pad_token_id=0))
+    with pytest.raises(ValueError, match="no layer of this model"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.score_batch], model)
+
+
+def test_tokenizer_without_eos(tmp_path):
+    bare = tokenizer()
+    bare.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no EOS token"):
+        entra.EntraGRPOTrainer(model=build("qwen3"), reward_funcs=[entra.score_batch], processing_class=bare)
+
+
+def test_options_that_trl_would_take_for_columns(tmp_path):
+    reward = functools.partial(entra.score_batch, config=entra.ScoreConfig(protect_fraction=0.1))
+    with pytest.raises(ValueError, match=r"entra.EntraReward\(config=...\)"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [reward])
+
+
+def test_beta_0_without_a_gate_warns(tmp_path):
+    with pytest.warns(UserWarning, match="beta=0 and a live ENTRA reward without a gate"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.EntraReward()])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "beta=0 and")
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.EntraReward(gate=every_second)])
+
+
+def test_a_live_reward_cannot_go_to_another_process():
+    context = multiprocessing.get_context("spawn")
+    with pytest.raises(RuntimeError, match="scores with the live policy, but it is being sent to another process"):
+        context.Process(target=print, args=(entra.EntraReward(),)).start()
+
+
+def test_an_error_while_riding_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    model = build("qwen3")
+    trainer = trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.score_batch], model, num_iterations=2)
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+
+    def fail(*args, **kwargs):
+        assert model.training
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(entra.capture, "incoming_attention", fail)
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert all(a is b for a, b in zip(configs, [m.config for m in model.modules() if hasattr(m, "config")], strict=True))
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert math.isfinite(float(model(torch.tensor([[5, 6]])).logits.sum()))
