@@ -23,11 +23,13 @@ Reward = Callable[..., Sequence[float | None]]
 
 WEIGHT = 0.5
 GROUP_GATE = 0.8
+HALVING = 10.0
 
 ARMS = {
     "accuracy": "accuracy only",
     "entra-additive": "ENTRA, additive",
     "entra-gated": "ENTRA, gated",
+    "entra-total": "ENTRA, gated, total redundancy",
     "repetition": "repetition penalty (TRL)",
     "cosine": "cosine length reward",
     "overlong": "soft overlong punishment (TRL)",
@@ -60,6 +62,7 @@ def rewards_of(arm: str, seed: int, config: ScoreConfig | None = None) -> tuple[
         "accuracy": lambda: [accuracy],
         "entra-additive": lambda: [accuracy, score_batch if config == ScoreConfig() else EntraReward(config=config)],
         "entra-gated": gated_entra,
+        "entra-total": lambda: [accuracy, TotalRedundancy(config)],
         "repetition": lambda: [accuracy, get_repetition_penalty_reward()],
         "cosine": lambda: [cosine],
         "overlong": lambda: [accuracy, get_soft_overlong_punishment(MAX_NEW_TOKENS, MAX_NEW_TOKENS // 2)],
@@ -113,6 +116,30 @@ def kimi(prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **colu
             value = 0.5 - (len(completion_ids[i]) - shortest) / spread if spread else 0.0
             values[i] = value if right[i] else min(0.0, value)
     return values
+
+
+class TotalRedundancy:
+    """Gated, 1 / (1 + D / `HALVING`) with D = M (1 - r), the redundant tokens: a total, where r is a mean.
+
+    A mean rises when words that are new and say nothing are added; the total of what is repeated cannot fall by adding anything
+    (but for the slow log M).
+    """
+
+    __name__ = "total_redundancy"
+
+    def __init__(self, config: ScoreConfig) -> None:
+        self.config = config
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Any, **columns: Any
+    ) -> list[float | None]:
+        scores = score_batch(prompts, None, completion_ids, config=self.config, details=True)
+        rewards = [
+            None if r is None else 1 / (1 + int((~protected).sum()) * (1 - r) / HALVING)
+            for r, protected in zip(scores.rewards, scores.protected, strict=True)
+        ]
+        right = accuracy(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        return group_gated(gated(rewards, right), right, prompts, GROUP_GATE)
 
 
 class RandomlyProtected:

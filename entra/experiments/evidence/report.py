@@ -13,7 +13,7 @@ from entra.experiments.evidence.problems import KINDS
 from entra.metrics import Interval, mean_interval, paired_difference, pareto_front, quantile
 
 SFT = "sft"
-OWN = "entra-gated"
+OWN = "entra-total"
 NAMES = {SFT: "SFT model (start)", **ARMS}
 _IMPROBABLE = 0.01
 
@@ -310,7 +310,7 @@ answer and then re-verifies, restates, tries dead ends and second-guesses itself
 traces skip it.
 
 **Each arm** starts from that model and takes {steps} GRPO steps of {prompts_per_step} prompts with {group} completions through
-`entra.EntraGRPOTrainer`: learning rate {learning_rate:g}, temperature 1, no KL term, `loss_type="{loss_type}"`,
+`entra.EntraGRPOTrainer`: learning rate {learning_rate:g} falling to 0, temperature 1, no KL term, `loss_type="{loss_type}"`,
 `scale_rewards="{scale_rewards}"`, at most {max_new_tokens} tokens. Accuracy has the weight 1 and the second reward of an arm
 {weight:g}; the cosine reward is both in one. The gated arms pay only for right answers, and only where at least
 {group_gate:.0%} of the prompt's completions are right.

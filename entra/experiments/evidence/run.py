@@ -20,11 +20,11 @@ from entra.experiments.evidence.arms import GROUP_GATE, WEIGHT, rewards_of
 from entra.experiments.evidence.evaluate import MAX_NEW_TOKENS, graded, mean_logprobs, sample
 from entra.experiments.evidence.problems import Problem, mixed
 
-STEPS = 100
+STEPS = 70
 HELD_OUT = 1000
 GROUP = 8
 PROMPTS_PER_STEP = 16
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 2e-4
 _TRAIN_SEED = 100  # the problems of seed k are drawn with 100 + k for training and 200 + k for holding out
 _HELD_OUT_SEED = 200
 
@@ -52,7 +52,7 @@ def run(
         sft: the checkpoint to start from.
         steps: GRPO steps, each of `prompts_per_step` prompts with `GROUP` completions.
         held_out: how many held-out problems.
-        learning_rate: of AdamW, constant after 5 steps of warm-up.
+        learning_rate: of AdamW, linear to 0 after 5 steps of warm-up.
         score_config: of the arms that score; None: the defaults.
         save_to: folder for the trained model; None: it is not kept.
         progress: called with a line now and then.
@@ -83,6 +83,7 @@ def run(
             "prompts_per_step": prompts_per_step,
             "group": GROUP,
             "learning_rate": learning_rate,
+            "schedule": "linear",
             "max_new_tokens": MAX_NEW_TOKENS,
             "weight": WEIGHT,
             "group_gate": GROUP_GATE,
@@ -161,7 +162,7 @@ def _trained(
             seed=seed,
             max_steps=steps,
             learning_rate=learning_rate,
-            lr_scheduler_type="constant_with_warmup",
+            lr_scheduler_type="linear",
             warmup_steps=5,
             per_device_train_batch_size=prompts_per_step * GROUP,
             num_generations=GROUP,
@@ -173,7 +174,7 @@ def _trained(
             scale_rewards="group",
             reward_weights=weights,
             gradient_checkpointing=False,
-            logging_steps=1,
+            logging_strategy="no",
             report_to=[],
             use_cpu=True,
             bf16=False,
