@@ -36,6 +36,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("of exp bound", "of_exp_bound", lambda r: f"{r['of_exp_bound']:.0%}"),
     ("extra MiB", "peak_bytes", lambda r: f"{r['peak_bytes'] / 2**20:.4g}"),
     ("first call, s", "first_call_s", lambda r: f"{r['first_call_s']:.2g}"),
+    ("of a step", "share_of_step", lambda r: f"{r['share_of_step']:.2%}"),
     ("error, max", "error_max", lambda r: f"{r['error_max']:.1e}"),
     ("error, mean", "error_mean", lambda r: f"{r['error_mean']:.1e}"),
     ("error / allowed", "error_of_allowed", lambda r: f"{r['error_of_allowed']:.1g}"),
@@ -49,7 +50,12 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("same top 20 %, importance", "same_top_importance", lambda r: f"{r['same_top_importance']:.1%}"),
 )
 
-BASELINES = {"linear_token_logprobs": "matmul", "score_batch": "bare forward", "sampled rows": "ours, exact"}
+BASELINES = {
+    "linear_token_logprobs": "matmul",
+    "score_batch": "bare forward",
+    "training step": "without ENTRA",
+    "sampled rows": "ours, exact",
+}
 """What times are given in units of; ours where nothing is named."""
 
 SECTIONS = {
@@ -63,6 +69,7 @@ SECTIONS = {
     "redundancy": "Epilogue, by device events on a GPU",
     "redundancy, host clock": "Epilogue, by the host's clock",
     "score_batch": "score_batch beside the forward that it rides on",
+    "training step": "A GRPO step (generation, and the optimiser steps on it)",
     "test": "Tests that were not run",
 }
 

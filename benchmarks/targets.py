@@ -124,6 +124,24 @@ def _score_batch(case: str, limit: float) -> Callable[[Content], tuple[str, bool
     )
 
 
+def _riding(content: Content) -> tuple[str, bool]:
+    name = "ours, riding: inside ENTRA's code"
+    share = find(content, "training step", "TRL makes a log-prob pass", name, "share_of_step")
+    return f"{share:.2%}", share < 0.02
+
+
+def _own_pass(content: Content) -> tuple[str, bool]:
+    operation, case = "training step", "TRL's defaults, no pass"
+    times = find(content, operation, case, "ours, the pass alone") / find(content, operation, case, "one no-grad forward")
+    return _at_most(times, 1, "times")
+
+
+_TRAINING: dict[str, Callable[[Content], tuple[str, bool]]] = {
+    "training, riding on TRL's pass: under 2 % of a step": _riding,
+    "training, a pass of its own: at most one no-grad forward": _own_pass,
+}
+
+
 def _attention(name: str, content: Content, tokens: int) -> float:
     return find(content, "incoming_attention", f"N = {tokens}", name)
 
@@ -148,6 +166,7 @@ ON_GPU: dict[str, Callable[[Content], tuple[str, bool]]] = {
     "score_batch, shape of Qwen3-8B, 16,384 tokens: at most 1.02 of the bare forward": _score_batch(
         "qwen3, 16384 tokens", 1.02
     ),
+    **_TRAINING,
 }
 """Set for one H200 in bfloat16."""
 
@@ -161,6 +180,7 @@ ON_CPU: dict[str, Callable[[Content], tuple[str, bool]]] = {
     ),
     "log-probs: no slower than matmul, log_softmax and gather, in at most 1/20 of the memory": _as_plain,
     "score_batch, SmolLM2, 2,048 tokens: at most 1.05 of the bare forward": _score_batch("smollm2, 2048 tokens", 1.05),
+    **_TRAINING,
 }
 
 

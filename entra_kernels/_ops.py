@@ -39,6 +39,12 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     return importlib.import_module(_MODULES[backend])
 
 
+def _without_autocast(tensor: Tensor) -> torch.autocast:
+    """Products in the precision of what they multiply: a trainer's autocast, inside whose forward scoring happens, would round
+    the float32 ones of the reference to bfloat16."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
     if targets.device.type == "cpu" and targets.numel():
         low, high = int(targets.min()), int(targets.max())
@@ -68,19 +74,20 @@ def incoming_attention(
     module = _implementation(backend, q)
     spans = Spans(starts, ends, sequences, tokens=q.shape[2], batch=q.shape[0])
     spans.check(q.device)
-    return module.incoming_attention(
-        q,
-        k,
-        spans,
-        scale=scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-        lse=lse,
-        row_weights=row_weights,
-        per_head=per_head,
-        normalize=normalize,
-    )
+    with _without_autocast(q):
+        return module.incoming_attention(
+            q,
+            k,
+            spans,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            lse=lse,
+            row_weights=row_weights,
+            per_head=per_head,
+            normalize=normalize,
+        )
 
 
 @incoming_attention.register_fake
@@ -112,19 +119,20 @@ def sampled_incoming_attention(
     module = _implementation(backend, q)
     spans = Spans(starts, ends, sequences, tokens=q.shape[2], batch=q.shape[0])
     spans.check(q.device)
-    return module.sampled_incoming_attention(
-        q,
-        k,
-        spans,
-        draw(spans, sample_rows, seed, q.device),
-        scale=scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-        lse=lse,
-        row_weights=row_weights,
-        normalize=normalize,
-    )
+    with _without_autocast(q):
+        return module.sampled_incoming_attention(
+            q,
+            k,
+            spans,
+            draw(spans, sample_rows, seed, q.device),
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            lse=lse,
+            row_weights=row_weights,
+            normalize=normalize,
+        )
 
 
 @sampled_incoming_attention.register_fake
@@ -185,16 +193,17 @@ def linear_token_logprobs(
     else:
         hidden, targets, exist = _selected(hidden, targets, rows)
     _check_targets(targets, weight.shape[0])
-    results: list[Tensor] = module.linear_token_logprobs(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        temperature=temperature,
-        entropy=entropy,
-    )
+    with _without_autocast(hidden):
+        results: list[Tensor] = module.linear_token_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperature=temperature,
+            entropy=entropy,
+        )
     return results if exist is None else [result.masked_fill_(~exist, math.nan) for result in results]
 
 

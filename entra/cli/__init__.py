@@ -1,4 +1,4 @@
-"""The command line: `entra score` for a file of traces, `entra demo` for a first look.
+"""The command line: `entra score` for a file of traces, `entra train` for a model, `entra demo` for a first look.
 
 Exit codes: 0 finished (also when rows were bad: they are in the output, with an `error`), 1 stopped by something that the
 message names, 2 bad usage, 130 interrupted with Ctrl-C.
@@ -36,14 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     import entra.cli.demo as demo
     import entra.cli.score as score
+    import entra.cli.train as train
 
-    parser = argparse.ArgumentParser(prog="entra", description="Score how redundant reasoning traces are.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="entra", description="Score how redundant reasoning traces are, and train on it.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {"score": score.add_parser(commands), "demo": demo.add_parser(commands)}
+    parsers = {name: module.add_parser(commands) for name, module in (("score", score), ("train", train), ("demo", demo))}
     options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        _refuse(unknown, parsers[options.command])
+    if options.command == "train":
+        options.rest = unknown  # for TRL's parser, which takes seconds to load
+    elif unknown:
+        refuse(unknown, parsers[options.command])
     try:
         options.run(options)
     except CommandError as error:
@@ -55,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _refuse(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
-    """Ends with argparse's own usage error, which names the option that was probably meant."""
+def refuse(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
+    """End with argparse's own usage error, which names the option that was probably meant."""
     wrong = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
     known = [name for action in parser._actions for name in action.option_strings]
     nearest = difflib.get_close_matches(wrong, known, n=1) if wrong.startswith("-") else []

@@ -43,7 +43,7 @@ class Output:
                     self._file.truncate(0)
                 check(path, identity)
                 if recorded(path) is None:
-                    _write_whole(_sidecar(path), json.dumps({**identity, **facts}, indent=1, default=json_value) + "\n")
+                    write_whole(_sidecar(path), json.dumps({**identity, **facts}, indent=1, default=json_value) + "\n")
                 self._file.truncate(_end_of_last_line(self._file))
         except BaseException:
             self._file.close()
@@ -119,8 +119,8 @@ def check(path: Path, identity: Mapping[str, Any]) -> None:
     before = recorded(path)
     if before is None:
         return
-    then = dict(_flat(before))
-    for name, now in _flat(json.loads(json.dumps(identity, default=json_value))):
+    then = dict(flat(before))
+    for name, now in flat(json.loads(json.dumps(identity, default=json_value))):
         if then.get(name) != now:
             raise CommandError(
                 f"{path} exists and was made with {name}={then.get(name)!r}, now it is {now!r}; "
@@ -159,7 +159,7 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".meta.json")
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Either all of the file is there or nothing."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("w", encoding="utf-8") as file:
@@ -193,9 +193,10 @@ def _end_of_last_line(file: BinaryIO) -> int:
     return 0
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts under dotted names."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

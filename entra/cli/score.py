@@ -14,11 +14,8 @@ Decisions taken here:
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import importlib.metadata
-import inspect
-import json
 import os
 import sys
 import time
@@ -26,14 +23,15 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 
 from entra import __version__
 from entra.cli import CommandError, one_line
+from entra.cli.flags import add_flags
 from entra.cli.output import Output, check, recorded
 from entra.cli.rows import Row, Survey, read_rows, survey
 from entra.config import ScoreConfig
@@ -68,16 +66,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--details", action="store_true", help=f"add the tokens' {', '.join(DETAIL_COLUMNS)}")
     parser.add_argument("--batch-size", type=int, default=16, help="rows that are scored, then written (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="start again when the output exists")
-    group = parser.add_argument_group("options of the method (entra.ScoreConfig)")
-    hints, docs, defaults = get_type_hints(ScoreConfig), _field_docs(), ScoreConfig()
-    for field in fields(ScoreConfig):
-        default = getattr(defaults, field.name)
-        group.add_argument(
-            "--" + field.name.replace("_", "-"),
-            default=default,
-            help=f"{docs.get(field.name, '')} (default: {default})".replace("%", "%%"),
-            **_kind(hints[field.name]),
-        )
+    add_flags(parser.add_argument_group("options of the method (entra.ScoreConfig)"), ScoreConfig)
     parser.set_defaults(run=run)
     return parser
 
@@ -326,38 +315,3 @@ class _Summary:
             f"  time         {seconds:.1f} s, model loading included",
         ]
         return "\n".join(lines)
-
-
-def _field_docs() -> dict[str, str]:
-    """The docstring under each field of ScoreConfig; none of them where Python runs without source files."""
-    try:
-        (definition,) = ast.parse(inspect.getsource(ScoreConfig)).body
-    except OSError:
-        return {}
-    body = definition.body if isinstance(definition, ast.ClassDef) else []
-    docs = {}
-    for statement, after in pairwise(body):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and isinstance(after, ast.Expr):
-            docs[statement.target.id] = " ".join(ast.literal_eval(after.value).split())
-    return docs
-
-
-def _kind(hint: Any) -> dict[str, Any]:
-    """What argparse must know to read a field of this type."""
-    if get_origin(hint) is Literal:
-        return {"choices": get_args(hint)}
-    if hint in (int, float):
-        return {"type": hint, "metavar": hint.__name__.upper()}
-    if hint == int | None:
-        return {"type": int, "metavar": "INT"}
-    return {"type": _json_object, "metavar": "JSON"}
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"enable_thinking": false}}')
-    return value

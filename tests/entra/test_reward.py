@@ -9,7 +9,7 @@ from tiny_models import build
 from tiny_tokenizer import build_tokenizer
 
 import entra
-from entra.reward import dead_banded, gated, guarded
+from entra.reward import correlation, dead_banded, gated, group_gated, group_std, guarded
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +164,54 @@ def test_guards_and_dead_band_at_their_boundaries():
     assert guarded([0.9], [3], [-5.0], 3, -5.0) == [0.9]
     assert guarded([0.9], [2], [-5.0], 3, -5.0) == [0.0]
     assert dead_banded([0.25, 0.5], ["a", "a"], 0.25) == [0.25, 0.5]
+
+
+def test_group_gate_pays_only_where_enough_of_the_prompt_is_right():
+    rewards, groups = [0.9, 0.0, 0.8, 0.0, None], ["a", "a", "b", "b", "b"]
+    gate = [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert group_gated(rewards, gate, groups, 0.0) == rewards
+    assert group_gated(rewards, gate, groups, 0.5) == [0.9, 0.0, 0.0, 0.0, None]
+    assert group_gated(rewards, [1.0, None, 5.0, -3.0, None], groups, 0.75) == [0.9, 0.0, 0.0, 0.0, None]
+    assert group_gated([0.5], [None], ["a"], 0.1) == [0.0]
+
+
+def test_group_gate_of_the_reward(model, tokenizer):
+    options = {"model": model, "tokenizer": tokenizer, "gate": lambda completions, **_: [1.0, 0.0, 1.0]}
+    plain = entra.EntraReward(**options)(PROMPTS, COMPLETIONS)
+    assert entra.EntraReward(**options, group_gate=0.6)(PROMPTS, COMPLETIONS) == [0.0, 0.0, plain[2]]
+    with pytest.raises(ValueError, match=r"group_gate=0.5 needs a gate"):
+        entra.EntraReward(group_gate=0.5)
+    with pytest.raises(ValueError, match=r"group_gate=2 must be in \[0, 1\]"):
+        entra.EntraReward(gate=is_long, group_gate=2)
+
+
+def test_spread_and_correlation():
+    assert group_std([0.0, 1.0, 5.0, None], ["a", "a", "b", "b"]) == pytest.approx(math.sqrt(0.5))
+    assert math.isnan(group_std([1.0, None], ["a", "a"]))
+    assert correlation([1.0, 2.0, None, 4.0], [3, 2, 99, 0]) == pytest.approx(-1.0)
+    assert math.isnan(correlation([1.0, 1.0], [1, 2]))
+
+
+def test_what_it_logs_under_a_trainer(model, tokenizer):
+    metrics, columns = {}, {}
+    reward = entra.EntraReward(model=model, tokenizer=tokenizer, gate=is_long, name="brevity")
+    rewards = reward(
+        PROMPTS, COMPLETIONS, trainer_state=object(), log_metric=metrics.__setitem__, log_extra=columns.__setitem__
+    )
+    scores = entra.score_batch(PROMPTS, COMPLETIONS, model=model, tokenizer=tokenizer, details=True)
+    assert columns["brevity/score"] == scores.rewards
+    assert columns["brevity/protected_share"] == pytest.approx([float(p.float().mean()) for p in scores.protected])
+    assert columns["brevity/incoming"] == pytest.approx([float(mu.mean()) for mu in scores.incoming])
+    assert metrics["brevity/score"] == pytest.approx(sum(scores.rewards) / 3)
+    assert metrics["brevity/group_std"] == pytest.approx(abs(rewards[0] - rewards[1]) / math.sqrt(2))
+    lengths = torch.tensor([float(ids.numel()) for ids in scores.token_ids])
+    assert metrics["brevity/length_correlation"] == pytest.approx(
+        float(torch.corrcoef(torch.stack([torch.tensor(rewards), lengths]))[0, 1]), abs=1e-5
+    )
+
+
+def test_what_is_not_defined_is_not_logged(model, tokenizer):
+    metrics = {}
+    reward = entra.EntraReward(model=model, tokenizer=tokenizer)
+    reward(["2+2="], ["It is four."], trainer_state=object(), log_metric=metrics.__setitem__)
+    assert set(metrics) == {"entra_reward/score", "entra_reward/protected_share", "entra_reward/incoming"}

@@ -697,3 +697,12 @@ def test_missing_triton_says_what_to_do(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     with pytest.raises(RuntimeError, match="pip install triton, or use backend='torch'"):
         incoming_attention(Q, K, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autocast_around_it_changes_nothing(backend):
+    """A trainer's autocast is on where scores ride on its pass; the reference's products were then rounded to bfloat16."""
+    q, k, arguments = problem("cpu", torch.float32)
+    expected = incoming_attention(q, k, **arguments, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(incoming_attention(q, k, **arguments, backend=backend), expected)

@@ -738,3 +738,13 @@ def test_softcap_off(off):
     assert torch.equal(
         linear_token_logprobs(hidden, weight, targets, softcap=off), linear_token_logprobs(hidden, weight, targets)
     )
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autocast_around_it_changes_nothing(backend):
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(9, 16, generator=generator), torch.randn(31, 16, generator=generator)
+    targets = torch.arange(9)
+    expected = linear_token_logprobs(hidden, weight, targets, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear_token_logprobs(hidden, weight, targets, backend=backend), expected)

@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     full.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     for command in (short, full, one):
         command.add_argument("--steps", type=int, help="GRPO steps")
+        command.add_argument("--prompts-per-step", type=int, help="prompts of one step, each with 8 completions")
     for command in (short, full, one, base):
         command.add_argument("--held-out", type=int, help="held-out problems")
     for command in (short, full, sft):
@@ -70,7 +71,7 @@ def _many(options: argparse.Namespace) -> int:
     todo = [
         (["base", seed], options.results / f"sft-seed{seed}.json", _given(options, "held_out")) for seed in options.seeds
     ] + [
-        (["one", arm, seed], options.results / f"{arm}-seed{seed}.json", _given(options, "held_out", "steps"))
+        (["one", arm, seed], options.results / f"{arm}-seed{seed}.json", _given(options, "held_out", "steps", "prompts_per_step"))
         for seed in options.seeds
         for arm in arms
     ]
@@ -127,7 +128,7 @@ def _base(options: argparse.Namespace) -> int:
 def _one(options: argparse.Namespace) -> int:
     from entra.experiments.evidence.run import run
 
-    result = run(options.arm, options.seed, options.sft, progress=_say, **_given(options, "steps", "held_out"))
+    result = run(options.arm, options.seed, options.sft, progress=_say, **_given(options, "steps", "prompts_per_step", "held_out"))
     _write(options.into, {**result, **_command()})
     held_out = result["held_out"]
     correct, tokens = held_out["correct"], held_out["tokens"]

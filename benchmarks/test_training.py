@@ -1,0 +1,173 @@
+"""What ENTRA adds to a GRPO step: riding on TRL's log-prob pass, with a pass of its own, and beside TRL's repetition penalty.
+
+A random Qwen3-architecture model, a policy that always writes the same number of tokens, so that all arms do the same work.
+Where TRL makes a log-prob pass (here: two iterations per batch) scores ride on it; with TRL's defaults it makes none, and
+scoring costs one no-grad forward, which is timed alone beside it. A difference of a few percent between whole steps drowns in
+the noise of a busy machine, so the time inside ENTRA's own code is added up too.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compare import compare
+from measure import DEVICE, DTYPE, by_size, synchronize
+from results import Results
+
+import entra
+import entra.capture
+import entra.rollout
+from entra.forward import token_signals
+
+PROMPT_TOKENS = by_size(tiny=8, small=32, full=256)
+COMPLETION_TOKENS = by_size(tiny=16, small=224, full=768)
+GROUP, PROMPTS = 4, by_size(tiny=1, small=1, full=4)
+CASES = {"TRL makes a log-prob pass": 2, "TRL's defaults, no pass": 1}
+"""Iterations per batch."""
+
+
+def accuracy(completions: list[Any], **columns: Any) -> list[float]:
+    return [float(i % 2) for i in range(len(completions))]
+
+
+def model() -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = by_size(
+        tiny=(64, 2, 4, 2, 16, 128, 1000), small=(320, 8, 8, 4, 40, 960, 16_384), full=(1024, 28, 16, 8, 128, 3072, 151_936)
+    )
+    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size"
+    config = AutoConfig.for_model("qwen3", **dict(zip(names.split(), sizes, strict=True)), eos_token_id=1, pad_token_id=0)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+
+
+def tokenizer(vocabulary: int) -> Any:
+    """Words that are numbers: token i is the text "i"."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({str(i): i for i in range(vocabulary)}, unk_token="2"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="0", eos_token="1", unk_token="2", padding_side="left")
+
+
+def step(kind: Any, reward: Any, iterations: int, folder: Path) -> Callable[[], None]:
+    """One batch of rollouts and the optimiser steps on it, as a call."""
+    import trl
+    from datasets import Dataset
+
+    policy = model()
+    words = " ".join(str(10 + i % 50) for i in range(PROMPT_TOKENS))
+    args = trl.GRPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=GROUP * PROMPTS,
+        num_generations=GROUP,
+        num_iterations=iterations,
+        max_steps=iterations,
+        max_completion_length=COMPLETION_TOKENS,
+        generation_kwargs={"min_new_tokens": COMPLETION_TOKENS},
+        gradient_checkpointing=False,
+        use_cpu=DEVICE == "cpu",
+        bf16=DTYPE is torch.bfloat16,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_list([{"prompt": f"{i} {words}"} for i in range(PROMPTS)])
+    trainer = kind(
+        model=policy, reward_funcs=[reward], args=args, train_dataset=rows, processing_class=tokenizer(policy.config.vocab_size)
+    )
+    return lambda: trainer.train() and None
+
+
+@contextmanager
+def clock_inside_entra() -> Iterator[list[float]]:
+    """Seconds spent in what riding adds: reducing q and k, noting the rollout, the reward with its gate."""
+    seconds: list[float] = []
+    depth = 0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            synchronize()
+            depth += 1
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                synchronize()
+                depth -= 1
+                if depth == 0:
+                    seconds.append(time.perf_counter() - begin)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entra.capture, "incoming_attention", timed(entra.capture.incoming_attention))
+        for owner, name in (
+            (entra.rollout.Rollout, "__init__"),
+            (entra.rollout.Rollout, "record"),
+            (entra.EntraReward, "__call__"),
+        ):
+            patch.setattr(owner, name, timed(getattr(owner, name)))
+        yield seconds
+
+
+@pytest.mark.priority(6)
+@pytest.mark.parametrize("case", CASES)
+def test_training_step(results: Results, once: Any, tmp_path: Path, case: str) -> None:
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
+    rewards = pytest.importorskip("trl.rewards")
+    iterations = CASES[case]
+    way = "riding" if iterations > 1 else "a pass of its own"
+    ours = f"ours, {way}"
+    rows = [list(range(10, 10 + PROMPT_TOKENS + COMPLETION_TOKENS))] * (GROUP * PROMPTS)
+    runs = {
+        ours: step(entra.EntraGRPOTrainer, entra.EntraReward(gate=accuracy), iterations, tmp_path),
+        "without ENTRA": step(trl.GRPOTrainer, accuracy, iterations, tmp_path),
+        "TRL's repetition penalty": step(trl.GRPOTrainer, rewards.get_repetition_penalty_reward(), iterations, tmp_path),
+    }
+    if iterations == 1:
+        policy = model()
+        config = entra.ScoreConfig()
+        batch = torch.tensor(rows, device=DEVICE)
+
+        @torch.no_grad()
+        def forward() -> None:
+            policy(input_ids=batch, use_cache=False)
+
+        runs["ours, the pass alone"] = lambda: token_signals(policy, rows, [COMPLETION_TOKENS] * len(rows), config) and None
+        runs["one no-grad forward"] = forward
+    records = compare(
+        results,
+        "training step",
+        case,
+        runs,
+        rounds=by_size(tiny=1, small=7, full=5),
+        seconds=by_size(tiny=1, small=40, full=60),
+        rows=len(rows),
+        completion_tokens=COMPLETION_TOKENS,
+    )
+    if iterations > 1:
+        inside = []
+        with clock_inside_entra() as seconds:
+            for _ in range(by_size(tiny=1, small=3, full=3)):
+                seconds.clear()
+                runs[ours]()
+                inside.append(sum(seconds))
+        ms = statistics.median(inside) * 1e3
+        share = ms / records[ours]["ms"]
+        results.add("training step", case, f"{ours}: inside ENTRA's code", ms=ms, share_of_step=share)
+    once(runs[ours])
+    if results.asserts() and iterations > 1:
+        assert share < 0.02

@@ -1,0 +1,128 @@
+"""Names of reward functions on the command line -> the functions, checked against the dataset before anything is trained."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from entra.cli import CommandError, one_line
+from entra.config import ScoreConfig, nearest_of
+from entra.problems import reasoning_gym_reward
+from entra.reward import EntraReward
+
+RewardFunction = Callable[..., Any]
+
+# Those that `trl grpo` knows by name, in the module that it takes them from.
+_TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
+_NAMES = ("entra", "reasoning_gym", *_TRL_REWARDS)
+
+# What a trainer passes beside the dataset's columns.
+_FROM_TRAINER = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+
+
+def reward_functions(
+    names: Sequence[str] | None, gate: str | None, columns: Sequence[str] | None, config: ScoreConfig, guards: dict[str, Any]
+) -> list[RewardFunction]:
+    """The reward functions of a run.
+
+    Args:
+        names: as on the command line; None: the gate, if there is one, and "entra".
+        gate: name of the gate of "entra", "none", or None: what fits the dataset.
+        columns: of the dataset; None: not known (streamed).
+        config: of "entra".
+        guards: the other options of EntraReward.
+
+    Raises:
+        CommandError: an unknown name, a column that a function needs and the dataset lacks, no gate that fits, or an option
+            outside its range.
+    """
+    if names is None or "entra" in names:
+        gate = _default_gate(columns) if gate is None else gate
+    if names is None:
+        names = ["entra"] if gate in (None, "none") else [str(gate), "entra"]
+    functions: list[RewardFunction] = []
+    for name in names:
+        if name != "entra":
+            functions.append(_function(name, columns))
+            continue
+        allowed = None if gate in (None, "none") else _function(str(gate), columns)
+        try:
+            functions.append(EntraReward(config=config, gate=allowed, **guards))
+        except (TypeError, ValueError) as error:
+            raise CommandError(str(error)) from error
+    return functions
+
+
+def check_weights(weights: Sequence[float] | None) -> None:
+    """Refuse weights under which nothing is trained.
+
+    Raises:
+        CommandError: all of them are 0.
+    """
+    if weights and not any(weights):
+        raise CommandError(f"--reward_weights {' '.join(map(str, weights))}: all are 0, nothing is trained; weigh one reward")
+
+
+def _default_gate(columns: Sequence[str] | None) -> str:
+    if columns is not None and "entry" in columns:
+        return "reasoning_gym"
+    if columns is not None and "solution" in columns:
+        return "accuracy_reward"
+    raise CommandError(
+        "no gate fits the dataset, and concise wrong answers must not be paid for: name a reward function that says which "
+        "completions are right with --gate package.module.function, or add the column 'solution' for accuracy_reward; "
+        "--gate none pays without asking"
+    )
+
+
+def _function(name: str, columns: Sequence[str] | None) -> RewardFunction:
+    if name == "reasoning_gym":
+        function: Any = reasoning_gym_reward
+    elif name in _TRL_REWARDS:
+        function = _trl_reward(name)
+    elif "." in name:
+        function = _imported(name)
+    else:
+        raise CommandError(
+            f"unknown reward function {name!r}; give a path (package.module.function) or a name: {nearest_of(name, _NAMES)}"
+        )
+    if columns is not None:
+        needed = [n for n in _required(function) if n not in columns and n not in _FROM_TRAINER]
+        if needed:
+            raise CommandError(f"reward function {name} needs the column {needed[0]!r}; the dataset has {', '.join(columns)}")
+    return function
+
+
+def _trl_reward(name: str) -> RewardFunction:
+    import trl.rewards
+
+    if name.endswith("accuracy_reward") and importlib.util.find_spec("math_verify") is None:
+        raise CommandError(f"{name} needs math-verify: pip install math-verify")
+    found = getattr(trl.rewards, name)
+    # The numbers of `trl grpo`.
+    return found(max_completion_len=1280, soft_punish_cache=256) if name.startswith("get_") else found
+
+
+def _imported(path: str) -> RewardFunction:
+    """The object at a dotted path; the working directory counts, as with `trl grpo`."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CommandError(f"cannot import the reward function {path}: {one_line(error)}") from error
+    if not callable(function) or inspect.isclass(function):
+        raise CommandError(f"{path} is a {type(function).__name__}, not a reward function or a callable object")
+    return function
+
+
+def _required(function: RewardFunction) -> list[str]:
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in plain and p.default is p.empty]

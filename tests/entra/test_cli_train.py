@@ -1,0 +1,297 @@
+"""`entra train`: from YAML and flags to a trained model, resumed exactly; bad input is one line before training."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from tiny_models import build
+from tiny_tokenizer import build_tokenizer
+
+import entra
+from entra.cli import main
+from entra.cli.checkpoints import last_checkpoint
+from entra.cli.train import _GUARDS, RECIPES, TrainOptions, _summary
+
+for package in ("trl", "datasets", "accelerate"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install 'entra[train]'")
+
+REWARD = """
+def right(completions, solution, **columns):
+    return [float(s in c) for c, s in zip(completions, solution, strict=True)]
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    build("llama").save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a dataset of sums and a module with a reward function."""
+    rows = [{"prompt": f"{i}+1=", "solution": str(i + 1)} for i in range(16)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "no_prompt.csv").write_text("question,answer\n1,2\n")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "1"}\n{broken\n')
+    (tmp_path / "sums_reward.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
+
+
+def settings(model, **changes):
+    return {
+        "model_name_or_path": str(model),
+        "dataset_name": "sums.jsonl",
+        "output_dir": "out",
+        "gate": "sums_reward.right",
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 12,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": "1e-2",  # which YAML reads as text, too
+        **changes,
+    }
+
+
+def train(model, *flags, **changes):
+    Path("config.yaml").write_text(yaml.safe_dump(settings(model, **changes)))
+    return main(["train", "--config", "config.yaml", *flags])
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def log_of(folder):
+    state = json.loads((last_checkpoint(Path(folder)) / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "reward" in entry]
+
+
+def test_trains_and_saves(model, here, capsys):
+    assert train(model, "--beta", "0.1", beta=0.2, min_length=3) == 0
+    before, after = weights(model), weights("out")
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    logged = log_of("out")
+    assert len(logged) == 2
+    assert {"rewards/right/mean", "rewards/entra_reward/mean", "kl"} <= set(logged[0])
+    made_with = json.loads(Path("out/entra_train.json").read_text())
+    assert made_with["arguments"]["beta"] == 0.1  # a flag wins
+    assert made_with["options"]["min_length"] == 3
+    assert capsys.readouterr().err.splitlines()[-5].startswith("out: 2 steps, model saved")
+    assert train(model, "--beta", "0.1", beta=0.2, min_length=3) == 0
+    assert "out is finished: all steps are done, the model is in out/checkpoint-2" in capsys.readouterr().err
+
+
+def test_problems_of_reasoning_gym_with_rloo_and_evaluation(model, here):
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
+    changes = {
+        "trainer": "rloo",
+        "dataset_name": "reasoning_gym",
+        "tasks": {"chain_sum": {"max_terms": 2}},
+        "gate": None,
+        "problems": 8,
+        "eval_problems": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": 4,
+        "chat_template_kwargs": {"thinking": True},
+        "save_strategy": "no",
+    }
+    assert train(model, "--attention-statistic", "lift", "--verify_every", "1", **changes) == 0
+    made_with = json.loads(Path("out/entra_train.json").read_text())
+    assert made_with["config"]["attention_statistic"] == "lift"
+    assert made_with["config"]["chat_template_kwargs"] == {"thinking": True}
+
+
+# Runs the command line in a process that kills itself with SIGKILL in the third step, before its checkpoint is whole.
+KILLED = """
+import os, signal, sys
+from transformers import TrainerState
+from entra.cli import main
+
+original = TrainerState.save_to_json
+
+def deadly(self, path):
+    if self.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, path)
+
+TrainerState.save_to_json = deadly
+main(sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed_gives_the_same_model(model, here, capsys):
+    command = ["--max_steps", "4", "--save_steps", "1"]
+    assert train(model, *command, output_dir="whole") == 0
+    Path("config.yaml").write_text(yaml.safe_dump(settings(model)))
+    arguments = ["train", "--config", "config.yaml", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (here / "out/checkpoint-3").is_dir()
+    assert main(arguments) == 0
+    assert "going on from out/checkpoint-2" in capsys.readouterr().err
+    whole, resumed = weights("whole"), weights("out")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [entry["reward"] for entry in log_of("whole")] == [entry["reward"] for entry in log_of("out")]
+
+    assert main([*arguments, "--max_steps", "5", "--logging_steps", "2"]) == 0  # what only ends or watches a run may change
+    assert main([*arguments, "--max_steps", "6", "--beta", "0.1"]) == 2
+    assert "out has checkpoint-5 of a run with arguments.beta=0.0, now it is 0.1; use another" in capsys.readouterr().err
+    assert main([*arguments, "--resume_from_checkpoint", "false"]) == 2
+    assert main([*arguments, "--resume_from_checkpoint", "nowhere"]) == 2
+    Path("out/entra_train.json").unlink()
+    assert main([*arguments, "--max_steps", "6"]) == 2
+    assert main([*arguments, "--max_steps", "6", "--resume_from_checkpoint", "true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"reward_funcs": ["acuracy_reward"]}, "unknown reward function 'acuracy_reward'", id="reward-name"),
+        pytest.param({"gate": "sums_reward.wrong"}, "cannot import the reward function sums_reward.wrong", id="import"),
+        pytest.param({"gate": "sums_reward.NUMBER"}, "sums_reward.NUMBER is a int, not a reward function", id="no-function"),
+        pytest.param(
+            {"gate": "reasoning_gym"}, "reasoning_gym needs the column 'entry'; the dataset has prompt, s", id="column"
+        ),
+        pytest.param({"dataset_name": "a.jsonl"}, "cannot read the dataset a.jsonl: No such file", id="no-file"),
+        pytest.param({"dataset_name": "no_prompt.csv"}, "no column 'prompt' but question, answer", id="no-prompt"),
+        pytest.param({"dataset_name": "broken.jsonl"}, "cannot read the dataset broken.jsonl: JSON parse error", id="broken"),
+        pytest.param({"dataset_name": None}, "no dataset; give --dataset_name with a hub name", id="no-dataset"),
+        pytest.param({"dataset_name": "reasoning_gym"}, "name tasks of reasoning-gym", id="no-tasks"),
+        pytest.param({"tasks": ["chain_sum"]}, "--tasks are of the dataset reasoning_gym", id="tasks-of-a-file"),
+        pytest.param({"dataset_train_split": "sums"}, "no split 'sums'; it has train: use --dataset_train_split", id="split"),
+        pytest.param({"eval_strategy": "steps"}, "no split 'test'; it has train: use --dataset_test_split", id="test-split"),
+        pytest.param({"reward_weights": [0.0, 0.0]}, "--reward_weights 0.0 0.0: all are 0", id="weights"),
+        pytest.param({"group_gate": 0.5, "gate": "none"}, "group_gate=0.5 needs a gate", id="group-gate"),
+        pytest.param({"min_length": 2.5}, "min_length=2.5 must be a whole number", id="type-in-yaml"),
+        pytest.param({"protect_fraction": 2}, "protect_fraction=2 must be in [0, 1]", id="range"),
+        pytest.param({"num_generations": 1}, "at least 2 generations", id="group-of-one"),
+        pytest.param({"model_name_or_path": "nowhere"}, "cannot load --model_name_or_path nowhere: ", id="model"),
+        pytest.param({"dtype": "float16"}, "the weights are float16", id="float16"),
+        pytest.param({"trainer": "ppo"}, "--trainer ppo must be one of grpo, rloo", id="trainer"),
+        pytest.param({"bta": 0.1}, "config.yaml has an unknown option 'bta'; did you mean 'beta'?", id="unknown-in-yaml"),
+    ],
+)
+def test_bad_input_is_one_line(changes, message, model, here, capsys):
+    given = {name: value for name, value in settings(model, **changes).items() if value is not None}
+    Path("config.yaml").write_text(yaml.safe_dump(given))
+    assert main(["train", "--config", "config.yaml"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("entra train: ")
+    assert message in last
+    assert not Path("out/entra_train.json").exists()
+
+
+def test_no_gate_fits_the_dataset(model, here, capsys):
+    Path("other.jsonl").write_text('{"prompt": "1+1=", "result": 2}\n')
+    assert train(model, gate=None, dataset_name="other.jsonl") == 2
+    assert "no gate fits the dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        pytest.param(["--bta", "0.1"], "unknown argument --bta; did you mean --beta?", id="unknown-flag"),
+        pytest.param(["--skip_truncated", "maybe"], "'maybe' is neither true nor false", id="boolean"),
+        pytest.param(["--head_reduction", "sum"], "invalid choice: 'sum'", id="choice"),
+    ],
+)
+def test_bad_flags_are_usage_errors(flags, message, model, here, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(model, *flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param(
+            None, "cannot read --config config.yaml: No such file or directory; name a file, or one of smollm2-", id="none"
+        ),
+        pytest.param("a: [", "--config config.yaml is not YAML", id="no-yaml"),
+        pytest.param("- a\n", "--config config.yaml must be a mapping", id="no-mapping"),
+    ],
+)
+def test_bad_config_file_is_one_line(text, message, here, capsys):
+    if text is not None:
+        Path("config.yaml").write_text(text)
+    assert main(["train", "--config", "config.yaml"]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_missing_trl_says_how_to_install_it(here, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["train", "--config", "config.yaml"]) == 2
+    assert capsys.readouterr().err == "entra train: training needs trl, accelerate, datasets: pip install 'entra[train]'\n"
+
+
+def test_interrupted_says_how_to_go_on(model, here, capsys, monkeypatch):
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entra.EntraGRPOTrainer, "training_step", interrupted)
+    assert train(model) == 130
+    assert "interrupted after 0 steps; there is no checkpoint yet" in capsys.readouterr().err
+
+
+def test_summary_where_no_completion_was_scored():
+    """Found with the recipe: where every completion is cut off, skip_truncated leaves none to average, and None is logged."""
+    logged = [{"reward": 0.5, "rewards/entra_reward/mean": value} for value in (None, 0.25)]
+    text = _summary(SimpleNamespace(log_history=logged, global_step=2), Path("out"), 3.0)
+    assert "rewards/entra_reward/mean" in text
+    assert " none -> 0.25" in text
+
+
+def test_help_names_every_option_of_ours(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for config in (TrainOptions, entra.ScoreConfig):
+        assert all(f"--{field.name}" in text for field in fields(config))
+    assert "smollm2-reasoning-gym" in text
+    assert "tau: the share of the completion's tokens" in text
+
+
+def test_defaults_are_those_of_the_reward():
+    signature = inspect.signature(entra.EntraReward.__init__.__wrapped__).parameters
+    assert all(getattr(TrainOptions(), name) == signature[name].default for name in _GUARDS)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_parse_and_their_problems_exist(recipe, here, monkeypatch):
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
+    from entra.cli.train import _parse
+    from entra.problems import load_problems
+
+    command = _parse(["--config", recipe.stem, "--bf16", "false", "--problems", "40"])
+    assert len(load_problems(command.options.tasks, command.options.problems)) == 40
+    assert command.options.gate == "reasoning_gym"
+    assert command.options.group_gate == 0.5
+
+
+def test_command_line_is_quick_without_trl():
+    code = "import sys; from entra.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('trl' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "False"
