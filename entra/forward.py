@@ -102,13 +102,14 @@ def token_signals(
         device = model.get_input_embeddings().weight.device
         budget = config.token_budget or (_CPU_TOKEN_BUDGET if device.type == "cpu" else _DEVICE_TOKEN_BUDGET)
         batches = _micro_batches([len(row) if n else 0 for row, n in zip(rows, last, strict=True)], budget)
+        # Asked before the first forward: a rank that waits here takes part in nobody's forward.
+        forwards = _most_forwards(len(batches)) if forwards_are_collective(model) else len(batches)
         for batch in batches:
             results = _forward(model, device, [rows[r] for r in batch], [last[r] for r in batch], config, inspector)
             for r, result in zip(batch, results, strict=True):
                 signals[r] = result
-        if forwards_are_collective(model):
-            for _ in range(_most_forwards(len(batches)) - len(batches)):
-                _forward(model, device, [[0, 0]], [1], config)
+        for _ in range(forwards - len(batches)):
+            _forward(model, device, [[0, 0]], [1], config)
     return signals
 
 
@@ -209,7 +210,7 @@ class _HeadLogprobs:
         self._targets = targets
         self._backend = backend
         self._busy = False
-        self._results: tuple[Tensor, Tensor] | None = None
+        self._results: tuple[Tensor, Tensor, float] | None = None
         self.inspect: Callable[[LogprobsBy, Tensor | None, Tensor, Tensor], None] | None = None
 
     @property
@@ -217,7 +218,7 @@ class _HeadLogprobs:
         """float32 [positions]; RuntimeError when the head never ran."""
         return self._finished()[0]
 
-    def _finished(self) -> tuple[Tensor, Tensor]:
+    def _finished(self) -> tuple[Tensor, Tensor, float]:
         if self._results is None:
             raise RuntimeError(
                 "the model's forward did not call the head that get_output_embeddings() names; pass another model"
@@ -241,8 +242,8 @@ class _HeadLogprobs:
             self._busy = False
         return (hidden[:, -1:], *args[1:])
 
-    def _compute(self, head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs of the wanted positions, and the last position's logits [B, 1, V] by the same arithmetic."""
+    def _compute(self, head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Log-probs of the wanted positions, the last position's logits [B, 1, V] by the same arithmetic, and its rounding."""
         wanted = hidden.reshape(-1, hidden.shape[-1])[self._positions.to(hidden.device)]
         targets = self._targets.to(hidden.device)
         plain = _is_plain_linear(head)
@@ -270,16 +271,18 @@ class _HeadLogprobs:
 
         if self.inspect is not None:
             self.inspect(logprobs_by, weight, wanted, targets)
-        return logprobs_by(self._backend, wanted, targets), self._transform(last.float())
+        rounding = torch.finfo(last.dtype).eps
+        return logprobs_by(self._backend, wanted, targets), self._transform(last.float()), rounding
 
     def check(self, logits: Tensor) -> None:
         """Raises a RuntimeError when the model's own logits [B, 1, V] are not what the log-probs were computed from."""
-        expected = self._finished()[1]
+        _, expected, rounding = self._finished()
         got = logits.float().to(expected.device)
-        # The model transforms in its own precision; a wrong transform is off by far more than one rounding. Rows that are not
-        # finite are not compared: they become None, and must not take the others with them.
+        # The model transforms in its own precision, which under a trainer's autocast is the head's and not that of the logits
+        # it returns; a wrong transform is off by far more than one rounding. Rows that are not finite are not compared: they
+        # become None, and must not take the others with them.
         largest = expected.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=-1, keepdim=True)
-        tolerance = 4 * torch.finfo(logits.dtype).eps * largest + 1e-6
+        tolerance = 4 * max(rounding, torch.finfo(logits.dtype).eps) * largest + 1e-6
         if got.shape != expected.shape or bool(((got - expected).abs() > tolerance).any()):
             raise RuntimeError(
                 f"the model changes its head's output in a way that is not known (known: logit_scale={self._transform.scale}, "

@@ -46,6 +46,8 @@ class EntraReward:
             only right answers are paid for being concise; None from the gate gives None. Must not be async.
         min_length: completions of fewer tokens get 0, because few tokens never repeat.
         min_mean_logprob: completions whose mean log P is lower get 0, because gibberish never repeats either; None: no floor.
+        halve_at: h in tokens; the reward is then 1 / (1 + D / h) instead of r, with D = M (1 - r) redundant tokens among the M
+            unprotected ones: a total, where r is a mean, which words that are new and say nothing raise. None: r.
         group_gate: completions of a prompt get 0 unless at least this share of them is right (mean of the gate's values, cut
             to 0..1): brevity is paid for only where the policy can afford it. In [0, 1]; 0: off. Needs a gate.
         dead_band: rewards of one prompt's completions that differ by less than this in all are set to their mean, so that noise
@@ -67,6 +69,7 @@ class EntraReward:
         tokenizer: Any | None = None,
         config: ScoreConfig | None = None,
         gate: RewardFunction | None = None,
+        halve_at: float | None = None,
         group_gate: float = 0.0,
         min_length: int = 0,
         min_mean_logprob: float | None = None,
@@ -82,6 +85,8 @@ class EntraReward:
             raise TypeError(f"config={config!r} must be an entra.ScoreConfig, not {type(config).__name__}")
         if not isinstance(name, str):
             raise TypeError(f"name={name!r} must be text, under which the trainer logs the reward")
+        if halve_at is not None:
+            check_number("halve_at", halve_at, 1e-6, FLOAT32_MAX, "it is a number of redundant tokens")
         check_number("group_gate", group_gate, 0.0, 1.0, "it is a share of a prompt's completions")
         if group_gate > 0 and gate is None:
             raise ValueError(f"group_gate={group_gate} needs a gate that tells which completions are right; pass gate=...")
@@ -93,6 +98,7 @@ class EntraReward:
         self.tokenizer = tokenizer
         self.config = ScoreConfig() if config is None else config
         self.gate = gate
+        self.halve_at = halve_at
         self.group_gate = group_gate
         self.min_length = min_length
         self.min_mean_logprob = min_mean_logprob
@@ -110,8 +116,9 @@ class EntraReward:
         """One reward per completion, or None for those that are not scored. `columns` go to the gate.
 
         Under TRL it logs, as metrics and as columns of the completions table (all under its name): `score` (r before gate and
-        guards), `protected_share`, `incoming` (mean incoming attention of a token), and as metrics alone `group_std` (mean over
-        prompts of the standard deviation of the rewards of one prompt) and `length_correlation` (of reward and tokens).
+        guards), `redundant_tokens` (M (1 - r)), `protected_share`, `incoming` (mean incoming attention of a token); and as
+        metrics alone `group_std` (mean over prompts of the standard deviation of the rewards of one prompt) and
+        `length_correlation` (of reward and tokens).
 
         Raises:
             ValueError: `skip_truncated` without completion ids or EOS id, or a gate that does not return one finite number or
@@ -128,11 +135,13 @@ class EntraReward:
         )
         mean_logprobs = [float(l.mean()) if l.numel() else -math.inf for l in scores.logprobs]
         lengths = [ids.numel() for ids in scores.token_ids]
-        rewards = guarded(scores.rewards, lengths, mean_logprobs, self.min_length, self.min_mean_logprob)
+        redundant = [_redundant_tokens(r, protected) for r, protected in zip(scores.rewards, scores.protected, strict=True)]
+        values = scores.rewards if self.halve_at is None else halved(redundant, self.halve_at)
+        rewards = guarded(values, lengths, mean_logprobs, self.min_length, self.min_mean_logprob)
         allowed: list[float | None] = [1.0] * len(rewards)
         if self.gate is not None:
-            values = self.gate(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-            allowed = _checked_gate(values, len(rewards))
+            told = self.gate(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+            allowed = _checked_gate(told, len(rewards))
             rewards = gated(rewards, allowed)
         if self.skip_truncated:
             rewards = self._without_truncated(rewards, completion_ids)
@@ -142,20 +151,22 @@ class EntraReward:
         groups = [row.group for row in rows]
         rewards = group_gated([row.reward for row in rows], [row.gate for row in rows], groups, self.group_gate)
         rewards = dead_banded(rewards, groups, self.dead_band)
-        self._log(scores, rewards, rows, columns.get("log_metric"), columns.get("log_extra"))
+        self._log(scores, redundant, rewards, rows, columns.get("log_metric"), columns.get("log_extra"))
         return rewards[mine]
 
     def _log(
         self,
         scores: Scores,
+        redundant: Sequence[float | None],
         rewards: Sequence[float | None],
         rows: Sequence[_Row],
         log_metric: Callable[[str, float], None] | None,
         log_extra: Callable[[str, list[float]], None] | None,
     ) -> None:
-        """`scores` of this rank's completions, `rewards` and `rows` of all ranks'."""
+        """`scores` and `redundant` tokens of this rank's completions, `rewards` and `rows` of all ranks'."""
         per_completion = {
             "score": [math.nan if reward is None else reward for reward in scores.rewards],
+            "redundant_tokens": [math.nan if tokens is None else tokens for tokens in redundant],
             "protected_share": [_mean(protected) for protected in scores.protected],
             "incoming": [_mean(incoming) for incoming in scores.incoming],
         }
@@ -212,6 +223,11 @@ def guarded(
         None if reward is None else reward if length >= min_length and mean >= floor else 0.0
         for reward, length, mean in zip(rewards, lengths, mean_logprobs, strict=True)
     ]
+
+
+def halved(redundant: Sequence[float | None], at: float) -> list[float | None]:
+    """`1 / (1 + redundant / at)`: 1 without redundant tokens, one half at `at` of them; None stays None."""
+    return [None if tokens is None else 1.0 / (1.0 + tokens / at) for tokens in redundant]
 
 
 def gated(rewards: Sequence[float | None], gate: Sequence[float | None]) -> list[float | None]:
@@ -282,6 +298,11 @@ def _from_all_ranks(rows: list[_Row], in_a_trainer: bool) -> tuple[slice, list[_
     dist.all_gather_object(everybody, rows)
     first = sum(len(part) for part in everybody[: dist.get_rank()])
     return slice(first, first + len(rows)), [row for part in everybody for row in part]
+
+
+def _redundant_tokens(reward: float | None, protected: Tensor) -> float | None:
+    """D = M (1 - r): 0 when none of the M unprotected tokens repeats, M when all are the same."""
+    return None if reward is None else int((~protected).sum()) * (1.0 - reward)
 
 
 def _members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:

@@ -46,6 +46,7 @@ class _LivePolicy:
             raise ValueError(f"verify_on_breach={verify_on_breach!r} must be 'raise' or 'warn'")
         _check_arguments(inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
+        _check_sharding(getattr(self.accelerator.state, "fsdp_plugin", None))  # type: ignore[attr-defined]
         check_scorable(self.model)  # type: ignore[attr-defined]
         self._entra_configs = _live_configs(self.reward_funcs)  # type: ignore[attr-defined]
         if self.beta == 0 and any(_is_ungated(reward) for reward in self.reward_funcs):  # type: ignore[attr-defined]
@@ -166,7 +167,7 @@ class EntraGRPOTrainer(_LivePolicy, GRPOTrainer):
 
     Raises:
         ValueError: at construction: reward weights that are all zero, a tokenizer without EOS, a model whose attention cannot
-            be captured, an option outside its range.
+            be captured, FSDP1, an option outside its range.
 
     Source: docs/training.md.
     """
@@ -199,6 +200,16 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         raise ValueError(
             "the tokenizer has no EOS token, so no completion would ever end and nothing could stand for a pad; "
             "set tokenizer.eos_token (and pad_token) first"
+        )
+
+
+def _check_sharding(fsdp_plugin: Any) -> None:
+    """`fsdp_plugin` is accelerate's, None without FSDP."""
+    if getattr(fsdp_plugin, "fsdp_version", None) == 1:
+        raise ValueError(
+            "fsdp_version=1, but ENTRA scores under FSDP2 only: FSDP1 does not tell which weights are in parts, and ranks with "
+            "unequal numbers of forwards would wait for each other; set fsdp_version: 2 in accelerate's config (its default "
+            "is 1), or fsdp_config={'version': 2} in the training arguments"
         )
 
 

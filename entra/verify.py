@@ -126,7 +126,9 @@ class _Reference:
             )[0]
             total = torch.maximum(total, one) if self._reduction == "max" else total + one / heads
         self.incoming = total
-        self.dtype = q.dtype
+        # Norms and RoPE may leave q in float32 where autocast runs the model's products in another precision.
+        device = q.device.type
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
         size = options["scale"] * float(q.float().norm(dim=-1).max()) * float(k.float().norm(dim=-1).max())
         self.incoming_budget = _ROUNDINGS * (1 + math.sqrt(q.shape[-1]) * size)
 

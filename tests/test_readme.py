@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import build
+from tiny_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,8 +30,29 @@ def test_there_are_blocks_of_both_kinds_and_no_others():
 
 @pytest.mark.smollm2
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
-def test_python_block(code):
-    exec(compile(code, "README.md", "exec"), {})
+def test_python_block(code, tmp_path):
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    if "trainer_of" in names:
+        train_a_step(names["trainer_of"], tmp_path)
+
+
+def train_a_step(trainer_of, folder):
+    """What README's function makes trains; on a tiny model out of a folder, as users have it."""
+    from datasets import Dataset
+
+    build("qwen3").save_pretrained(folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
+
+    def accuracy_reward(completions, **columns):
+        return [float(i % 2) for i in range(len(completions))]
+
+    options = {"max_steps": 1, "max_completion_length": 8, "num_generations": 4, "per_device_train_batch_size": 4}
+    quiet = {"output_dir": str(folder / "run"), "use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
+    dataset = Dataset.from_list([{"prompt": "1+1="}, {"prompt": "1+2="}])
+    trainer = trainer_of(str(folder / "model"), dataset, accuracy_reward, **options, **quiet)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 @pytest.mark.smollm2
@@ -43,6 +66,8 @@ def test_shell_command(command, tmp_path):
     (tmp_path / "traces.jsonl").write_text('{"prompt": "What is 2 + 2?", "completion": "It is 4. It is 4."}\n')
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, env=environment)
+    if "--output" not in words:
+        return
     assert '"reward"' in (tmp_path / "scores.jsonl").read_text()
 
 

@@ -61,6 +61,9 @@ class TrainOptions:
     """The reward function that "entra" is multiplied by, so that only right answers are paid for being concise: a name or path
     as above, or "none". Default: reasoning_gym for its problems, accuracy_reward for a dataset with a column `solution`."""
 
+    halve_at: float | None = None
+    """"entra" is then 1 / (1 + D / h) with D redundant tokens, instead of r: a total, which filler cannot raise. Default: r."""
+
     group_gate: float = 0.0
     """"entra" pays only where at least this share of the prompt's completions passes the gate. In [0, 1]; 0: everywhere."""
 
@@ -95,7 +98,7 @@ class TrainOptions:
     """For --dataset_name reasoning_gym: another seed, other problems."""
 
 
-_GUARDS = ("group_gate", "min_length", "min_mean_logprob", "dead_band", "skip_truncated")
+_GUARDS = ("halve_at", "group_gate", "min_length", "min_mean_logprob", "dead_band", "skip_truncated")
 
 
 class _Run(NamedTuple):

@@ -9,7 +9,7 @@ from tiny_models import build
 from tiny_tokenizer import build_tokenizer
 
 import entra
-from entra.reward import correlation, dead_banded, gated, group_gated, group_std, guarded
+from entra.reward import correlation, dead_banded, gated, group_gated, group_std, guarded, halved
 
 
 @pytest.fixture(scope="module")
@@ -214,4 +214,33 @@ def test_what_is_not_defined_is_not_logged(model, tokenizer):
     metrics = {}
     reward = entra.EntraReward(model=model, tokenizer=tokenizer)
     reward(["2+2="], ["It is four."], trainer_state=object(), log_metric=metrics.__setitem__)
-    assert set(metrics) == {"entra_reward/score", "entra_reward/protected_share", "entra_reward/incoming"}
+    names = ("score", "redundant_tokens", "protected_share", "incoming")
+    assert set(metrics) == {f"entra_reward/{name}" for name in names}
+
+
+def test_the_total_of_redundant_tokens_is_halved(model, tokenizer):
+    assert halved([0.0, 10.0, 30.0, None], 10.0) == [1.0, 0.5, 0.25, None]
+    scores = entra.score_batch(PROMPTS, COMPLETIONS, model=model, tokenizer=tokenizer, details=True)
+    expected = [1 / (1 + int((~p).sum()) * (1 - r) / 3.0) for r, p in zip(scores.rewards, scores.protected, strict=True)]
+    reward = entra.EntraReward(model=model, tokenizer=tokenizer, halve_at=3.0)
+    assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="halve_at=0 must be at least 1e-06 and finite"):
+        entra.EntraReward(halve_at=0)
+
+
+def test_new_words_raise_r_but_not_the_total():
+    """Why `halve_at` is there: r is a mean. The log-probs protect the same two tokens either way."""
+    repeats, filler = [7, 7, 8, 8, 7, 7, 8, 8], list(range(20, 30))
+
+    def scored(ids):
+        logprobs = [0.0, 0.0] + [-5.0] * len(ids)
+        config = entra.ScoreConfig(protect_fraction=2 / len(logprobs))
+        return entra.score_batch(
+            [[1]], None, [[50, 51, *ids]], logprobs=[logprobs], incoming=[[0.0] * len(logprobs)], config=config, details=True
+        )
+
+    short, long = scored(repeats), scored(repeats + filler)
+    total = [sum(~s.protected[0]).item() * (1 - s.rewards[0]) for s in (short, long)]
+    assert long.rewards[0] > short.rewards[0] + 0.3
+    assert total[1] < total[0]  # by the slow log M alone
+    assert total[1] > 0.6 * total[0]

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import multiprocessing
+import types
 import warnings
 
 import pytest
@@ -334,6 +335,18 @@ def test_a_wrong_kernel_ends_the_run_or_warns(tmp_path, monkeypatch):
         warned.train()
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("iterations", [1, 2], ids=["own_pass", "riding"])
+def test_mixed_precision_is_no_breach(tmp_path, family, iterations):
+    """TRL's default: float32 weights, and products in bfloat16; Gemma 2 caps its logits before they become float32 again."""
+    options = {"verify_every": 1}
+    trainer = trainer_of(
+        tmp_path, entra.EntraGRPOTrainer, [entra.score_batch], build(family), options, bf16=True, num_iterations=iterations
+    )
+    (entry,) = logged(trainer)
+    assert 0 <= entry["entra/verify/scored_logprobs"] < 0.05
+
+
 def test_signals_recorded_at_the_wrong_place_end_the_run(tmp_path, monkeypatch):
     right = entra.rollout.Rollout.record
     monkeypatch.setattr(
@@ -367,6 +380,16 @@ def test_model_that_cannot_be_captured(tmp_path):
     model = MambaForCausalLM(MambaConfig(vocab_size=101, hidden_size=16, num_hidden_layers=1, eos_token_id=2, pad_token_id=0))
     with pytest.raises(ValueError, match="no layer of this model"):
         trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.score_batch], model)
+
+
+def test_fsdp1_is_refused(tmp_path, monkeypatch):
+    """It runs on accelerators alone, so that all there can be is accelerate's word for it."""
+    from accelerate.state import AcceleratorState
+
+    plugin = types.SimpleNamespace(fsdp_version=1, activation_checkpointing=False)
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValueError, match=r"fsdp_version=1, but ENTRA scores under FSDP2 only"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.score_batch])
 
 
 def test_tokenizer_without_eos(tmp_path):

@@ -1,0 +1,203 @@
+"""Training and scoring on two CPU processes (gloo): DDP, FSDP2, a rank that is killed, and ZeRO-3 where DeepSpeed is.
+
+FSDP2 comes in two ways: a model that transformers shards as it loads it (`DistributedConfig`), which needs nothing special on
+a CPU, and accelerate's (`fsdp=True`), which on a CPU is silently DDP, so that the worker tells accelerate to go on. Not run
+here: FSDP1, which torch refuses on a CPU and ENTRA's trainer everywhere; NCCL; mixed precision; a checkpoint of a sharded
+model; and, unless DeepSpeed can be imported, ZeRO-3.
+
+Whatever ranks saw is compared with one process that has the same weights and all rows. Its forwards hold other rows, and so
+round differently: a few float32 roundings of log-probs of up to 10 nats, 1e-5.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import distributed_worker as worker
+import pytest
+import torch
+from tiny_models import build
+from tiny_tokenizer import build_tokenizer
+
+import entra
+
+pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
+pytestmark = pytest.mark.timeout(600)  # one test may have to launch two runs
+
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+
+# A run takes some 10 s of two idle cores, most of them imports; one that hangs must fail, not stall the suite.
+LIMIT = 240
+
+
+def launch(task: str, folder: Path) -> tuple[int, str]:
+    """Two ranks do `task`; exit status and output."""
+    tests = Path(worker.__file__).parent
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen(
+        [*command, worker.__file__, task, str(folder)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # it ends its ranks; killed, it would leave them
+        output, _ = process.communicate()
+        pytest.fail(f"{task} was not done after {LIMIT} s:\n{output}")
+    return process.returncode, output
+
+
+def seen(task: str, folder: Path) -> list[dict[str, Any]]:
+    """What each rank has written."""
+    return [torch.load(folder / f"{task}.{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    build("qwen3").save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(folder):
+    return launch("ddp", folder)
+
+
+@pytest.fixture(scope="module")
+def ddp(folder, killed):
+    return seen("ddp", folder)
+
+
+@pytest.fixture(scope="module")
+def resumed(folder, killed):
+    status, output = launch("resume", folder)
+    assert status == 0, output
+    return seen("resume", folder)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(folder):
+    status, output = launch("fsdp2", folder)
+    assert status == 0, output
+    return seen("fsdp2", folder)
+
+
+def assert_same_scores(got: entra.Scores, expected: entra.Scores) -> None:
+    for field in ("logprobs", "incoming", "importance"):
+        for ours, theirs in zip(getattr(got, field), getattr(expected, field), strict=True):
+            torch.testing.assert_close(ours, theirs, **TOLERANCE)
+    assert got.rewards == pytest.approx(expected.rewards, abs=1e-5)
+
+
+def assert_scores_of_one_process(run: list[dict[str, Any]], rode: bool) -> None:
+    """Each scoring call of a training, against one process with the same weights and the rows of both ranks."""
+    model, tokenizer = build("qwen3"), build_tokenizer()
+    calls = list(zip(*(rank["calls"]["plain"] for rank in run), strict=True))
+    assert calls
+    for i, ranks in enumerate(calls):
+        model.load_state_dict(ranks[0]["weights"])
+        everything = []
+        for call in ranks:
+            assert call["rode"] == rode
+            scores = entra.score_batch(
+                call["prompts"], None, call["completion_ids"], model=model, tokenizer=tokenizer, details=True
+            )
+            assert_same_scores(call["scores"], scores)
+            assert call["rewards"] == pytest.approx(scores.rewards, abs=1e-5)
+            everything += scores.rewards
+        if rode:  # several optimisation steps share a scoring call
+            continue
+        for rank in run:
+            assert rank["log"][i]["rewards/score_batch/mean"] == pytest.approx(sum(everything) / len(everything), abs=1e-5)
+
+
+def assert_group_spans_ranks(run: list[dict[str, Any]]) -> None:
+    """The completions of a call's one prompt are right on rank 0 and wrong on rank 1."""
+    calls = [dict(zip(rank["calls"], each, strict=True)) for rank in run for each in zip(*rank["calls"].values(), strict=True)]
+    half = len(calls) // 2
+    for right, wrong in zip(calls[:half], calls[half:], strict=True):
+        plain = right["plain"]["rewards"] + wrong["plain"]["rewards"]
+        assert right["half_right"]["rewards"] == right["plain"]["rewards"]
+        assert set(wrong["half_right"]["rewards"]) == {0.0}
+        assert set(right["too_few_right"]["rewards"] + wrong["too_few_right"]["rewards"]) == {0.0}
+        assert right["one_band"]["rewards"] == pytest.approx([sum(plain) / len(plain)] * len(right["plain"]["rewards"]))
+        assert wrong["one_band"]["rewards"] == right["one_band"]["rewards"]
+
+
+def assert_unequal_rows_score_as_in_one_process(ranks: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(ranks):
+        assert_same_scores(result["unequal"], worker.score_unequal(build("qwen3"), rank))
+
+
+def assert_failure_left_no_trace(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        assert result["failure"]["raised"]
+        assert result["failure"]["after"] == result["failure"]["before"]
+
+
+def test_ddp_scores_are_those_of_one_process(ddp):
+    assert_unequal_rows_score_as_in_one_process(ddp)
+    assert_scores_of_one_process([rank["riding"] for rank in ddp], rode=True)
+
+
+def test_ddp_groups_are_looked_at_over_all_ranks(ddp):
+    assert_group_spans_ranks([rank["riding"] for rank in ddp])
+
+
+def test_ddp_failure_leaves_config_mode_and_hooks(ddp):
+    assert_failure_left_no_trace(ddp)
+
+
+def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_resumes(killed, folder, resumed):
+    status, output = killed
+    assert status != 0
+    assert "SIGKILL" in output
+    # The other rank may or may not have finished the step in which its peer died, but there is a checkpoint before it.
+    assert (folder / "killed" / f"checkpoint-{worker.KILLED_AT - 1}").is_dir()
+    for rank in resumed:
+        run, whole = rank["resumed"], rank["whole"]
+        assert run["wrapped_by"] == "DistributedDataParallel"
+        assert run["global_step"] == whole["global_step"] == worker.STEPS
+        assert [entry["step"] for entry in run["log"]] == list(range(1, worker.STEPS + 1))
+        assert len(run["calls"]["plain"]) == worker.STEPS - worker.KILLED_AT + 1
+        for name, weight in whole["weights"].items():
+            torch.testing.assert_close(run["weights"][name], weight, **TOLERANCE)
+
+
+def test_ddp_own_pass(resumed):
+    run = [rank["whole"] for rank in resumed]
+    assert_scores_of_one_process(run, rode=False)
+    assert_group_spans_ranks(run)
+
+
+def test_fsdp2_unequal_numbers_of_forwards(fsdp2):
+    """One rank has seven forwards, the other no row to score; without the agreement on the number of forwards it hangs."""
+    assert {rank["head"] for rank in fsdp2} == {"DTensor"}
+    assert_unequal_rows_score_as_in_one_process(fsdp2)
+    assert [rank["disagreement"] for rank in fsdp2] == ["stuck", "done"]
+
+
+@pytest.mark.parametrize("run", ["riding", "own_pass"])
+def test_fsdp2_training(fsdp2, run):
+    ranks = [rank[run] for rank in fsdp2]
+    assert {rank["wrapped_by"] for rank in ranks} == {"FSDPQwen3ForCausalLM"}
+    assert_scores_of_one_process(ranks, rode=run == "riding")
+    assert_group_spans_ranks(ranks)
+
+
+def test_fsdp2_failure_leaves_config_mode_and_hooks(fsdp2):
+    assert_failure_left_no_trace(fsdp2)
+
+
+def test_zero3_unequal_rows(folder):
+    pytest.importorskip("deepspeed", reason="ZeRO-3 needs DeepSpeed, which cannot be imported here")
+    status, output = launch("zero3", folder)
+    assert status == 0, output
+    assert_unequal_rows_score_as_in_one_process(seen("zero3", folder))
