@@ -71,7 +71,11 @@ def _many(options: argparse.Namespace) -> int:
     todo = [
         (["base", seed], options.results / f"sft-seed{seed}.json", _given(options, "held_out")) for seed in options.seeds
     ] + [
-        (["one", arm, seed], options.results / f"{arm}-seed{seed}.json", _given(options, "held_out", "steps", "prompts_per_step"))
+        (
+            ["one", arm, seed],
+            options.results / f"{arm}-seed{seed}.json",
+            _given(options, "held_out", "steps", "prompts_per_step"),
+        )
         for seed in options.seeds
         for arm in arms
     ]
@@ -128,7 +132,9 @@ def _base(options: argparse.Namespace) -> int:
 def _one(options: argparse.Namespace) -> int:
     from entra.experiments.evidence.run import run
 
-    result = run(options.arm, options.seed, options.sft, progress=_say, **_given(options, "steps", "prompts_per_step", "held_out"))
+    result = run(
+        options.arm, options.seed, options.sft, progress=_say, **_given(options, "steps", "prompts_per_step", "held_out")
+    )
     _write(options.into, {**result, **_command()})
     held_out = result["held_out"]
     correct, tokens = held_out["correct"], held_out["tokens"]

@@ -23,7 +23,7 @@ Reward = Callable[..., Sequence[float | None]]
 
 WEIGHT = 0.5
 GROUP_GATE = 0.8
-HALVING = 10.0
+HALVE_AT = 10.0
 
 ARMS = {
     "accuracy": "accuracy only",
@@ -55,21 +55,21 @@ def rewards_of(arm: str, seed: int, config: ScoreConfig | None = None) -> tuple[
 
     config = ScoreConfig() if config is None else config
 
-    def gated_entra(**changes: float) -> list[Reward]:
-        return [accuracy, EntraReward(config=replace(config, **changes), gate=accuracy, group_gate=GROUP_GATE)]
+    def gated_entra(config: ScoreConfig, halve_at: float | None = None) -> list[Reward]:
+        return [accuracy, EntraReward(config=config, gate=accuracy, group_gate=GROUP_GATE, halve_at=halve_at)]
 
     makers: dict[str, Callable[[], list[Reward]]] = {
         "accuracy": lambda: [accuracy],
         "entra-additive": lambda: [accuracy, score_batch if config == ScoreConfig() else EntraReward(config=config)],
-        "entra-gated": gated_entra,
-        "entra-total": lambda: [accuracy, TotalRedundancy(config)],
+        "entra-gated": lambda: gated_entra(config),
+        "entra-total": lambda: gated_entra(config, HALVE_AT),
         "repetition": lambda: [accuracy, get_repetition_penalty_reward()],
         "cosine": lambda: [cosine],
         "overlong": lambda: [accuracy, get_soft_overlong_punishment(MAX_NEW_TOKENS, MAX_NEW_TOKENS // 2)],
         "kimi": lambda: [accuracy, kimi],
-        "all-tokens": lambda: gated_entra(protect_fraction=0.0),
+        "all-tokens": lambda: gated_entra(replace(config, protect_fraction=0.0)),
         "random-protected": lambda: [accuracy, RandomlyProtected(seed, config)],
-        "lambda-0": lambda: gated_entra(attention_weight=0.0),
+        "lambda-0": lambda: gated_entra(replace(config, attention_weight=0.0)),
     }
     if arm not in makers:
         raise ValueError(f"arm={arm!r} must be one of {', '.join(makers)}")
@@ -116,30 +116,6 @@ def kimi(prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **colu
             value = 0.5 - (len(completion_ids[i]) - shortest) / spread if spread else 0.0
             values[i] = value if right[i] else min(0.0, value)
     return values
-
-
-class TotalRedundancy:
-    """Gated, 1 / (1 + D / `HALVING`) with D = M (1 - r), the redundant tokens: a total, where r is a mean.
-
-    A mean rises when words that are new and say nothing are added; the total of what is repeated cannot fall by adding anything
-    (but for the slow log M).
-    """
-
-    __name__ = "total_redundancy"
-
-    def __init__(self, config: ScoreConfig) -> None:
-        self.config = config
-
-    def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Any, **columns: Any
-    ) -> list[float | None]:
-        scores = score_batch(prompts, None, completion_ids, config=self.config, details=True)
-        rewards = [
-            None if r is None else 1 / (1 + int((~protected).sum()) * (1 - r) / HALVING)
-            for r, protected in zip(scores.rewards, scores.protected, strict=True)
-        ]
-        right = accuracy(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        return group_gated(gated(rewards, right), right, prompts, GROUP_GATE)
 
 
 class RandomlyProtected:

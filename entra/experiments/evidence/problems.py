@@ -1,8 +1,9 @@
 """The problems of the evidence runs, the overthinking traces that the model is first trained on, and the checker.
 
 Problems and checkers are reasoning-gym's. A trace is a concise core that computes the answer, then 0 to 4 episodes of
-overthinking (re-verify, restate, dead end, second guess), then the answer. Of the kind `guess` the core is a mental guess, wrong
-in 40 % of the traces, and a check that corrects it: that check is needed, and the 15 % of traces that skip it are often wrong.
+overthinking (re-verify, restate, dead end, second guess), then the answer. Of the kind `guess` the core is a mental guess,
+wrong in 40 % of the traces, and a check that corrects it: that check is needed, and the 15 % of traces that skip it are often
+wrong.
 Whether a problem is for training or held out depends on its text alone, so the two never meet.
 """
 

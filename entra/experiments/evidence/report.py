@@ -115,7 +115,7 @@ def _signed(interval: Interval, scale: float) -> str:
 
 def _introduction(arms: dict[str, Pooled]) -> str:
     sft = arms[SFT].runs[0]["sft"]
-    config = next((pooled.runs[0]["config"] for arm, pooled in arms.items() if arm != SFT), {})
+    config: dict[str, Any] = next((pooled.runs[0]["config"] for arm, pooled in arms.items() if arm != SFT), {})
     count = len(arms[SFT].correct) // len(arms[SFT].seeds)
     machine, versions = sft["machine"], sft["versions"]
     return _INTRODUCTION.format(
@@ -317,8 +317,8 @@ traces skip it.
 
 **Held out:** {held_out:,} problems for each of {seeds} seed(s), none of which is in the training data, one sample at
 temperature 1, the same problems and sampling seed for all. Differences are paired by problem, with 95 % intervals by the normal
-approximation. "Improbable" is the share of completions whose mean log-prob under the SFT model is below the 1st percentile of the
-SFT model's own: a sign of reward hacking.
+approximation. "Improbable" is the share of completions whose mean log-prob under the SFT model is below the 1st percentile of
+the SFT model's own: a sign of reward hacking.
 
 {cpu}, two runs at a time with one thread each, torch {torch}, transformers {transformers}, TRL {trl}, reasoning-gym {gym}.
 """

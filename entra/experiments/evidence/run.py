@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from entra.config import ScoreConfig
-from entra.experiments.evidence.arms import GROUP_GATE, WEIGHT, rewards_of
+from entra.experiments.evidence.arms import GROUP_GATE, HALVE_AT, WEIGHT, rewards_of
 from entra.experiments.evidence.evaluate import MAX_NEW_TOKENS, graded, mean_logprobs, sample
 from entra.experiments.evidence.problems import Problem, mixed
 
@@ -87,6 +87,7 @@ def run(
             "max_new_tokens": MAX_NEW_TOKENS,
             "weight": WEIGHT,
             "group_gate": GROUP_GATE,
+            "halve_at": HALVE_AT,
             "scale_rewards": "group",
             "loss_type": "dapo",
         },
@@ -101,7 +102,7 @@ def evaluated(model: Any, tokenizer: Any, sft: Path, seed: int, held_out: int = 
     """`model` on the held-out problems of a seed, one sample at temperature 1 each.
 
     Returns:
-        Per problem `kinds`, `correct` and `finished` ("1" or "0"), `tokens` (EOS included), and `sft_logprob`, the mean log P of
+        Per problem `kinds`, `correct` and `finished` ("1" or "0"), `tokens` (EOS included) and `sft_logprob`, the mean log P of
         the completion under the SFT model; and some `examples`.
     """
     from transformers import AutoModelForCausalLM
