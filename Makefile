@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench gpu-test gpu-bench compile-all compile-tritons static-proof clean
+.PHONY: demo test lint bench evidence evidence-full gpu-test gpu-bench compile-all compile-tritons static-proof clean
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
 $(VENV)/torch.done:
@@ -54,6 +54,15 @@ gpu-bench:
 	  > $(RESULTS)/bench.log 2>&1 || code=$$?; \
 	rm -rf $$caches; cat $(RESULTS)/bench.log; \
 	$(PYTHON) benchmarks/render.py $(RESULTS) --readme $(RESULTS)/README.md && exit $$code
+
+# A model made on the spot, trained to overthink and then by GRPO not to: accuracy only and gated ENTRA, one seed. Into build/evidence.
+evidence: $(VENV)/dev.done
+	$(BIN)/python -m entra.experiments.evidence short
+
+# All ten rewards with three seeds, about two hours on two cores, two runs at a time; what is finished is not run again.
+# Raw results into benchmarks/results/evidence, docs/evidence.md and docs/evidence.svg from them.
+evidence-full: $(VENV)/dev.done
+	$(BIN)/python -m entra.experiments.evidence full
 
 compile-all: $(VENV)/dev.done
 	$(BIN)/python -m entra_kernels._triton.aot --all

@@ -1,0 +1,1 @@
+"""Experiments that train models: what `make evidence` and `make evidence-full` run."""

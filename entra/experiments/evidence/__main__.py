@@ -1,0 +1,173 @@
+"""`python -m entra.experiments.evidence COMMAND`: what `make evidence` and `make evidence-full` call.
+
+Each run is a process of its own with one thread, two at a time, and writes one JSON file; files that exist are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from entra.experiments.evidence.arms import ARMS
+
+SHORT_ARMS = ("accuracy", "entra-total")
+RESULTS = Path("benchmarks/results/evidence")
+AT_ONCE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 1 when a run failed."""
+    parser = argparse.ArgumentParser(prog="python -m entra.experiments.evidence", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    short = commands.add_parser("short", help="SFT, accuracy only and gated ENTRA with one seed, table and plot")
+    full = commands.add_parser("full", help="all arms, three seeds; finished runs are skipped")
+    sft = commands.add_parser("sft", help="train the SFT model")
+    base = commands.add_parser("base", help="evaluate the SFT model")
+    one = commands.add_parser("one", help="train and evaluate one arm")
+    report = commands.add_parser("report", help="table and plot from results")
+    for command, build in ((short, Path("build/evidence")), (full, Path("build/evidence-full"))):
+        command.add_argument("--sft", type=Path, default=build / "sft", help="the SFT model; trained when missing")
+    short.add_argument("--results", type=Path, default=Path("build/evidence/results"))
+    short.add_argument("--seeds", type=int, nargs="+", default=[0])
+    full.add_argument("--results", type=Path, default=RESULTS)
+    full.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    full.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    for command in (short, full, one):
+        command.add_argument("--steps", type=int, help="GRPO steps")
+        command.add_argument("--prompts-per-step", type=int, help="prompts of one step, each with 8 completions")
+    for command in (short, full, one, base):
+        command.add_argument("--held-out", type=int, help="held-out problems")
+    for command in (short, full, sft):
+        command.add_argument("--sft-steps", type=int, help="SFT steps")
+    one.add_argument("arm", choices=list(ARMS))
+    for command in (one, base):
+        command.add_argument("seed", type=int)
+        command.add_argument("--sft", type=Path, required=True)
+    for command in (one, base, sft):
+        command.add_argument("--into", type=Path, required=True, help="JSON file; of sft: the model's folder")
+    report.add_argument("--results", type=Path, default=RESULTS)
+    report.add_argument("--into", type=Path, default=Path("docs"), help="folder of evidence.md and evidence.svg")
+    options = parser.parse_args(arguments)
+    actions = {"short": _many, "full": _many, "sft": _sft, "base": _base, "one": _one, "report": _report}
+    return actions[options.command](options)
+
+
+def _many(options: argparse.Namespace) -> int:
+    """Every run that is missing, then the report."""
+    arms = SHORT_ARMS if options.command == "short" else tuple(options.arms)
+    started = time.monotonic()
+    if not (options.sft / "sft.json").exists():
+        code = _process("sft", "--into", options.sft, threads=AT_ONCE, **_given(options, "sft_steps"))
+        if code:
+            return code
+    todo = [
+        (["base", seed], options.results / f"sft-seed{seed}.json", _given(options, "held_out")) for seed in options.seeds
+    ] + [
+        (
+            ["one", arm, seed],
+            options.results / f"{arm}-seed{seed}.json",
+            _given(options, "held_out", "steps", "prompts_per_step"),
+        )
+        for seed in options.seeds
+        for arm in arms
+    ]
+    missing = [run for run in todo if not run[1].exists()]
+    _say(f"{len(todo) - len(missing)} of {len(todo)} runs are there, {len(missing)} to do, {AT_ONCE} at a time")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        codes = list(pool.map(lambda run: _process(*run[0], "--sft", options.sft, "--into", run[1], **run[2]), missing))
+    if any(codes):
+        _say(f"{sum(map(bool, codes))} runs failed; call the command again for those")
+        return 1
+    options.into = options.results.parent if options.command == "short" else Path("docs")
+    _say(f"all runs finished after {(time.monotonic() - started) / 60:.1f} minutes")
+    return _report(options)
+
+
+def _process(*words: Any, threads: int = 1, **named: Any) -> int:
+    """This program again in a process of its own; the exit code."""
+    flags = [text for name, value in named.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "entra.experiments.evidence", *map(str, words), *flags]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _sft(options: argparse.Namespace) -> int:
+    from entra.experiments.evidence.run import environment
+    from entra.experiments.evidence.sft import train_sft
+
+    def progress(step: int, steps: int, loss: float) -> None:
+        if step % 100 == 1 or step == steps:
+            _say(f"SFT: step {step}/{steps}, loss {loss:.3f}")
+
+    steps = _given(options, "sft_steps")
+    facts = train_sft(options.into, progress=progress, **({"steps": steps["sft_steps"]} if steps else {}))
+    _write(options.into / "sft.json", {**facts, **environment()})
+    return 0
+
+
+def _base(options: argparse.Namespace) -> int:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from entra.experiments.evidence.run import environment, evaluated
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(options.sft), AutoTokenizer.from_pretrained(options.sft)
+    result = evaluated(model, tokenizer, options.sft, options.seed, **_given(options, "held_out"))
+    facts = json.loads((options.sft / "sft.json").read_text())
+    _write(options.into, {"arm": "sft", "seed": options.seed, "sft": facts, "held_out": result, **_command(), **environment()})
+    return 0
+
+
+def _one(options: argparse.Namespace) -> int:
+    from entra.experiments.evidence.run import run
+
+    result = run(
+        options.arm, options.seed, options.sft, progress=_say, **_given(options, "steps", "prompts_per_step", "held_out")
+    )
+    _write(options.into, {**result, **_command()})
+    held_out = result["held_out"]
+    correct, tokens = held_out["correct"], held_out["tokens"]
+    _say(
+        f"{options.arm} seed {options.seed}: accuracy {correct.count('1') / len(correct):.3f}, "
+        f"{sum(tokens) / len(tokens):.1f} tokens, {sum(result['seconds'].values()):.0f} s"
+    )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from entra.experiments.evidence.report import write_report
+
+    print(write_report(options.results, options.into))
+    return 0
+
+
+def _command() -> dict[str, str]:
+    return {"command": " ".join(["python -m entra.experiments.evidence", *sys.argv[1:]])}
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """One line per top-level key; a file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+    partial = path.with_suffix(".partial")
+    partial.write_text("{\n" + lines + "\n}\n")
+    partial.replace(path)
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""From the JSON files of the runs to `evidence.md` and `evidence.svg`. Tables pool the seeds; one shows them one by one."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from entra.experiments.evidence.arms import ARMS
+from entra.experiments.evidence.problems import KINDS
+from entra.metrics import Interval, mean_interval, paired_difference, pareto_front, quantile
+
+SFT = "sft"
+OWN = "entra-total"
+NAMES = {SFT: "SFT model (start)", **ARMS}
+_IMPROBABLE = 0.01
+
+
+class Pooled(NamedTuple):
+    """One arm's held-out results, the seeds one after another, in the same order as the SFT model's."""
+
+    arm: str
+    seeds: list[int]
+    correct: list[float]
+    tokens: list[float]
+    finished: list[float]
+    sft_logprob: list[float]
+    kinds: list[str]
+    runs: list[dict[str, Any]]
+
+
+def load(folder: Path) -> dict[str, Pooled]:
+    """All results of a folder by arm, the SFT model first.
+
+    Raises:
+        FileNotFoundError: no result of the SFT model, which everything is compared with.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in NAMES}
+    for path in sorted(folder.glob("*-seed*.json")):
+        result = json.loads(path.read_text())
+        runs[result["arm"]].append(result)
+    if not runs[SFT]:
+        raise FileNotFoundError(f"{folder} holds no sft-seed*.json, which everything is compared with; make evidence-full")
+    return {arm: _pooled(arm, sorted(found, key=lambda run: run["seed"])) for arm, found in runs.items() if found}
+
+
+def write_report(results: Path, into: Path) -> str:
+    """Writes `evidence.md` and `evidence.svg` and returns the main table.
+
+    Args:
+        results: folder of the JSON files.
+        into: folder for the two files.
+    """
+    arms = load(results)
+    into.mkdir(parents=True, exist_ok=True)
+    table = main_table(arms)
+    _plot(arms, into / "evidence.svg")
+    (into / "evidence.md").write_text("\n".join([_introduction(arms), table, "", *_sections(arms)]) + "\n")
+    return table
+
+
+def main_table(arms: dict[str, Pooled]) -> str:
+    """Accuracy and tokens of every arm with the paired differences to the SFT model, as a Markdown table."""
+    rows = [
+        "| reward | accuracy, % | difference to SFT, points | mean tokens | change, % | median | finished, % | improbable, % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    threshold = quantile(arms[SFT].sft_logprob, _IMPROBABLE)
+    for arm, pooled in arms.items():
+        base = of_seeds(arms[SFT], pooled.seeds)
+        difference = "" if arm == SFT else _signed(paired_difference(pooled.correct, base.correct), 100)
+        change = "" if arm == SFT else _change(pooled, base)
+        improbable = statistics.fmean(value < threshold for value in pooled.sft_logprob)
+        rows.append(
+            f"| {NAMES[arm]} | {100 * statistics.fmean(pooled.correct):.1f} | {difference} | "
+            f"{statistics.fmean(pooled.tokens):.1f} | {change} | {statistics.median(pooled.tokens):.0f} | "
+            f"{100 * statistics.fmean(pooled.finished):.1f} | {100 * improbable:.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def of_seeds(pooled: Pooled, seeds: Sequence[int]) -> Pooled:
+    """Only the runs of these seeds, which must be there."""
+    return _pooled(pooled.arm, [next(run for run in pooled.runs if run["seed"] == seed) for seed in seeds])
+
+
+def _pooled(arm: str, runs: list[dict[str, Any]]) -> Pooled:
+    held_out = [run["held_out"] for run in runs]
+
+    def joined(name: str) -> list[float]:
+        return [float(value) for part in held_out for value in part[name]]
+
+    return Pooled(
+        arm,
+        [run["seed"] for run in runs],
+        joined("correct"),
+        joined("tokens"),
+        joined("finished"),
+        joined("sft_logprob"),
+        [kind for part in held_out for kind in part["kinds"]],
+        runs,
+    )
+
+
+def _change(pooled: Pooled, base: Pooled) -> str:
+    """Change of the mean tokens in per cent of the SFT model's, with the interval of the paired difference."""
+    return _signed(paired_difference(pooled.tokens, base.tokens), 100 / statistics.fmean(base.tokens))
+
+
+def _signed(interval: Interval, scale: float) -> str:
+    return f"{scale * interval.mean:+.1f} ({scale * interval.low:+.1f} to {scale * interval.high:+.1f})"
+
+
+def _introduction(arms: dict[str, Pooled]) -> str:
+    sft = arms[SFT].runs[0]["sft"]
+    config: dict[str, Any] = next((pooled.runs[0]["config"] for arm, pooled in arms.items() if arm != SFT), {})
+    count = len(arms[SFT].correct) // len(arms[SFT].seeds)
+    machine, versions = sft["machine"], sft["versions"]
+    return _INTRODUCTION.format(
+        parameters=sft["parameters"] / 1e6,
+        traces=sft["traces"],
+        sft_minutes=sft["seconds"] / 60,
+        held_out=count,
+        seeds=len(arms[SFT].seeds),
+        cpu=machine["cpu"],
+        torch=versions["torch"],
+        trl=versions["trl"],
+        gym=versions["reasoning-gym"],
+        transformers=versions["transformers"],
+        **config,
+    )
+
+
+def _sections(arms: dict[str, Pooled]) -> list[str]:
+    return [
+        "![Accuracy against mean tokens](evidence.svg)",
+        "",
+        _verdict(arms),
+        "",
+        "## By kind of problem",
+        "",
+        "Accuracy in % / mean tokens. `guess` is the kind where the check is needed.",
+        "",
+        *_by_kind(arms),
+        "",
+        "## Seed by seed",
+        "",
+        "Accuracy in % / mean tokens; the seconds are training and evaluation of one run with one thread.",
+        "",
+        *_by_seed(arms),
+        "",
+        "## The reward during training",
+        "",
+        "Of the weighted sum of an arm's rewards, mean of the first and of the last ten steps: the standard deviation within a "
+        "prompt's completions, which is what group-scaled advantages divide by, and the correlation with the length.",
+        "",
+        *_training(arms),
+        "",
+        "## What the models write",
+        "",
+        *_examples(arms),
+    ]
+
+
+def _verdict(arms: dict[str, Pooled]) -> str:
+    """The target of the evidence and who is on the Pareto front, in words, from the numbers."""
+    lines = ["## Verdict", ""]
+    if OWN in arms:
+        own, base = arms[OWN], of_seeds(arms[SFT], arms[OWN].seeds)
+        accuracy = paired_difference(own.correct, base.correct)
+        fewer = 1 - statistics.fmean(own.tokens) / statistics.fmean(base.tokens)
+        met = "met" if fewer >= 0.6 and accuracy.low > -0.01 else "missed"
+        lines += [
+            f"Target: at least 60 % fewer tokens, and the lower bound of the accuracy difference above -1 point. Gated ENTRA: "
+            f"{100 * fewer:.1f} % fewer, lower bound {100 * accuracy.low:+.1f} points: **{met}**.",
+            "",
+        ]
+    trained = [arm for arm in arms if arm != SFT]
+    points = [(statistics.fmean(arms[arm].tokens), statistics.fmean(arms[arm].correct)) for arm in trained]
+    front = [NAMES[arm] for arm, on in zip(trained, pareto_front(points), strict=True) if on]
+    lines.append(f"On the Pareto front of mean tokens and accuracy (means alone, without intervals): {'; '.join(front)}.")
+    if OWN in arms:
+        lines += ["", *_against_own(arms)]
+    return "\n".join(lines)
+
+
+def _against_own(arms: dict[str, Pooled]) -> list[str]:
+    """Gated ENTRA minus every other arm on the same problems."""
+    rows = [
+        "Gated ENTRA minus another arm, on the same problems of the same seeds:",
+        "",
+        "| other arm | accuracy, points | tokens |",
+        "|---|---|---|",
+    ]
+    for arm, pooled in arms.items():
+        shared = [seed for seed in pooled.seeds if seed in arms[OWN].seeds]
+        if arm in (SFT, OWN) or not shared:
+            continue
+        own, other = of_seeds(arms[OWN], shared), of_seeds(pooled, shared)
+        accuracy = paired_difference(own.correct, other.correct)
+        rows.append(f"| {NAMES[arm]} | {_signed(accuracy, 100)} | {_signed(paired_difference(own.tokens, other.tokens), 1)} |")
+    return rows
+
+
+def _by_kind(arms: dict[str, Pooled]) -> list[str]:
+    rows = ["| reward | " + " | ".join(KINDS) + " |", "|---|" + "---|" * len(KINDS)]
+    for arm, pooled in arms.items():
+        cells = []
+        for kind in KINDS:
+            chosen = [i for i, of in enumerate(pooled.kinds) if of == kind]
+            cells.append(_cell([pooled.correct[i] for i in chosen], [pooled.tokens[i] for i in chosen]))
+        rows.append(f"| {NAMES[arm]} | {' | '.join(cells)} |")
+    return rows
+
+
+def _by_seed(arms: dict[str, Pooled]) -> list[str]:
+    seeds = arms[SFT].seeds
+    rows = ["| reward | " + " | ".join(f"seed {seed}" for seed in seeds) + " | seconds |", "|---|" + "---|" * (len(seeds) + 1)]
+    for arm, pooled in arms.items():
+        cells = []
+        for seed in seeds:
+            one = of_seeds(pooled, [seed]) if seed in pooled.seeds else None
+            cells.append("" if one is None else _cell(one.correct, one.tokens))
+        seconds = [sum(run["seconds"].values()) for run in pooled.runs if "seconds" in run]
+        rows.append(f"| {NAMES[arm]} | {' | '.join(cells)} | {', '.join(f'{value:.0f}' for value in seconds)} |")
+    return rows
+
+
+def _cell(correct: Sequence[float], tokens: Sequence[float]) -> str:
+    return f"{100 * statistics.fmean(correct):.1f} / {statistics.fmean(tokens):.1f}" if tokens else ""
+
+
+def _training(arms: dict[str, Pooled]) -> list[str]:
+    rows = ["| reward | spread, first | spread, last | correlation, first | correlation, last |", "|---|---|---|---|---|"]
+    for arm, pooled in arms.items():
+        if arm == SFT:
+            continue
+        cells = [
+            _mean_of([run["curve"][name][part] for run in pooled.runs])
+            for name in ("within_group_std", "reward_length_correlation")
+            for part in (slice(None, 10), slice(-10, None))
+        ]
+        rows.append(f"| {NAMES[arm]} | {' | '.join(cells)} |")
+    return rows
+
+
+def _mean_of(parts: Sequence[Sequence[float]]) -> str:
+    values = [value for part in parts for value in part if value == value]
+    return f"{statistics.fmean(values):.3f}" if values else ""
+
+
+def _examples(arms: dict[str, Pooled]) -> list[str]:
+    lines = []
+    for arm in (SFT, OWN):
+        if arm in arms:
+            lines += [f"{NAMES[arm]}:", "", "```"]
+            lines += [f"{shown['prompt']}  {shown['completion']}" for shown in arms[arm].runs[0]["held_out"]["examples"][:4]]
+            lines += ["```", ""]
+    return lines[:-1]
+
+
+def _plot(arms: dict[str, Pooled], path: Path) -> None:
+    """Accuracy against mean tokens, with 95 % intervals of both; the marks are numbered by the legend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "evidence"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    markers = "os^vDP*X<>h"
+    for (arm, pooled), marker in zip(arms.items(), markers, strict=False):
+        tokens, accuracy = mean_interval(pooled.tokens), mean_interval([100 * value for value in pooled.correct])
+        color = "black" if arm == SFT else "tab:red" if arm == OWN else None
+        axes.errorbar(
+            tokens.mean,
+            accuracy.mean,
+            xerr=tokens.mean - tokens.low,
+            yerr=accuracy.mean - accuracy.low,
+            fmt=marker,
+            color=color,
+            markersize=10 if arm in (SFT, OWN) else 7,
+            capsize=2,
+            label=NAMES[arm],
+        )
+    axes.set_xlabel("mean tokens of a completion (fewer is better)")
+    axes.set_ylabel("accuracy on held-out problems, % (more is better)")
+    axes.set_title("Accuracy against length after GRPO with different rewards")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    seeds, count = len(arms[SFT].seeds), len(arms[SFT].correct)
+    caption = f"{count:,} problems over {seeds} seed(s), one sample each at temperature 1; bars: 95 % intervals of the means."
+    figure.supxlabel(caption, fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+_INTRODUCTION = """\
+# Evidence
+
+Does the reward stop a model from overthinking without costing accuracy, and do simpler rewards do as well? This page is
+written by `make evidence-full` from the raw results in `benchmarks/results/evidence/`; nothing in it is edited by hand.
+
+**The model** is a Qwen3-architecture model of {parameters:.2f} million parameters, made on the spot and trained for
+{sft_minutes:.1f} minutes on {traces:,} overthinking traces of four kinds of problems from reasoning-gym. A trace computes the
+answer and then re-verifies, restates, tries dead ends and second-guesses itself 0 to 4 times, in varied phrasings. In the kind
+`guess` the first thing is a mental guess, wrong in 40 % of the traces, and the check that follows it is needed; 15 % of the
+traces skip it.
+
+**Each arm** starts from that model and takes {steps} GRPO steps of {prompts_per_step} prompts with {group} completions through
+`entra.EntraGRPOTrainer`: learning rate {learning_rate:g} falling to 0, temperature 1, no KL term, `loss_type="{loss_type}"`,
+`scale_rewards="{scale_rewards}"`, at most {max_new_tokens} tokens. Accuracy has the weight 1 and the second reward of an arm
+{weight:g}; the cosine reward is both in one. The gated arms pay only for right answers, and only where at least
+{group_gate:.0%} of the prompt's completions are right.
+
+**Held out:** {held_out:,} problems for each of {seeds} seed(s), none of which is in the training data, one sample at
+temperature 1, the same problems and sampling seed for all. Differences are paired by problem, with 95 % intervals by the normal
+approximation. "Improbable" is the share of completions whose mean log-prob under the SFT model is below the 1st percentile of
+the SFT model's own: a sign of reward hacking.
+
+{cpu}, two runs at a time with one thread each, torch {torch}, transformers {transformers}, TRL {trl}, reasoning-gym {gym}.
+"""
