@@ -110,6 +110,6 @@ def test_from_sft_to_the_report(tmp_path, capsys):
     assert result["command"].startswith("python -m entra.experiments.evidence ")
     assert main(["report", "--results", str(results), "--into", str(tmp_path)]) == 0
     page, plot = (tmp_path / "evidence.md").read_text(), (tmp_path / "evidence.svg").read_text()
-    assert "| ENTRA, gated, total redundancy | 0.0 | +0.0 (+0.0 to +0.0) |" in page
+    assert f"| {arms.ARMS['entra-total']} | 0.0 | +0.0 (+0.0 to +0.0) |" in page
     assert "<svg" in plot
     assert "| accuracy only |" in capsys.readouterr().out

@@ -28,8 +28,8 @@ HALVE_AT = 10.0
 ARMS = {
     "accuracy": "accuracy only",
     "entra-additive": "ENTRA, additive",
-    "entra-gated": "ENTRA, gated",
-    "entra-total": "ENTRA, gated, total redundancy",
+    "entra-gated": "ENTRA, gated, r",
+    "entra-total": "ENTRA, gated, redundant tokens (`halve_at`)",
     "repetition": "repetition penalty (TRL)",
     "cosine": "cosine length reward",
     "overlong": "soft overlong punishment (TRL)",

@@ -14,6 +14,7 @@ from entra.metrics import Interval, mean_interval, paired_difference, pareto_fro
 
 SFT = "sft"
 OWN = "entra-total"
+_GATED = ("entra-gated", OWN)
 NAMES = {SFT: "SFT model (start)", **ARMS}
 _IMPROBABLE = 0.01
 
@@ -167,16 +168,22 @@ def _sections(arms: dict[str, Pooled]) -> list[str]:
 def _verdict(arms: dict[str, Pooled]) -> str:
     """The target of the evidence and who is on the Pareto front, in words, from the numbers."""
     lines = ["## Verdict", ""]
-    if OWN in arms:
-        own, base = arms[OWN], of_seeds(arms[SFT], arms[OWN].seeds)
-        accuracy = paired_difference(own.correct, base.correct)
-        fewer = 1 - statistics.fmean(own.tokens) / statistics.fmean(base.tokens)
-        met = "met" if fewer >= 0.6 and accuracy.low > -0.01 else "missed"
-        lines += [
-            f"Target: at least 60 % fewer tokens, and the lower bound of the accuracy difference above -1 point. Gated ENTRA: "
-            f"{100 * fewer:.1f} % fewer, lower bound {100 * accuracy.low:+.1f} points: **{met}**.",
-            "",
-        ]
+    lines += [
+        "Target: at least 60 % fewer tokens, and the lower bound of the accuracy difference above -1 point.",
+        "",
+    ]
+    for arm in _GATED:
+        if arm in arms:
+            own, base = arms[arm], of_seeds(arms[SFT], arms[arm].seeds)
+            accuracy = paired_difference(own.correct, base.correct)
+            fewer = 1 - statistics.fmean(own.tokens) / statistics.fmean(base.tokens)
+            met = "met" if fewer >= 0.6 and accuracy.low > -0.01 else "missed"
+            lines.append(f"- {NAMES[arm]}: {100 * fewer:.1f} % fewer, lower bound {100 * accuracy.low:+.1f} points: **{met}**")
+    lines += [
+        "",
+        "What the two differ in, and why r leaves filler standing: [method.md](method.md#the-reward-as-an-objective).",
+        "",
+    ]
     trained = [arm for arm in arms if arm != SFT]
     points = [(statistics.fmean(arms[arm].tokens), statistics.fmean(arms[arm].correct)) for arm in trained]
     front = [NAMES[arm] for arm, on in zip(trained, pareto_front(points), strict=True) if on]
@@ -189,7 +196,7 @@ def _verdict(arms: dict[str, Pooled]) -> str:
 def _against_own(arms: dict[str, Pooled]) -> list[str]:
     """Gated ENTRA minus every other arm on the same problems."""
     rows = [
-        "Gated ENTRA minus another arm, on the same problems of the same seeds:",
+        f"{NAMES[OWN]}, minus another arm, on the same problems of the same seeds:",
         "",
         "| other arm | accuracy, points | tokens |",
         "|---|---|---|",
