@@ -18,11 +18,14 @@ class Policy(NamedTuple):
 
     model: Any
     tokenizer: Any | None
-    rollout: Rollout | None = None
-    """What a trainer has just generated with this policy; its completions need no forward of their own."""
 
 
-_BOUND: ContextVar[Policy | None] = ContextVar("entra_bound_policy", default=None)
+class _Bound(NamedTuple):
+    policy: Policy
+    rollout: Rollout | None
+
+
+_BOUND: ContextVar[_Bound | None] = ContextVar("entra_bound_policy", default=None)
 
 
 def bind_policy(model: Any, tokenizer: Any | None = None) -> AbstractContextManager[None]:
@@ -43,9 +46,9 @@ def bind_policy(model: Any, tokenizer: Any | None = None) -> AbstractContextMana
 
 
 @contextmanager
-def bound(policy: Policy) -> Iterator[None]:
-    """`bind_policy` for a policy that may come with a rollout."""
-    token = _BOUND.set(policy)
+def bound(policy: Policy, rollout: Rollout | None = None) -> Iterator[None]:
+    """`bind_policy`, perhaps with what a trainer has just generated with the policy: its rows need no forward of their own."""
+    token = _BOUND.set(_Bound(policy, rollout))
     try:
         yield
     finally:
@@ -60,10 +63,16 @@ def resolve_policy(model: Any | None, tokenizer: Any | None) -> Policy | None:
     if model is not None:
         _check_model(model)
         return Policy(model, tokenizer)
-    policy = _BOUND.get()
-    if policy is not None and tokenizer is not None:
-        return policy._replace(tokenizer=tokenizer)
-    return policy
+    binding = _BOUND.get()
+    if binding is None:
+        return None
+    return binding.policy if tokenizer is None else Policy(binding.policy.model, tokenizer)
+
+
+def bound_rollout() -> Rollout | None:
+    """What the bound policy has just generated, if a trainer says so."""
+    binding = _BOUND.get()
+    return None if binding is None else binding.rollout
 
 
 def _check_model(model: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from entra.config import ScoreConfig, nearest_of
 from entra.encode import EncodedRow, Encoder, as_ids
 from entra.forward import TokenSignals, token_signals, unwrapped
-from entra.policy import Policy, resolve_policy
+from entra.policy import Policy, bound_rollout, resolve_policy
 from entra.rarefaction import rarefied_redundancy
 from entra_kernels import redundancy
 
@@ -148,7 +148,7 @@ def score_batch(
             "entra.bind_policy(model, tokenizer) or entra.EntraGRPOTrainer, or pass logprobs=... and incoming=... (TRL's async "
             "trainer runs rewards in a process without the policy: there model=... is the only way)"
         )
-    rollout = None if policy is None or logprobs is not None or incoming is not None else policy.rollout
+    rollout = bound_rollout() if model is None and logprobs is None and incoming is None else None
     if rollout is not None and rollout.holds(prompts, completion_ids):
         rows, signals = rollout.rows(), rollout.signals(config)
     else:

@@ -140,7 +140,7 @@ class _LivePolicy:
                 rollout.signals(config)
         if rollout is not None:
             self._verify(rollout)
-        with bound(Policy(self.model, self._tokenizer, rollout)):  # type: ignore[attr-defined]
+        with bound(Policy(self.model, self._tokenizer), rollout):  # type: ignore[attr-defined]
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
 
     def _verify(self, rollout: Rollout) -> None:
