@@ -13,7 +13,7 @@ from entra.experiments.evidence.problems import KINDS
 from entra.metrics import Interval, mean_interval, paired_difference, pareto_front, quantile
 
 SFT = "sft"
-OWN = "entra-total"
+OWN = "entra-banded"
 NAMES = {SFT: "SFT model (start)", **ARMS}
 _IMPROBABLE = 0.01
 
@@ -270,7 +270,7 @@ def _plot(arms: dict[str, Pooled], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    markers = "os^vDP*X<>h"
+    markers = "os^vDP*X<>hpd"
     for (arm, pooled), marker in zip(arms.items(), markers, strict=False):
         tokens, accuracy = mean_interval(pooled.tokens), mean_interval([100 * value for value in pooled.correct])
         color = "black" if arm == SFT else "tab:red" if arm == OWN else None
