@@ -101,15 +101,15 @@ def test_from_sft_to_the_report(tmp_path, capsys):
     assert main(["sft", "--into", str(sft), "--sft-steps", "2"]) == 0
     held_out = ["--sft", str(sft), "--held-out", "8"]
     assert main(["base", "0", *held_out, "--into", str(results / "sft-seed0.json")]) == 0
-    for arm in ("accuracy", "entra-total"):
+    for arm in ("accuracy", "entra-banded"):
         into = str(results / f"{arm}-seed0.json")
         assert main(["one", arm, "0", *held_out, "--steps", "1", "--prompts-per-step", "1", "--into", into]) == 0
-    result = json.loads((results / "entra-total-seed0.json").read_text())
+    result = json.loads((results / "entra-banded-seed0.json").read_text())
     assert len(result["held_out"]["tokens"]) == len(result["held_out"]["correct"]) == 8
     assert len(result["curve"]["within_group_std"]) == 1
     assert result["command"].startswith("python -m entra.experiments.evidence ")
     assert main(["report", "--results", str(results), "--into", str(tmp_path)]) == 0
     page, plot = (tmp_path / "evidence.md").read_text(), (tmp_path / "evidence.svg").read_text()
-    assert f"| {arms.ARMS['entra-total']} | 0.0 | +0.0 (+0.0 to +0.0) |" in page
+    assert f"| {arms.ARMS['entra-banded']} | 0.0 | +0.0 (+0.0 to +0.0) |" in page
     assert "<svg" in plot
     assert "| accuracy only |" in capsys.readouterr().out

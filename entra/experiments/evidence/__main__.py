@@ -18,7 +18,7 @@ from typing import Any
 
 from entra.experiments.evidence.arms import ARMS
 
-SHORT_ARMS = ("accuracy", "entra-total")
+SHORT_ARMS = ("accuracy", "entra-banded")
 RESULTS = Path("benchmarks/results/evidence")
 AT_ONCE = 2
 

@@ -24,12 +24,14 @@ Reward = Callable[..., Sequence[float | None]]
 WEIGHT = 0.5
 GROUP_GATE = 0.8
 HALVE_AT = 10.0
+DEAD_BAND = 0.1
 
 ARMS = {
     "accuracy": "accuracy only",
     "entra-additive": "ENTRA, additive",
     "entra-gated": "ENTRA, gated, r",
     "entra-total": "ENTRA, gated, redundant tokens (`halve_at`)",
+    "entra-banded": "ENTRA, gated, redundant tokens, `dead_band`",
     "repetition": "repetition penalty (TRL)",
     "cosine": "cosine length reward",
     "overlong": "soft overlong punishment (TRL)",
@@ -55,14 +57,15 @@ def rewards_of(arm: str, seed: int, config: ScoreConfig | None = None) -> tuple[
 
     config = ScoreConfig() if config is None else config
 
-    def gated_entra(config: ScoreConfig, halve_at: float | None = None) -> list[Reward]:
-        return [accuracy, EntraReward(config=config, gate=accuracy, group_gate=GROUP_GATE, halve_at=halve_at)]
+    def gated_entra(config: ScoreConfig, **options: float) -> list[Reward]:
+        return [accuracy, EntraReward(config=config, gate=accuracy, group_gate=GROUP_GATE, **options)]
 
     makers: dict[str, Callable[[], list[Reward]]] = {
         "accuracy": lambda: [accuracy],
         "entra-additive": lambda: [accuracy, score_batch if config == ScoreConfig() else EntraReward(config=config)],
         "entra-gated": lambda: gated_entra(config),
-        "entra-total": lambda: gated_entra(config, HALVE_AT),
+        "entra-total": lambda: gated_entra(config, halve_at=HALVE_AT),
+        "entra-banded": lambda: gated_entra(config, halve_at=HALVE_AT, dead_band=DEAD_BAND),
         "repetition": lambda: [accuracy, get_repetition_penalty_reward()],
         "cosine": lambda: [cosine],
         "overlong": lambda: [accuracy, get_soft_overlong_punishment(MAX_NEW_TOKENS, MAX_NEW_TOKENS // 2)],

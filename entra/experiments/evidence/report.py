@@ -13,8 +13,8 @@ from entra.experiments.evidence.problems import KINDS
 from entra.metrics import Interval, mean_interval, paired_difference, pareto_front, quantile
 
 SFT = "sft"
-OWN = "entra-total"
-_GATED = ("entra-gated", OWN)
+OWN = "entra-banded"
+_GATED = ("entra-gated", "entra-total", OWN)
 NAMES = {SFT: "SFT model (start)", **ARMS}
 _IMPROBABLE = 0.01
 
@@ -181,7 +181,7 @@ def _verdict(arms: dict[str, Pooled]) -> str:
             lines.append(f"- {NAMES[arm]}: {100 * fewer:.1f} % fewer, lower bound {100 * accuracy.low:+.1f} points: **{met}**")
     lines += [
         "",
-        "What the two differ in, and why r leaves filler standing: [method.md](method.md#the-reward-as-an-objective).",
+        "How they differ, and why r leaves filler standing: [method.md](method.md#the-reward-as-an-objective).",
         "",
     ]
     trained = [arm for arm in arms if arm != SFT]
@@ -277,7 +277,7 @@ def _plot(arms: dict[str, Pooled], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    markers = "os^vDP*X<>h"
+    markers = "os^vDP*X<>hpd"
     for (arm, pooled), marker in zip(arms.items(), markers, strict=False):
         tokens, accuracy = mean_interval(pooled.tokens), mean_interval([100 * value for value in pooled.correct])
         color = "black" if arm == SFT else "tab:red" if arm == OWN else None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from entra.config import ScoreConfig
-from entra.experiments.evidence.arms import GROUP_GATE, HALVE_AT, WEIGHT, rewards_of
+from entra.experiments.evidence.arms import DEAD_BAND, GROUP_GATE, HALVE_AT, WEIGHT, rewards_of
 from entra.experiments.evidence.evaluate import MAX_NEW_TOKENS, graded, mean_logprobs, sample
 from entra.experiments.evidence.problems import Problem, mixed
 
@@ -88,6 +88,7 @@ def run(
             "weight": WEIGHT,
             "group_gate": GROUP_GATE,
             "halve_at": HALVE_AT,
+            "dead_band": DEAD_BAND,
             "scale_rewards": "group",
             "loss_type": "dapo",
         },
