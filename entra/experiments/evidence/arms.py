@@ -57,7 +57,7 @@ def rewards_of(arm: str, seed: int, config: ScoreConfig | None = None) -> tuple[
 
     config = ScoreConfig() if config is None else config
 
-    def gated_entra(config: ScoreConfig, **options: float) -> list[Reward]:
+    def gated_entra(config: ScoreConfig, **options: Any) -> list[Reward]:
         return [accuracy, EntraReward(config=config, gate=accuracy, group_gate=GROUP_GATE, **options)]
 
     makers: dict[str, Callable[[], list[Reward]]] = {
