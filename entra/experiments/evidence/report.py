@@ -193,8 +193,8 @@ def _verdict(arms: dict[str, Pooled]) -> str:
     if "entra-gated" in arms:
         lines += [
             "",
-            "Does it matter which tokens are protected? Gated r against the same reward without importance, with a random protected "
-            "set, and without attention:",
+            "Does it matter which tokens are protected? Gated r against the same reward without importance, with a random "
+            "protected set, and without attention:",
             "",
             *_minus_others(arms, "entra-gated", [arm for arm in ("all-tokens", "random-protected", "lambda-0") if arm in arms]),
         ]
