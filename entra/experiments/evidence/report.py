@@ -288,9 +288,11 @@ def _plot(arms: dict[str, Pooled], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     markers = "os^vDP*X<>hpd"
+    colors = pyplot.get_cmap("tab20").colors
+    others = iter(colors[0::2] + colors[1::2])
     for (arm, pooled), marker in zip(arms.items(), markers, strict=False):
         tokens, accuracy = mean_interval(pooled.tokens), mean_interval([100 * value for value in pooled.correct])
-        color = "black" if arm == SFT else "tab:red" if arm == OWN else None
+        color = "black" if arm == SFT else "red" if arm == OWN else next(others)
         axes.errorbar(
             tokens.mean,
             accuracy.mean,
@@ -300,7 +302,7 @@ def _plot(arms: dict[str, Pooled], path: Path) -> None:
             color=color,
             markersize=10 if arm in (SFT, OWN) else 7,
             capsize=2,
-            label=NAMES[arm],
+            label=NAMES[arm].replace("`", ""),
         )
     axes.set_xlabel("mean tokens of a completion (fewer is better)")
     axes.set_ylabel("accuracy on held-out problems, % (more is better)")
