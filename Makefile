@@ -59,7 +59,7 @@ gpu-bench:
 evidence: $(VENV)/dev.done
 	$(BIN)/python -m entra.experiments.evidence short
 
-# All ten rewards with three seeds, about two hours on two cores, two runs at a time; what is finished is not run again.
+# All rewards with three seeds, about two hours on two cores, two runs at a time; what is finished is not run again.
 # Raw results into benchmarks/results/evidence, docs/evidence.md and docs/evidence.svg from them.
 evidence-full: $(VENV)/dev.done
 	$(BIN)/python -m entra.experiments.evidence full

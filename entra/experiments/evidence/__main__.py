@@ -14,13 +14,23 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from entra.experiments.evidence.arms import ARMS
+from entra.experiments.evidence.report import FRESH
 
 SHORT_ARMS = ("accuracy", "entra-banded")
+FRESH_ARMS = ("entra-banded", "kimi")
 RESULTS = Path("benchmarks/results/evidence")
 AT_ONCE = 2
+
+
+class _Run(NamedTuple):
+    """One process to start, and the file that it writes."""
+
+    words: list[Any]
+    into: Path
+    sizes: dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     short.add_argument("--seeds", type=int, nargs="+", default=[0])
     full.add_argument("--results", type=Path, default=RESULTS)
     full.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    full.add_argument("--fresh-seeds", type=int, nargs="*", default=[3, 4, 5], help="of the arms that are confirmed")
     full.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     for command in (short, full, one):
         command.add_argument("--steps", type=int, help="GRPO steps")
@@ -68,27 +79,26 @@ def _many(options: argparse.Namespace) -> int:
         code = _process("sft", "--into", options.sft, threads=AT_ONCE, **_given(options, "sft_steps"))
         if code:
             return code
-    todo = [
-        (["base", seed], options.results / f"sft-seed{seed}.json", _given(options, "held_out")) for seed in options.seeds
-    ] + [
-        (
-            ["one", arm, seed],
-            options.results / f"{arm}-seed{seed}.json",
-            _given(options, "held_out", "steps", "prompts_per_step"),
-        )
-        for seed in options.seeds
-        for arm in arms
-    ]
-    missing = [run for run in todo if not run[1].exists()]
+    todo = _runs(options, options.results, options.seeds, arms)
+    if options.command == "full":
+        todo += _runs(options, options.results / FRESH, options.fresh_seeds, FRESH_ARMS)
+    missing = [run for run in todo if not run.into.exists()]
     _say(f"{len(todo) - len(missing)} of {len(todo)} runs are there, {len(missing)} to do, {AT_ONCE} at a time")
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        codes = list(pool.map(lambda run: _process(*run[0], "--sft", options.sft, "--into", run[1], **run[2]), missing))
+        codes = list(pool.map(lambda run: _process(*run.words, "--sft", options.sft, "--into", run.into, **run.sizes), missing))
     if any(codes):
         _say(f"{sum(map(bool, codes))} runs failed; call the command again for those")
         return 1
     options.into = options.results.parent if options.command == "short" else Path("docs")
     _say(f"all runs finished after {(time.monotonic() - started) / 60:.1f} minutes")
     return _report(options)
+
+
+def _runs(options: argparse.Namespace, results: Path, seeds: Sequence[int], arms: Sequence[str]) -> list[_Run]:
+    """The SFT model and every arm with every seed."""
+    sizes = _given(options, "held_out", "steps", "prompts_per_step")
+    base = [_Run(["base", seed], results / f"sft-seed{seed}.json", _given(options, "held_out")) for seed in seeds]
+    return base + [_Run(["one", arm, seed], results / f"{arm}-seed{seed}.json", sizes) for seed in seeds for arm in arms]
 
 
 def _process(*words: Any, threads: int = 1, **named: Any) -> int:
