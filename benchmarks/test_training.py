@@ -26,7 +26,7 @@ import entra.capture
 from entra.forward import token_signals
 
 PROMPT_TOKENS = by_size(tiny=8, small=32, full=256)
-COMPLETION_TOKENS = by_size(tiny=16, small=224, full=768)
+COMPLETION_TOKENS = by_size(tiny=16, small=128, full=768)
 GROUP, PROMPTS = 4, by_size(tiny=1, small=1, full=4)
 CASES = {"TRL makes a log-prob pass": 2, "TRL's defaults, no pass": 1}
 """Iterations per batch."""
@@ -149,8 +149,8 @@ def test_training_step(results: Results, once: Any, tmp_path: Path, case: str) -
         "training step",
         case,
         runs,
-        rounds=by_size(tiny=1, small=7, full=5),
-        seconds=by_size(tiny=1, small=40, full=60),
+        rounds=by_size(tiny=1, small=5, full=5),
+        seconds=by_size(tiny=1, small=15, full=60),
         rows=len(rows),
         completion_tokens=COMPLETION_TOKENS,
     )
