@@ -345,10 +345,10 @@ _READING = """\
   the model learns to write. `halve_at` takes the pay away.
 - **Which tokens are protected matters little here, and by importance is not best.** Attention does help: without it
   (lambda = 0) completions stay longer. But no protection at all, or a random one, leaves fewer tokens. The last tokens of a
-  completion have few future queries, so each of them has a high mean attention: in completions as short as these, much of what is
-  protected is the answer at the end, and little of the core.
-- **The gate and the group gate were not what kept accuracy here.** The additive reward lost none, since with group scaling and a
-  reward for accuracy of its own a wrong answer is never the best of its group. They guard against what this task does not have.
+  completion have few future queries, so each of them has a high mean attention: in completions as short as these, much of what
+  is protected is the answer at the end, and little of the core.
+- **The gate was not what kept accuracy here.** The additive reward lost none: beside a reward for accuracy of weight 1, a wrong
+  answer gets at most the half that r is worth, and a right one at least 1. The gate is for where r is the only reward.
 """
 
 _INTRODUCTION = """\
