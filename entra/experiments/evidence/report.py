@@ -139,7 +139,7 @@ def _introduction(arms: dict[str, Pooled]) -> str:
 
 def _fresh(folder: Path) -> list[str]:
     """The confirmation with seeds that nothing was chosen by."""
-    if not folder.exists():
+    if not any(folder.glob(f"{SFT}-seed*.json")):
         return []
     arms = load(folder)
     seeds = ", ".join(map(str, arms[SFT].seeds))
@@ -156,6 +156,7 @@ def _sections(arms: dict[str, Pooled], fresh: list[str]) -> list[str]:
         _verdict(arms),
         "",
         *fresh,
+        *([_READING] if set(ARMS) <= set(arms) else []),
         "## By kind of problem",
         "",
         "Accuracy in % / mean tokens. `guess` is the kind where the check is needed.",
@@ -332,6 +333,23 @@ def _plot(arms: dict[str, Pooled], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
+
+_READING = """\
+## Where others do better, and why
+
+- **Length rewards get shorter.** Kimi's and the cosine reward pay for length itself, and this task has no long answer that is
+  worth its length: nothing is lost by paying for it. ENTRA counts what is repeated. A dead end in words that occur nowhere else
+  costs it little, and the group gate leaves problems alone that are often got wrong. So a tail of completions with one episode
+  is left, while the medians are the same.
+- **Gated r is not shortest where it is highest.** One dead end in new words raises r over that of the bare core; that is what
+  the model learns to write. `halve_at` takes the pay away.
+- **Which tokens are protected matters little here, and by importance is not best.** Attention does help: without it
+  (lambda = 0) completions stay longer. But no protection at all, or a random one, leaves fewer tokens. The last tokens of a
+  completion have few future queries, so each of them has a high mean attention: in completions as short as these, much of what
+  is protected is the answer at the end, and little of the core.
+- **The gate was not what kept accuracy here.** The additive reward lost none: beside a reward for accuracy of weight 1, a wrong
+  answer gets at most the half that r is worth, and a right one at least 1. The gate is for where r is the only reward.
+"""
 
 _INTRODUCTION = """\
 # Evidence
