@@ -371,7 +371,8 @@ traces skip it.
 
 `halve_at` and the dead band are options that were added because gated r missed the target: `halve_at` after trials with seed 0,
 the dead band after the runs of seeds 0 and 1. The learning rate, its decay and the number of steps, the same for all arms, were
-chosen in trials of the `halve_at` arm with seed 0. Fresh seeds, where they have been run, are shown apart.
+chosen in trials of the `halve_at` arm with seed 0. That favours
+it over the baselines, which were not tuned. Fresh seeds, where they have been run, are shown apart.
 
 **Held out:** {held_out:,} problems for each of {seeds} seed(s), none of which is in the training data, one sample at
 temperature 1, the same problems and sampling seed for all. Differences are paired by problem, with 95 % intervals by the normal
