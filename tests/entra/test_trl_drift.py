@@ -42,11 +42,12 @@ class TestOverriddenMethods:
         ]
 
     def test_what_generate_returns(self, trainer):
-        # Prompt and completion ids come first; in GRPO the mask of the policy's own tokens is third.
+        # Prompt and completion ids come first; in GRPO the mask of the policy's own tokens is third, tools' images last.
         (returned,) = re.findall(r"\n        return (.*)\n$", source(trainer._generate))
         names = returned.split(", ")
         assert names[:2] == ["prompt_ids", "completion_ids"]
         assert (names[2] == "tool_mask") == (trainer is trl.GRPOTrainer)
+        assert (names[-1] == "tool_images") == (trainer is trl.GRPOTrainer)
 
     def test_order_of_events(self, trainer):
         # Generation, then log-probs of the policy, then those of the reference, then rewards, all in one method.
