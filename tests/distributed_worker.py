@@ -27,7 +27,7 @@ from torch import nn
 
 import entra
 from entra import forward
-from entra.policy import resolve_policy
+from entra.policy import bound_rollout, resolve_policy
 
 STEPS = 4
 """Optimisation steps of a whole run."""
@@ -67,7 +67,7 @@ class Recorded(entra.EntraReward):
                 "completion_ids": completion_ids,
                 "rewards": rewards,
                 "scores": scores,
-                "rode": policy.rollout.is_recorded,
+                "rode": bound_rollout().is_recorded,
                 "weights": _whole_weights(policy.model),
             }
         )
