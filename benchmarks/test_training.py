@@ -60,8 +60,8 @@ def tokenizer(vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="0", eos_token="1", unk_token="2", padding_side="left")
 
 
-def step(kind: Any, reward: Any, iterations: int, folder: Path) -> Callable[[], None]:
-    """One batch of rollouts and the optimiser steps on it, as a call."""
+def trainer(kind: Any, reward: Any, iterations: int, folder: Path) -> Any:
+    """Its `train()` is one batch of rollouts and the optimiser steps on it."""
     import trl
     from datasets import Dataset
 
@@ -84,10 +84,9 @@ def step(kind: Any, reward: Any, iterations: int, folder: Path) -> Callable[[], 
         disable_tqdm=True,
     )
     rows = Dataset.from_list([{"prompt": f"{i} {words}"} for i in range(PROMPTS)])
-    trainer = kind(
+    return kind(
         model=policy, reward_funcs=[reward], args=args, train_dataset=rows, processing_class=tokenizer(policy.config.vocab_size)
     )
-    return lambda: trainer.train() and None
 
 
 @contextmanager
@@ -128,11 +127,12 @@ def test_training_step(results: Results, once: Any, tmp_path: Path, case: str) -
     way = "riding" if iterations > 1 else "a pass of its own"
     ours = f"ours, {way}"
     rows = [list(range(10, 10 + PROMPT_TOKENS + COMPLETION_TOKENS))] * (GROUP * PROMPTS)
-    runs = {
-        ours: step(entra.EntraGRPOTrainer, entra.EntraReward(gate=accuracy), iterations, tmp_path),
-        "without ENTRA": step(trl.GRPOTrainer, accuracy, iterations, tmp_path),
-        "TRL's repetition penalty": step(trl.GRPOTrainer, rewards.get_repetition_penalty_reward(), iterations, tmp_path),
+    trainers = {
+        ours: trainer(entra.EntraGRPOTrainer, entra.EntraReward(gate=accuracy), iterations, tmp_path),
+        "without ENTRA": trainer(trl.GRPOTrainer, accuracy, iterations, tmp_path),
+        "TRL's repetition penalty": trainer(trl.GRPOTrainer, rewards.get_repetition_penalty_reward(), iterations, tmp_path),
     }
+    runs: dict[str, Callable[[], Any]] = {name: made.train for name, made in trainers.items()}
     if iterations == 1:
         policy = model()
         config = entra.ScoreConfig()
@@ -142,8 +142,14 @@ def test_training_step(results: Results, once: Any, tmp_path: Path, case: str) -
         def forward() -> None:
             policy(input_ids=batch, use_cache=False, logits_to_keep=COMPLETION_TOKENS)
 
-        runs["ours, the pass alone"] = lambda: token_signals(policy, rows, [COMPLETION_TOKENS] * len(rows), config) and None
+        @torch.no_grad()
+        def log_prob_pass() -> None:
+            plain = trainers["without ENTRA"]
+            plain._get_per_token_logps_and_entropies(plain.model, batch, torch.ones_like(batch), COMPLETION_TOKENS)
+
+        runs["ours, the pass alone"] = lambda: token_signals(policy, rows, [COMPLETION_TOKENS] * len(rows), config)
         runs["one no-grad forward"] = forward
+        runs["TRL's no-grad log-prob pass"] = log_prob_pass
     records = compare(
         results,
         "training step",

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: from argparse, for `--help`, `--version` and options that it cannot parse (exit code 2).
     """
     import entra.cli.demo as demo
+    import entra.cli.experiment as experiment
     import entra.cli.score as score
     import entra.cli.train as train
 
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {name: module.add_parser(commands) for name, module in (("score", score), ("train", train), ("demo", demo))}
+    modules = {"score": score, "train": train, "experiment": experiment, "demo": demo}
+    parsers = {name: module.add_parser(commands) for name, module in modules.items()}
     options, unknown = parser.parse_known_args(arguments)
     if options.command == "train":
         options.rest = unknown  # for TRL's parser, which takes seconds to load

@@ -19,6 +19,7 @@ from entra.config import ScoreConfig
 from entra.experiments.evidence.arms import DEAD_BAND, GROUP_GATE, HALVE_AT, WEIGHT, rewards_of
 from entra.experiments.evidence.evaluate import MAX_NEW_TOKENS, graded, mean_logprobs, sample
 from entra.experiments.evidence.problems import Problem, mixed
+from entra.experiments.results import cpu_name
 
 STEPS = 70
 HELD_OUT = 1000
@@ -136,7 +137,7 @@ def environment() -> dict[str, Any]:
     packages = ("torch", "transformers", "trl", "reasoning-gym")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "machine": {"cpu": _cpu_name(), "threads": torch.get_num_threads()},
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
     }
 
 
@@ -234,12 +235,3 @@ def _recording_trainer() -> Any:
 
 def _bits(flags: Sequence[bool]) -> str:
     return "".join("01"[flag] for flag in flags)
-
-
-def _cpu_name() -> str:
-    names = (line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,51 @@
+"""`entra experiment NAME`: one question about the method, answered with numbers, tables and plots in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+from entra.cli import CommandError, one_line
+
+MODULES: dict[str, str] = {}
+"""The modules of the experiments by name; `entra.experiments.results` says what a module has."""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add `entra experiment` to the subparsers of the command line."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "experiment",
+        allow_abbrev=False,
+        help="answer a question about the method with numbers and plots",
+        description="Run one experiment. Its numbers (JSON, CSV), plots (SVG, PNG) and a section of Markdown go into --output.",
+    )
+    names = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
+    for name, module in MODULES.items():
+        experiment = importlib.import_module(module)
+        added = names.add_parser(name, help=experiment.QUESTION, description=experiment.__doc__, allow_abbrev=False)
+        added.add_argument(
+            "--output", type=Path, default=Path("build/experiments"), help="folder for the results (default: %(default)s)"
+        )
+        added.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing: tables and plots of an earlier result")
+        experiment.add_arguments(added)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """`entra experiment` with parsed options.
+
+    Raises:
+        CommandError: what stops an experiment.
+    """
+    from entra.experiments import results
+
+    experiment = importlib.import_module(MODULES[options.experiment])
+    try:
+        result = results.read(options.redraw) if options.redraw else experiment.run(options)
+        markdown = results.write(result, options.output, experiment.tables(result), experiment.figures(result))
+    except (OSError, ImportError, ValueError) as error:
+        raise CommandError(one_line(error), 1) from error
+    print(markdown, end="")
