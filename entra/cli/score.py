@@ -38,6 +38,7 @@ from entra.config import ScoreConfig
 from entra.encode import Encoder
 from entra.forward import unwrapped
 from entra.policy import Policy, load_policy
+from entra.progress import progress_bar
 from entra.score import Scores, score_batch
 
 SCORE_COLUMNS = ("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens")
@@ -144,14 +145,6 @@ def fingerprint(policy: Policy) -> str:
     vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else None
     digest.update(repr((vocabulary, template)).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def progress_bar(total: int, finished: int, unit: str) -> Any:
-    """A tqdm bar on stderr with things per second (never seconds per thing) and the time that is left."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    bar_format = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
-    return tqdm(total=total, initial=finished, unit=f" {unit}", bar_format=bar_format)
 
 
 def _config(options: argparse.Namespace) -> ScoreConfig:
