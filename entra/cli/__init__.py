@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: from argparse, for `--help`, `--version` and options that it cannot parse (exit code 2).
     """
     import entra.cli.demo as demo
+    import entra.cli.evaluate as evaluate
     import entra.cli.experiment as experiment
     import entra.cli.inspect as inspect
     import entra.cli.score as score
@@ -46,7 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = {"score": score, "inspect": inspect, "train": train, "experiment": experiment, "demo": demo}
+    modules = {
+        "score": score,
+        "inspect": inspect,
+        "eval": evaluate,
+        "train": train,
+        "experiment": experiment,
+        "demo": demo,
+    }
     parsers = {name: module.add_parser(commands) for name, module in modules.items()}
     options, unknown = parser.parse_known_args(arguments)
     if options.command == "train":
