@@ -3,7 +3,7 @@
 Decisions taken here:
 
 - What `entra score --details` wrote is shown as it is: nothing is scored again and no weights are loaded. The tokenizer is that
-  of the model on record beside the file, or of `--model`.
+  of the model on record beside the file, or of `--model`; the method's options are those on record, or the command line's.
 - A report is made again when it is asked for again, so an existing one is replaced. Its name must end in .html, so that a
   slip of the finger replaces no file of traces.
 - A row is named by its `id`, else its `name`, where every row that could be read has one and all differ; else by its number,
@@ -21,6 +21,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -44,10 +45,10 @@ from entra.cli.scoring import (
     listed,
     load,
     load_tokenizer_of,
-    progress_bar,
 )
 from entra.config import ScoreConfig
 from entra.encode import as_ids
+from entra.progress import progress_bar
 from entra.traces import load_traces
 from entra.view.traces import Trace, pieces_of
 
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
         check_scoring_flags(options, source.survey)
         shown = _scored_now(options, config, source, total)
     else:
-        shown = _scored_before(options, prefix, source, total)
+        shown = _scored_before(options, config, prefix, source, total)
     errors = Counter(kind_of(trace.error) for trace in shown.traces if trace.error is not None)
     facts = {"traces": source.title, **shown.facts, "entra": __version__}
     if output is not None:
@@ -128,8 +129,8 @@ class _Source(NamedTuple):
 
 class _Shown(NamedTuple):
     traces: list[Trace]
-    config: ScoreConfig | None
-    """What the scores were made with; None where nobody knows."""
+    config: ScoreConfig
+    """What the scores were made with."""
     facts: dict[str, str]
 
 
@@ -208,7 +209,7 @@ def _scored_now(options: argparse.Namespace, config: ScoreConfig, source: _Sourc
     return _Shown(traces.named(), config, {"model": model, "device": device_name(policy)})
 
 
-def _scored_before(options: argparse.Namespace, prefix: str, source: _Source, total: int) -> _Shown:
+def _scored_before(options: argparse.Namespace, config: ScoreConfig, prefix: str, source: _Source, total: int) -> _Shown:
     before = _sidecar(options.traces)
     model = options.model or before.get("model")
     if model is None:
@@ -222,10 +223,8 @@ def _scored_before(options: argparse.Namespace, prefix: str, source: _Source, to
             traces.add(row, _read_scores(row, prefix), hidden)
             bar.update(1)
     facts = {"model": str(model)} | ({"device": str(before["device"])} if "device" in before else {})
-    try:
+    with suppress(KeyError, TypeError, ValueError):  # not there, or of another version of entra
         config = ScoreConfig(**before["config"])
-    except (KeyError, TypeError, ValueError):  # not there, or of another version of entra
-        config = None
     return _Shown(traces.named(), config, facts)
 
 

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 from entra.cli import CommandError, one_line
 from entra.cli.rows import Row, read_rows, survey
-from entra.cli.scoring import load_tokenizer_of, progress_bar
+from entra.cli.scoring import load_tokenizer_of
 from entra.encode import Encoder, as_ids, completion_text
+from entra.progress import progress_bar
 
 _WORDS = "counted instead of tokens, for which there is no column tokens or completion_ids, and no --model"
 

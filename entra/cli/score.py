@@ -43,9 +43,9 @@ from entra.cli.scoring import (
     kind_of,
     listed,
     load,
-    progress_bar,
 )
 from entra.policy import Policy
+from entra.progress import progress_bar
 
 _DESCRIPTION = """\
 Score the completions in a file of traces, JSON Lines or Parquet. The output has the input's rows in the input's order, each

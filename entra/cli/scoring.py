@@ -94,14 +94,6 @@ def device_name(policy: Policy) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def progress_bar(total: int, finished: int, unit: str) -> Any:
-    """A tqdm bar on stderr with things per second (never seconds per thing) and the time that is left."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    bar_format = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
-    return tqdm(total=total, initial=finished, unit=f" {unit}", bar_format=bar_format)
-
-
 def kind_of(error: str) -> str:
     """What comes before the colon of a row's error."""
     return error.partition(":")[0]

@@ -175,17 +175,19 @@ def test_tokens_of_a_tokenizer_or_of_ids():
     assert evaluate("both.jsonl", "--model", folder)["base"]["tokens_mean"]["estimate"] == 4
 
 
-def test_reasoning_gym_scores_its_own_entries(capsys):
-    pytest.importorskip("reasoning_gym")
-    from entra.problems import load_problems
-
-    problems = load_problems(["chain_sum"], 2, chat=False)
-    completions = [f"<answer>{problems[0]['answer']}</answer>", "<answer>no</answer>"]
-    table = [{**row, "completion": text} for row, text in zip(problems, completions, strict=True)]
+def test_entries_of_reasoning_gym_are_scored_by_its_scorer(monkeypatch, capsys):
+    """A stand-in, because importing reasoning-gym takes seconds: half right is not right."""
+    scorers = {"digits": lambda answer, entry: {entry["answer"]: 1.0, "near": 0.5}.get(answer, 0.0)}
+    monkeypatch.setattr("entra.problems._scorer", scorers.__getitem__)
+    entry = json.dumps({"answer": "7", "metadata": {"source_dataset": "digits"}})
+    texts = ["<answer>7</answer>", "<answer>near</answer>", "it is 8", "so\nThe answer is 7."]
+    table = [{"prompt": f"{i}", "completion": text, "entry": entry} for i, text in enumerate(texts)]
     write_rows("base.jsonl", [*table, {**table[0], "entry": "{}"}])
     found = evaluate("base.jsonl")["base"]
     assert found["accuracy"]["estimate"] == 0.5
-    assert [row["row"] for row in found["bad_rows"]] == [3]
+    assert [(row["row"], row["error"]) for row in found["bad_rows"]] == [
+        (5, "malformed: entry is no problem of reasoning-gym: 'metadata'")
+    ]
     assert "reasoning-gym's scorer gives the answer 1" in capsys.readouterr().out
 
 

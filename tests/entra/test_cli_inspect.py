@@ -104,7 +104,7 @@ def test_scored_file_is_shown_without_weights(prefix, parquet, model, shown, tmp
     assert [trace.error is None for trace in kept] == [True, True, True, False]
     assert kept[3].error == "missing field: completion is null"
     assert "note" in kept[0].columns
-    assert written["config"] == (None if parquet else entra.ScoreConfig(protect_fraction=0.3))
+    assert written["config"] == entra.ScoreConfig(**({} if parquet else {"protect_fraction": 0.3}))
     assert "4 traces, 1 of them with an error (1 missing field)" in capsys.readouterr().err
 
 
