@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from entra.cli import CommandError
-from entra.cli.score import device_name, load
+from entra.cli.scoring import device_name, load
 from entra.config import ScoreConfig
 from entra.policy import Policy
 from entra.progress import progress_bar
