@@ -7,15 +7,12 @@ Decisions taken here:
 - Beside the importance's choice stands a random choice of as many tokens, mean of some draws, and tau = 0: what a random
   choice separates as well is no merit of the importance.
 - Protected sets are nested from one tau to the next by construction. Stable therefore means: the same tokens under a change
-  that leaves the completion as it is. Four are measured: weights and arithmetic in bfloat16 instead of the model's dtype,
-  another system message, a polite sentence in front of the question, and the prompt as plain text without the chat template.
+  that leaves the completion as it is (`entra.experiments.perturbations`).
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -25,24 +22,13 @@ import torch
 from entra.config import ScoreConfig
 from entra.experiments import traces
 from entra.experiments.drawing import COLOURS, REFERENCE
+from entra.experiments.perturbations import CHANGES, PERTURBATIONS, measure_again, stability_of
 from entra.experiments.results import Figure, Result, Table, with_interval
-from entra.metrics import paired_difference, resampled_ratio
-from entra.policy import Policy
-from entra.score import Scores
+from entra.experiments.twins import PAIRS, compare, over_problems, rewards_of
 
 QUESTION = "What does the threshold tau do to the reward, to the order of the twins, and how stable is the protected set?"
 
 IMPORTANCE, RANDOM = "importance", "random"
-_CHANGES = ("kept", "jaccard", "reward_change", "logprob_change")
-_PAIRS = (("overthinking", "concise"), ("overthinking", "control"))
-_SYSTEM = "You are a careful teacher of mathematics."
-_POLITE = "Could you please help me with this one? "
-PERTURBATIONS = {
-    "bfloat16": "weights and arithmetic in bfloat16",
-    "system": "another system message",
-    "polite": "a polite sentence in front",
-    "plain": "no chat template",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,17 +67,18 @@ def run(options: argparse.Namespace) -> Result:
     found = traces.load(options)
     policy = traces.load_model(options)
     measured = traces.measure(policy, found)
-    again = {name: _perturbed(policy, measured, name) for name in options.perturbations}
+    again = {name: measure_again(policy, measured, name) for name in options.perturbations}
     rows: list[dict[str, Any]] = []
     separation: list[dict[str, Any]] = []
     stability: list[dict[str, Any]] = []
     for tau in taus:
         config = ScoreConfig(attention_weight=options.attention_weight, protect_fraction=tau)
-        chosen = {IMPORTANCE: _rewards(measured, config)}
+        chosen = {IMPORTANCE: rewards_of(measured, config)}
         if tau:
             chosen[RANDOM] = _random_rewards(measured, config, options.draws, options.seed)
         for selection, (plain, adjusted) in chosen.items():
-            separation += _separation(measured, tau, selection, {"r": plain, "length-adjusted": adjusted}, options.seed)
+            for comparison in compare(measured, {"r": plain, "length-adjusted": adjusted}, options.seed):
+                separation.append({"protect_fraction": tau, "selection": selection, **comparison})
             for i, trace in enumerate(measured.traces):
                 row = {"problem": trace.sample.problem, "trace_kind": trace.sample.kind, "trace": i}
                 row |= {"tokens": len(trace.token_ids), "protect_fraction": tau, "selection": selection}
@@ -100,9 +87,9 @@ def run(options: argparse.Namespace) -> Result:
             before, after = (traces.scored([of[i] for i in other], config) for of in (dict(enumerate(measured.traces)), other))
             kept = [
                 {"problem": measured.traces[i].sample.problem, **values}
-                for i, values in zip(other, _stability(before, after), strict=True)
+                for i, values in zip(other, stability_of(before, after), strict=True)
             ]
-            intervals = {name: _of_problems(kept, name, options.seed) for name in _CHANGES}
+            intervals = {name: over_problems(kept, name, options.seed) for name in CHANGES}
             stability.append({"perturbation": change, "protect_fraction": tau, **intervals})
     stability.sort(key=lambda row: options.perturbations.index(row["perturbation"]))
     summary = {
@@ -114,7 +101,7 @@ def run(options: argparse.Namespace) -> Result:
         "rewards": {
             str(tau): {
                 kind: {
-                    name: _of_problems(
+                    name: over_problems(
                         [
                             row
                             for row in rows
@@ -140,14 +127,6 @@ def run(options: argparse.Namespace) -> Result:
     return Result(name="threshold", settings=settings, rows=rows, summary=summary)
 
 
-def _rewards(measured: traces.Measurement, config: ScoreConfig) -> tuple[list[float], list[float]]:
-    """r and the length-adjusted r of each trace."""
-    positions = measured.fewest_unprotected(config.protect_fraction)
-    pair = [traces.scored(measured.traces, replace(config, length_adjusted=m)).rewards for m in (None, positions)]
-    plain, adjusted = ([0.0 if reward is None else reward for reward in rewards] for rewards in pair)
-    return plain, adjusted
-
-
 def _random_rewards(
     measured: traces.Measurement, config: ScoreConfig, draws: int, seed: int
 ) -> tuple[list[float], list[float]]:
@@ -157,105 +136,9 @@ def _random_rewards(
     results = []
     for _ in range(draws):
         drawn = [replace(trace, logprobs=torch.rand(len(trace.token_ids), generator=generator)) for trace in measured.traces]
-        results.append(_rewards(replace(measured, traces=drawn), config))
+        results.append(rewards_of(replace(measured, traces=drawn), config))
     plain, adjusted = ([fmean(values) for values in zip(*rewards, strict=True)] for rewards in zip(*results, strict=True))
     return plain, adjusted
-
-
-def _separation(
-    measured: traces.Measurement, tau: float, selection: str, rewards: Mapping[str, Sequence[float]], seed: int
-) -> list[dict[str, Any]]:
-    """How far overthinking scores below its twin and below the control, for each pair of kinds that there is."""
-    result = []
-    for kind, other in _PAIRS:
-        pairs = measured.pairs(kind, other)
-        if len(pairs) < 2:
-            continue
-        for name, values in rewards.items():
-            low, high = [values[i] for i, _ in pairs], [values[j] for _, j in pairs]
-            result.append(
-                {
-                    "protect_fraction": tau,
-                    "selection": selection,
-                    "reward": name,
-                    "kind": kind,
-                    "other": other,
-                    "pairs": len(pairs),
-                    "lower": sum(one < two for one, two in zip(low, high, strict=True)),
-                    "share": list(resampled_ratio([(float(a < b), 1) for a, b in zip(low, high, strict=True)], seed=seed)),
-                    "difference": list(paired_difference(low, high)),
-                    "auc": fmean((a < b) + 0.5 * (a == b) for a in low for b in high),
-                }
-            )
-    return result
-
-
-def _perturbed(policy: Policy, measured: traces.Measurement, name: str) -> dict[int, traces.Measured]:
-    """What was measured again under a perturbation, by index; not the traces to which it does not apply."""
-    base = [trace.sample for trace in measured.traces]
-    samples = base
-    if name == "bfloat16":
-        policy = policy._replace(model=copy.deepcopy(policy.model).to(torch.bfloat16))
-    else:
-        samples = [replace(sample, prompt=_PROMPTS[name](sample.prompt)) for sample in base]
-    index = {id(sample): i for i, sample in enumerate(samples) if sample.prompt is not None}
-    if not index:
-        return {}
-    applicable = traces.Samples([samples[i] for i in index.values()])
-    again = traces.measure(policy, applicable, label=f"completions, {PERTURBATIONS[name]}")
-    return {index[id(trace.sample)]: trace for trace in again.traces}
-
-
-def _stability(before: Scores, after: Scores) -> list[dict[str, float]]:
-    """For each trace: share of the protected tokens that stay protected, Jaccard overlap, change of r and of log P."""
-    result = []
-    for i, (one, other) in enumerate(zip(before.protected, after.protected, strict=True)):
-        both, either = int((one & other).sum()), int((one | other).sum())
-        result.append(
-            {
-                "kept": both / max(int(one.sum()), 1),
-                "jaccard": both / max(either, 1),
-                "reward_change": abs((after.rewards[i] or 0.0) - (before.rewards[i] or 0.0)),
-                "logprob_change": float((after.logprobs[i] - before.logprobs[i]).abs().double().mean()),
-            }
-        )
-    return result
-
-
-def _system(prompt: Any) -> Any:
-    if not _is_chat(prompt):
-        return None
-    return [{"role": "system", "content": _SYSTEM}, *(message for message in prompt if message["role"] != "system")]
-
-
-def _polite(prompt: Any) -> Any:
-    if isinstance(prompt, str):
-        return _POLITE + prompt
-    users = [i for i, message in enumerate(prompt) if message["role"] == "user"] if _is_chat(prompt) else []
-    if not users:
-        return None
-    last = prompt[users[-1]]
-    return [*prompt[: users[-1]], {**last, "content": _POLITE + last["content"]}, *prompt[users[-1] + 1 :]]
-
-
-def _plain(prompt: Any) -> Any:
-    return "\n\n".join(message["content"] for message in prompt) + "\n\n" if _is_chat(prompt) else None
-
-
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping)
-
-
-_PROMPTS: dict[str, Callable[[Any], Any]] = {"system": _system, "polite": _polite, "plain": _plain}
-"""What each perturbation makes of a prompt; None where it does not apply."""
-
-
-def _of_problems(rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> list[float]:
-    """Mean of a column, with the interval over problems."""
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        groups.setdefault(row["problem"], []).append(row[name])
-    return list(resampled_ratio([(sum(values), len(values)) for values in groups.values()], seed=seed))
 
 
 def tables(result: Result) -> list[Table]:
@@ -287,8 +170,8 @@ def tables(result: Result) -> list[Table]:
     first = [[f"{100 * tau:g}", selection if tau else "nothing"] for tau, selection in cells]
     order = Table(
         caption="**Is overthinking scored lower?** Pairs of one problem in which it is, and in brackets the AUC: how often any "
-        "overthinking trace scores lower than any other trace, 0.5 is chance. `random`: as many tokens protected, but chosen at "
-        f"random, mean of {result.settings['draws']} draws. {about}",
+        "overthinking trace scores lower than any other trace, 0.5 is chance. `random`: as many tokens protected, but chosen "
+        f"at random, mean of {result.settings['draws']} draws. {about}",
         header=header,
         rows=[
             [*start, *(f"{of[key]['lower']} of {of[key]['pairs']} ({of[key]['auc']:.2f})" for key in columns)]
@@ -296,8 +179,8 @@ def tables(result: Result) -> list[Table]:
         ],
     )
     differences = Table(
-        caption="**By how much?** Mean reward of overthinking minus that of the other trace of the same problem, in brackets the "
-        f"paired 95 % interval; below 0 is the right order. {about}",
+        caption="**By how much?** Mean reward of overthinking minus that of the other trace of the same problem, in brackets "
+        f"the paired 95 % interval; below 0 is the right order. {about}",
         header=header,
         rows=[
             [*start, *(with_interval(of[key]["difference"], 1, 3) for key in columns)]
@@ -362,7 +245,7 @@ def figures(result: Result) -> list[Figure]:
     def separation(canvas: Any) -> None:
         panels = canvas.subplots(2, 2, sharex=True, sharey="row")
         for column, name in enumerate(("r", "length-adjusted")):
-            for o, (kind, other) in enumerate(_PAIRS):
+            for o, (kind, other) in enumerate(PAIRS):
                 for selection, style in ((IMPORTANCE, "-"), (RANDOM, ":")):
                     line = [
                         row
@@ -429,9 +312,10 @@ def figures(result: Result) -> list[Figure]:
             Figure(
                 name="threshold-separation",
                 title="Does overthinking score lower than the other completion of its problem?",
-                caption=f"Top: share of problems whose overthinking completion scores lower than its concise twin, or than the "
-                "control of about its length. Bottom: mean difference of the rewards; below 0 is the right order. Dotted: as many "
-                f"tokens protected at random. At τ = 0 nothing is protected. {about} Bars are 95 % intervals over problems.",
+                caption="Top: share of problems whose overthinking completion scores lower than its concise twin, or than the "
+                "control of about its length. Bottom: mean difference of the rewards; below 0 is the right order. Dotted: as "
+                "many tokens protected at random. At τ = 0 nothing is protected. Bars are 95 % intervals over problems. "
+                f"{about}",
                 draw=separation,
                 size=(9.0, 6.5),
             )
