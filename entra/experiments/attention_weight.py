@@ -23,7 +23,6 @@ from entra.experiments import traces
 from entra.experiments.drawing import COLOURS, REFERENCE
 from entra.experiments.results import Figure, Result, Table, with_interval
 from entra.experiments.twins import compare, over_problems, rewards_of
-from entra.score import Scores
 from entra.view.traces import pieces_of
 
 QUESTION = (
@@ -32,7 +31,7 @@ QUESTION = (
 
 STATISTICS: tuple[Statistic, ...] = ("mean", "lift")
 _FIRST = 0.2
-_BINS = 20
+_BINS = 10
 _TITLES = {"mean": "mean attention", "lift": "lift"}
 
 
@@ -83,7 +82,9 @@ def run(options: argparse.Namespace) -> Result:
             row |= _nearness(scores.protected[i], in_prompt[i])
             row |= {"reward": plain[i], "length_adjusted": adjusted[i], "reward_change": plain[i] - first_rewards[i]}
             rows.append(row)
-        positions += [{**names, **values} for values in _over_position(measured, scores, options.seed)]
+        by_token = {"importance": scores.importance, "protected": scores.protected}
+        everything = range(len(measured.traces))
+        positions += [{**names, **values} for values in _over_position(measured, by_token, everything, options.seed)]
         twins += [{**names, **values} for values in compare(measured, {"r": plain, "length-adjusted": adjusted}, options.seed)]
     summary = {
         "completions": len(measured.traces),
@@ -101,6 +102,19 @@ def run(options: argparse.Namespace) -> Result:
         "twins": twins,
         "spread": _spread(measured, options.seed),
         "positions": positions,
+        "terms": [
+            {"kind": kind, **values}
+            for kind in measured.kinds()
+            for values in _over_position(
+                measured,
+                {
+                    "logprob": [trace.logprobs for trace in measured.traces],
+                    **{statistic: [trace.incoming(statistic) for trace in measured.traces] for statistic in STATISTICS},
+                },
+                [i for i, trace in enumerate(measured.traces) if trace.sample.kind == kind],
+                options.seed,
+            )
+        ],
     }
     settings = {**traces.settings(options), "attention_weight": weights, "protect_fraction": options.protect_fraction}
     return Result(name="lambda", settings=settings, rows=rows, summary=summary)
@@ -149,19 +163,20 @@ def _by_weight(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]
     ]
 
 
-def _over_position(measured: traces.Measurement, scores: Scores, seed: int) -> list[dict[str, Any]]:
-    """For each bin of the relative position: importance and share protected, mean over traces with interval."""
+def _over_position(
+    measured: traces.Measurement, values: Mapping[str, Sequence[Tensor]], chosen: Sequence[int], seed: int
+) -> list[dict[str, Any]]:
+    """For each bin of the relative position: the mean of each of the values over the chosen traces, with interval."""
     bins: list[list[dict[str, Any]]] = [[] for _ in range(_BINS)]
-    for i, trace in enumerate(measured.traces):
+    for i in chosen:
+        trace = measured.traces[i]
         count = len(trace.token_ids)
         of_token = torch.arange(count) * _BINS // count
         for b in of_token.unique().tolist():
-            inside = of_token == b
-            values = {"importance": scores.importance[i], "protected": scores.protected[i]}
-            means = {name: float(value[inside].double().mean()) for name, value in values.items()}
+            means = {name: float(value[i][of_token == b].double().mean()) for name, value in values.items()}
             bins[b].append({"problem": trace.sample.problem, **means})
     return [
-        {"position": (b + 0.5) / _BINS, **{name: over_problems(inside, name, seed) for name in ("importance", "protected")}}
+        {"position": (b + 0.5) / _BINS, **{name: over_problems(inside, name, seed) for name in values}}
         for b, inside in enumerate(bins)
         if inside
     ]
@@ -269,34 +284,37 @@ def tables(result: Result) -> list[Table]:
 
 
 def figures(result: Result) -> list[Figure]:
-    """Importance and protection over position; overlap and nearness by lambda."""
+    """Importance and protection over position; overlap and nearness by lambda; the terms over position."""
     summary, about = result.summary, _about(result)
     weights = result.settings["attention_weight"]
+    x_label = "position in the completion, 0 first, 1 last token"
 
-    def colour(canvas_weight: float) -> Any:
-        import matplotlib
-
-        return matplotlib.colormaps["viridis"](0.95 * weights.index(canvas_weight) / max(1, len(weights) - 1))
+    def band(axes: Any, line: Sequence[dict[str, Any]], name: str, scale: float, colour: Any, label: str) -> None:
+        x = [row["position"] for row in line]
+        mean, low, high = ([scale * row[name][side] for row in line] for side in range(3))
+        axes.plot(x, mean, color=colour, label=label, linewidth=1.5)
+        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
 
     def positions(canvas: Any) -> None:
+        import matplotlib
+
         panels = canvas.subplots(2, 2, sharex=True)
         for column, statistic in enumerate(STATISTICS):
-            for weight in weights:
+            for w, weight in enumerate(weights):
+                colour = matplotlib.colormaps["viridis"](0.95 * w / max(1, len(weights) - 1))
                 line = [
                     row
                     for row in summary["positions"]
                     if (row["attention_statistic"], row["attention_weight"]) == (statistic, weight)
                 ]
-                x = [row["position"] for row in line]
-                for axes, name, scale in ((panels[0][column], "importance", 1), (panels[1][column], "protected", 100)):
-                    mean, low, high = ([scale * row[name][side] for row in line] for side in range(3))
-                    axes.plot(x, mean, color=colour(weight), label=f"{weight:g}", linewidth=1.3)
-                    axes.fill_between(x, low, high, color=colour(weight), alpha=0.12, linewidth=0)
+                band(panels[0][column], line, "importance", 1, colour, f"{weight:g}")
+                band(panels[1][column], line, "protected", 100, colour, f"{weight:g}")
             panels[0][column].set_yscale("symlog", linthresh=1)
+            panels[0][column].yaxis.set_major_formatter("{x:g}")
             panels[0][column].set_title(f"μ is {_TITLES[statistic]}")
             panels[1][column].axhline(100 * result.settings["protect_fraction"], **REFERENCE)
             panels[1][column].set_ylim(bottom=0)
-            panels[1][column].set_xlabel("position in the completion, 0 first, 1 last token")
+            panels[1][column].set_xlabel(x_label)
         panels[0][0].set_ylabel("importance log P + λ μ, nats\n(linear within ±1, then logarithmic)")
         panels[1][0].set_ylabel("tokens that are protected, %")
         canvas.legend(*panels[0][0].get_legend_handles_labels(), title="λ", loc="outside right center")
@@ -304,11 +322,11 @@ def figures(result: Result) -> list[Figure]:
     def overlap(canvas: Any) -> None:
         panels = canvas.subplots(1, 3)
         shown = (
-            ("kept", "protected at λ = 0 too, %", 100 * result.settings["protect_fraction"]),
-            ("first_fifth", "in the first fifth of the completion, %", 100 * _FIRST),
-            ("in_prompt", "with a text that the question has, %", 100 * summary["in_prompt"][0]),
+            ("kept", "protected at λ = 0, too", 100 * result.settings["protect_fraction"]),
+            ("first_fifth", "in the first fifth of the completion", 100 * _FIRST),
+            ("in_prompt", "with a text that the question has", 100 * summary["in_prompt"][0]),
         )
-        for axes, (name, label, chance) in zip(panels, shown, strict=True):
+        for axes, (name, title, chance) in zip(panels, shown, strict=True):
             for s, statistic in enumerate(STATISTICS):
                 line = [row for row in summary["by_weight"] if row["attention_statistic"] == statistic]
                 mean, low, high = ([100 * row[name][side] for row in line] for side in range(3))
@@ -319,17 +337,32 @@ def figures(result: Result) -> list[Figure]:
             axes.axhline(chance, label="chance", **REFERENCE)
             axes.set_xticks(range(len(weights)), [f"{weight:g}" for weight in weights])
             axes.set_xlabel("λ")
-            axes.set_ylabel(f"protected tokens {label}")
+            axes.set_title(title, fontsize="medium")
             axes.set_ylim(bottom=0)
+        panels[0].set_ylabel("share of the protected tokens, %")
         canvas.legend(*panels[0].get_legend_handles_labels(), title="μ is", loc="outside lower center", ncols=3)
+
+    def terms(canvas: Any) -> None:
+        shown = (("logprob", 1, "log P, nats"), ("mean", 100, "μ, % of a query's attention"), ("lift", 1, "lift, multiple"))
+        panels = canvas.subplots(1, 3, sharex=True)
+        for axes, (name, scale, label) in zip(panels, shown, strict=True):
+            for k, kind in enumerate(dict.fromkeys(row["kind"] for row in summary["terms"])):
+                band(axes, [row for row in summary["terms"] if row["kind"] == kind], name, scale, COLOURS[k], kind)
+            axes.set_ylabel(label)
+            axes.set_xlabel("position, 0 first, 1 last token")
+        panels[1].set_ylim(bottom=0)
+        panels[2].set_ylim(bottom=0)
+        panels[2].axhline(1, **REFERENCE)
+        legend = panels[0].get_legend_handles_labels()
+        canvas.legend(*legend, title="kind of trace", loc="outside lower center", ncols=4)
 
     return [
         Figure(
             name="lambda-position",
             title="Importance and protection over the position in the completion, by λ",
-            caption="Top: importance, bottom: share of tokens that are protected, by relative position, mean over completions; "
-            "left with mean attention, right with lift, which removes the position bias. Bands are 95 % intervals over "
-            f"problems; the dashed line is what chance protects. {about}",
+            caption="Top: importance, bottom: share of tokens that are protected, by relative position in tenths, mean over "
+            "completions; left with mean attention, right with lift, which weights each query by the number of keys that it "
+            f"sees. Bands are 95 % intervals over problems; the dashed line is what chance protects. {about}",
             draw=positions,
             size=(10.0, 7.0),
         ),
@@ -337,10 +370,18 @@ def figures(result: Result) -> list[Figure]:
             name="lambda-overlap",
             title="Which tokens are protected, by λ",
             caption="Of the protected tokens, the share that λ = 0 protects too, the share in the first fifth of the "
-            "completion, and the share with a text that the question has. Bars are 95 % intervals over problems; dashed: what chance would "
-            f"give. {about}",
+            "completion, and the share with a text that the question has. Bars are 95 % intervals over problems; dashed: what "
+            f"chance would give. {about}",
             draw=overlap,
-            size=(12.0, 4.4),
+            size=(11.0, 4.4),
+        ),
+        Figure(
+            name="lambda-terms",
+            title="Log-probability, mean attention and lift over the position in the completion",
+            caption="Means over completions by relative position in tenths and kind of trace. Lift is 1 (dashed) where "
+            f"attention is uniform. Bands are 95 % intervals over problems. {about}",
+            draw=terms,
+            size=(11.0, 4.2),
         ),
     ]
 
