@@ -153,7 +153,7 @@ function overPosition(trace, tokens, jump) {
   const paintMarks = () => {
     if (!frame || !marked) return;
     marks.occurrences.setAttribute("d", marked.all.map((i) => `M${frame.toX(i + 1).toFixed(1)} ${frame.bottom}v-9`).join(""));
-    marks.cursor.setAttribute("d", `M${frame.toX(marked.at + 1).toFixed(1)} ${frame.top}V${frame.bottom}`);
+    marks.cursor.setAttribute("d", marked.at === null ? "" : `M${frame.toX(marked.at + 1).toFixed(1)} ${frame.top}V${frame.bottom}`);
   };
   atEveryWidth(plot, (width) => {
     frame = axes({

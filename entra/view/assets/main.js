@@ -40,7 +40,7 @@ function views() {
       viewing++;
       byId("trace").hidden = true;
       byId("overview").hidden = false;
-      document.body.classList.remove("reading");
+      document.body.classList.remove("inside");
       if (last !== null) {
         scrollTo(0, scrolled);
         list.comeBack(last);
@@ -53,7 +53,7 @@ function views() {
     if (!(await view(first, second, list))) return;
     byId("overview").hidden = true;
     byId("trace").hidden = false;
-    document.body.classList.add("reading");
+    document.body.classList.add("inside");
     scrollTo(0, 0);
     byId("panes").querySelector("h2").focus({ preventScroll: true });
   };

@@ -7,7 +7,7 @@ const LIST_COLUMNS = [
   { key: "entropy", title: "Entropy", unit: "nats", of: (trace) => trace.error === null ? trace.entropy : null, text: (value) => fixed(value, 2) },
   { key: "repeated", title: "Repeated", unit: "share", of: (trace) => trace.error === null ? trace.repeated : null, text: share },
 ];
-const FACETS = 4, FACET_VALUES = 12;
+const FACETS = 4, FACET_VALUES = 12, TAGS = 3;
 
 function heading() {
   document.title = `${data.title} \u00b7 ENTRA`;
@@ -44,8 +44,18 @@ function facets() {
   return found.map(([name, set]) => ({ name, values: [...set].sort(), of: (trace) => (trace.columns.find(([key]) => key === name) || [])[1] }));
 }
 
+// How many characters all prompts begin with, up to a space: an instruction that says nothing about a row.
+function sharedStart() {
+  const [first, ...others] = data.prompts.filter(Boolean);
+  if (!others.length) return 0;
+  let length = first.length;
+  for (const other of others) while (!other.startsWith(first.slice(0, length))) length--;
+  return Math.max(0, first.lastIndexOf(" ", length), first.slice(0, length).lastIndexOf("\n"));
+}
+
 function overview(open) {
   heading();
+  const skipped = sharedStart();
   const rows = byId("rows"), found = byId("found"), input = byId("filter");
   const chart = scatter(byId("scatter"), open);
   const choices = facets();
@@ -127,8 +137,9 @@ function overview(open) {
 
   function row(at) {
     const trace = traces[state.shown[at]];
-    const tags = choices.filter((facet) => facet.name).map((facet) => facet.of(trace)).filter(Boolean);
-    const about = trace.error === null ? data.prompts[trace.prompt].replace(/\s+/g, " ").slice(0, 300) : trace.error;
+    const tagged = choices.filter((facet) => facet.name && facet.of(trace)).slice(0, TAGS);
+    const tags = tagged.map((facet) => (/^(true|false|null|[\d.-]+)$/.test(facet.of(trace)) ? `${facet.name}: ` : "") + facet.of(trace));
+    const about = trace.error ?? (skipped ? "\u2026 " : "") + data.prompts[trace.prompt].slice(skipped, skipped + 300).replace(/\s+/g, " ").trim();
     const cells = LIST_COLUMNS.map((column) => {
       if (column.key === "name") {
         return make("div", { role: "gridcell", class: "name" },
@@ -136,9 +147,13 @@ function overview(open) {
           make("span", { class: trace.error === null ? "about" : "about error" }, ...tags.map((tag) => make("span", { class: "tag" }, tag)), about));
       }
       const value = column.of(trace);
-      const bar = column.key === "repeated" && value !== null ? make("span", { class: "meter" }) : "";
-      if (bar) bar.style.setProperty("--part", value);
-      return make("div", { role: "gridcell", class: column.key }, make("span", { class: "caption" }, column.title), value === null ? "\u2013" : column.text(value), bar);
+      const cell = make("div", { role: "gridcell", class: column.key }, make("span", { class: "value" }, value === null ? "\u2013" : column.text(value)));
+      if (column.key === "repeated" && value !== null) {
+        const bar = make("span", { class: "meter" });
+        bar.style.setProperty("--part", value);
+        cell.append(bar);
+      }
+      return cell;
     });
     return make("div", { role: "row", class: "row", "aria-rowindex": at + 2, tabindex: at === state.active ? 0 : -1, "data-at": at }, ...cells);
   }

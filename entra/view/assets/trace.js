@@ -14,7 +14,7 @@ function legend() {
     make("span", { class: "legend-name" }, "Importance, from (nats)"),
     scale,
     make("span", { class: "legend-key" }, make("span", { class: "t s6 p first last" }, "protected"), " outlined: the reward does not look at it"),
-    make("span", { class: "legend-key" }, make("span", { class: "t s0 same" }, "same"), " the marked token, elsewhere"),
+    make("span", { class: "legend-key" }, make("span", { class: "t s0 same" }, "same"), " the marked token again"),
   );
 }
 
@@ -147,24 +147,30 @@ function promptOf(trace) {
   return make("details", prompt.length <= 400 ? { class: "prompt", open: "" } : { class: "prompt" }, make("summary", {}, "Prompt"), make("p", {}, prompt || "(empty)"));
 }
 
-async function pane(trace, other, alone) {
+// `texts` are those of all panes: what is marked in one is marked in all.
+async function pane(trace, other, alone, texts) {
   const columns = make("dl", { class: "facts" }, ...trace.columns.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   const parts = [make("h2", { tabindex: -1 }, trace.name), numbers(trace, other), columns, promptOf(trace)];
   if (trace.error !== null) return { article: make("article", { class: "pane" }, ...parts, make("p", { class: "notice" }, trace.error)), charts: [] };
 
   const tokens = await readTokens(trace);
   let position = null, kept = null;
+  const mark = (words, at) => {
+    for (const text of texts) text.show(words, text === own ? at : null);
+  };
   const look = (i, keep = false) => {
     if (keep) kept = i;
     card(trace, tokens, i, alone);
-    position.mark(i, body.mark([tokens.words[i]]));
+    mark([tokens.words[i]], i);
   };
   const body = textOf(trace, tokens, look, () => kept !== null && look(kept));
   position = overPosition(trace, tokens, (i) => body.focus(i));
+  const own = { show: (words, at) => position.mark(at, body.mark(words)) };
+  texts.push(own);
   const markRun = (words) => {
     const starts = body.mark(words);
     body.focus(starts.find((i) => words.length > 1 || !tokens.protected[i]) ?? starts[0]);
-    position.mark(starts[0], body.mark(words));
+    mark(words, starts[0]);
   };
   const charts = trace.tokens ? [position.figure, ...repeats(trace, markRun)] : [];
   if (trace.reward === null) parts.push(make("p", { class: "notice" }, "No reward: a log-probability or an attention of this trace is not finite."));
@@ -177,7 +183,8 @@ let viewing = 0;
 async function view(first, second, list) {
   const run = ++viewing;
   const trace = traces[first], other = second === null ? null : traces[second];
-  const panes = await Promise.all([pane(trace, null, !other), ...(other ? [pane(other, trace, false)] : [])]);
+  const texts = [];
+  const panes = await Promise.all([pane(trace, null, !other, texts), ...(other ? [pane(other, trace, false, texts)] : [])]);
   if (run !== viewing) return false;
   legend();
   byId("stage").classList.toggle("double", Boolean(other));
