@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> Result:
         by_token = {"importance": scores.importance, "protected": scores.protected}
         everything = range(len(measured.traces))
         positions += [{**names, **values} for values in _over_position(measured, by_token, everything, options.seed)]
-        twins += [{**names, **values} for values in compare(measured, {"r": plain, "length-adjusted": adjusted}, options.seed)]
+        twins += [{**names, **values} for values in compare(measured, {"r": plain, "length-adjusted": adjusted})]
     summary = {
         "completions": len(measured.traces),
         "problems": len(measured.by_problem()),

@@ -245,7 +245,7 @@ def test_threshold_compares_twins(folder):
 
 def test_auc_counts_ties_half_and_all_pairs(measured):
     rewards = [0.9, 0.5, 0.5, 0.8, 0.6, 0.7, 0.1, 0.4, 0.3]  # concise, overthinking, control of each problem
-    found = {row["other"]: row for row in twins.compare(measured, {"r": rewards}, 0)}
+    found = {row["other"]: row for row in twins.compare(measured, {"r": rewards})}
     # Overthinking is .5, .6, .4; concise .9, .8, .1; control .5, .7, .3.
     assert (found["concise"]["lower"], found["concise"]["pairs"], found["concise"]["auc"]) == (2, 3, 6 / 9)
     assert (found["control"]["lower"], found["control"]["auc"]) == (1, 4.5 / 9)
