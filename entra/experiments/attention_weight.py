@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> Result:
         by_token = {"importance": scores.importance, "protected": scores.protected}
         everything = range(len(measured.traces))
         positions += [{**names, **values} for values in _over_position(measured, by_token, everything, options.seed)]
-        twins += [{**names, **values} for values in compare(measured, {"r": plain, "length-adjusted": adjusted}, options.seed)]
+        twins += [{**names, **values} for values in compare(measured, {"r": plain, "length-adjusted": adjusted})]
     summary = {
         "completions": len(measured.traces),
         "problems": len(measured.by_problem()),
@@ -314,6 +314,7 @@ def figures(result: Result) -> list[Figure]:
             panels[0][column].set_title(f"μ is {_TITLES[statistic]}")
             panels[1][column].axhline(100 * result.settings["protect_fraction"], **REFERENCE)
             panels[1][column].set_ylim(bottom=0)
+            panels[1][column].set_xlim(0, 1)
             panels[1][column].set_xlabel(x_label)
         panels[0][0].set_ylabel("importance log P + λ μ, nats\n(linear within ±1, then logarithmic)")
         panels[1][0].set_ylabel("tokens that are protected, %")
@@ -349,6 +350,7 @@ def figures(result: Result) -> list[Figure]:
             for k, kind in enumerate(dict.fromkeys(row["kind"] for row in summary["terms"])):
                 band(axes, [row for row in summary["terms"] if row["kind"] == kind], name, scale, COLOURS[k], kind)
             axes.set_ylabel(label)
+            axes.set_xlim(0, 1)
             axes.set_xlabel("position, 0 first, 1 last token")
         panels[1].set_ylim(bottom=0)
         panels[2].set_ylim(bottom=0)

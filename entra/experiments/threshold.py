@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> Result:
         if tau:
             chosen[RANDOM] = _random_rewards(measured, config, options.draws, options.seed)
         for selection, (plain, adjusted) in chosen.items():
-            for comparison in compare(measured, {"r": plain, "length-adjusted": adjusted}, options.seed):
+            for comparison in compare(measured, {"r": plain, "length-adjusted": adjusted}):
                 separation.append({"protect_fraction": tau, "selection": selection, **comparison})
             for i, trace in enumerate(measured.traces):
                 row = {"problem": trace.sample.problem, "trace_kind": trace.sample.kind, "trace": i}
