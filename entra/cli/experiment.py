@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from entra.cli import CommandError, one_line
+from entra.cli.rows import read_rows, survey
 
 MODULES: dict[str, str] = {}
 """The modules of the experiments by name; `entra.experiments.results` says what a module has."""
@@ -43,9 +44,12 @@ def run(options: argparse.Namespace) -> None:
     from entra.experiments import results
 
     experiment = importlib.import_module(MODULES[options.experiment])
+    if getattr(options, "traces", None) is not None and not options.redraw:
+        survey(options.traces)
+        options.rows = read_rows(options.traces, 0)
     try:
         result = results.read(options.redraw) if options.redraw else experiment.run(options)
         markdown = results.write(result, options.output, experiment.tables(result), experiment.figures(result))
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError) as error:
         raise CommandError(one_line(error), 1) from error
     print(markdown, end="")
