@@ -10,7 +10,9 @@ from typing import Any
 from entra.cli import CommandError, one_line
 from entra.cli.rows import read_rows, survey
 
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "proxy": "entra.experiments.proxy",
+}
 """The modules of the experiments by name; `entra.experiments.results` says what a module has."""
 
 
