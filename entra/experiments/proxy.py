@@ -25,6 +25,16 @@ from statistics import fmean
 from typing import Any
 
 from entra.experiments import traces
+from entra.experiments.influence import (
+    Replay,
+    bidirectional,
+    bidirectional_plan,
+    cost,
+    layer_attention,
+    leave_one_out,
+    leave_one_out_plan,
+    likely_alternatives,
+)
 from entra.experiments.proxy_report import figures, tables
 from entra.experiments.ranks import spearman, top_overlap
 from entra.experiments.results import Result
@@ -219,17 +229,6 @@ def _check(options: argparse.Namespace) -> None:
 
 def _measure(model: Any, measured: traces.Measurement, options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """A row for every ranked token but the last two of each completion; how many tokens ran beside the plain forwards."""
-    from entra.experiments.influence import (
-        Replay,
-        bidirectional,
-        bidirectional_plan,
-        cost,
-        layer_attention,
-        leave_one_out,
-        leave_one_out_plan,
-        likely_alternatives,
-    )
-
     plans = []
     total, plain, started = 0, 0, time.monotonic()
     with progress_bar(len(measured.traces), 0, "plans") as bar:
