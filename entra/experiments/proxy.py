@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from entra.experiments import traces
 from entra.experiments.influence import (
     Replay,
@@ -124,7 +126,9 @@ def run(options: argparse.Namespace) -> Result:
             "or name other --kinds"
         )
     policy = traces.load_model(options)
-    model = policy.model.float()
+    model = policy.model
+    if model.dtype != torch.float32:  # models out of a GGUF file refuse to be cast, also to what they are
+        model = model.float()
     measured = traces.measure(policy, found)
     rows, plan_tokens = _measure(model, measured, options)
     settings = {
