@@ -352,8 +352,9 @@ def test_pointer_and_keyboard_show_the_numbers_of_a_token(page, traces):
 
 
 def test_the_same_token_elsewhere_is_marked(page, traces):
-    page.load("#trace=1")
-    page.token(4).click()
+    page.load("#trace=1&token=5")
+    page.wait("document.activeElement === document.querySelectorAll('.text .t')[4]")
+    assert shown_numbers(traces[0], 4).items() <= page.card().items()
     marked = page.js("[...document.querySelectorAll('.text .t')].flatMap((e, i) => e.classList.contains('same') ? [i] : [])")
     assert marked == [i for i, token in enumerate(traces[0].token_ids) if token == traces[0].token_ids[4]]
 

@@ -119,7 +119,7 @@ async function completionOf(trace) {
   return completions.get(trace.index);
 }
 
-// The address of a view: the traces are named by their place in the file.
+// The address of a view: traces are named by their place in the file. An address may also name a token of the first, from 1.
 function address(first, second = null) {
   return first === null ? "#" : `#trace=${first + 1}${second === null ? "" : `&beside=${second + 1}`}`;
 }
@@ -131,5 +131,6 @@ function place() {
     return Number.isInteger(number) && traces[number] ? number : null;
   };
   const first = index("trace");
-  return { first, second: first === null ? null : index("beside") };
+  const token = Number(parameters.get("token"));
+  return { first, second: first === null ? null : index("beside"), token: Number.isInteger(token) ? token : 0 };
 }

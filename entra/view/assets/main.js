@@ -35,7 +35,7 @@ function views() {
   const list = overview((index) => (location.hash = address(index)));
   let scrolled = 0, last = null;
   const show = async () => {
-    const { first, second } = place();
+    const { first, second, token } = place();
     if (first === null) {
       viewing++;
       byId("trace").hidden = true;
@@ -50,12 +50,14 @@ function views() {
     }
     if (last === null) scrolled = scrollY;
     last = first;
-    if (!(await view(first, second, list))) return;
+    const drawn = await view(first, second, list);
+    if (!drawn) return;
     byId("overview").hidden = true;
     byId("trace").hidden = false;
     document.body.classList.add("inside");
     scrollTo(0, 0);
-    byId("panes").querySelector("h2").focus({ preventScroll: true });
+    if (token > 0 && drawn.focus) drawn.focus(token - 1);
+    else byId("panes").querySelector("h2").focus({ preventScroll: true });
   };
   addEventListener("hashchange", show);
   byId("skip").addEventListener("click", (event) => {

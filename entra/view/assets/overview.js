@@ -44,9 +44,9 @@ function facets() {
   return found.map(([name, set]) => ({ name, values: [...set].sort(), of: (trace) => (trace.columns.find(([key]) => key === name) || [])[1] }));
 }
 
-// How many characters all prompts begin with, up to a space: an instruction that says nothing about a row.
+// How many characters all scored prompts begin with, up to a space: an instruction that says nothing about a row.
 function sharedStart() {
-  const [first, ...others] = data.prompts.filter(Boolean);
+  const [first, ...others] = new Set(traces.filter((trace) => trace.error === null).map((trace) => data.prompts[trace.prompt]));
   if (!others.length) return 0;
   let length = first.length;
   for (const other of others) while (!other.startsWith(first.slice(0, length))) length--;

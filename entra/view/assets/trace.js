@@ -151,7 +151,7 @@ function promptOf(trace) {
 async function pane(trace, other, alone, texts) {
   const columns = make("dl", { class: "facts" }, ...trace.columns.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   const parts = [make("h2", { tabindex: -1 }, trace.name), numbers(trace, other), columns, promptOf(trace)];
-  if (trace.error !== null) return { article: make("article", { class: "pane" }, ...parts, make("p", { class: "notice" }, trace.error)), charts: [] };
+  if (trace.error !== null) return { article: make("article", { class: "pane" }, ...parts, make("p", { class: "notice" }, trace.error)), charts: [], focus: null };
 
   const tokens = await readTokens(trace);
   let position = null, kept = null;
@@ -174,10 +174,11 @@ async function pane(trace, other, alone, texts) {
   };
   const charts = trace.tokens ? [position.figure, ...repeats(trace, markRun)] : [];
   if (trace.reward === null) parts.push(make("p", { class: "notice" }, "No reward: a log-probability or an attention of this trace is not finite."));
-  return { article: make("article", { class: "pane" }, ...parts, body.text), charts };
+  return { article: make("article", { class: "pane" }, ...parts, body.text), charts, focus: trace.tokens ? body.focus : null };
 }
 
-// Draws the view; a later call wins over one that is still reading: then it is false.
+// Draws the view. False when a later call came while this one was reading; else what puts the focus on a token of the first
+// trace, null where it has none.
 let viewing = 0;
 
 async function view(first, second, list) {
@@ -209,5 +210,5 @@ async function view(first, second, list) {
   );
   select.disabled = !twins.length;
   select.value = other ? String(second) : "";
-  return true;
+  return { focus: panes[0].focus };
 }
