@@ -4,5 +4,6 @@ EXPERIMENTS: dict[str, str] = {
     "importance": "entra.experiments.importance",
     "threshold": "entra.experiments.threshold",
     "lambda": "entra.experiments.attention_weight",
+    "proxy": "entra.experiments.proxy",
 }
 """The module of each `entra experiment NAME`, in the order of docs/experiments.md (see `entra.experiments.results`)."""
