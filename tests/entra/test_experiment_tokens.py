@@ -143,6 +143,7 @@ def test_kinds_of_tokens(text, expected):
         ("get x = 5 now", "x = 5"),
         ("a well-known a/b of 7 - I", ""),
         ("5 * 3\n= 15", "5 * 3"),
+        ("x = y", ""),
     ],
 )
 def test_formulas(text, formula):
@@ -232,6 +233,7 @@ def test_threshold_compares_twins(folder):
     rows = {(row["protect_fraction"], row["selection"], row["trace"]): row for row in result.rows}
     assert {(tau, selection) for tau, selection, _ in rows if tau == 0} == {(0.0, "importance")}
     own = [rows[0.2, "importance", i]["reward"] for i in range(9)]
+    assert own != [rows[0.2, "random", i]["reward"] for i in range(9)]
     (found,) = [
         row
         for row in result.summary["separation"]
@@ -241,6 +243,30 @@ def test_threshold_compares_twins(folder):
     assert found["lower"] == sum(difference < 0 for difference in differences)
     assert math.isclose(found["difference"][0], sum(differences) / 3)
     assert {row["perturbation"] for row in result.summary["stability"]} == set(perturbations.PERTURBATIONS)
+
+
+def test_a_random_choice_is_as_large_and_depends_on_the_seed_alone(measured):
+    config = entra.ScoreConfig(protect_fraction=0.5)
+    drawn = threshold._random_rewards(measured, config, 2, 0)
+    assert drawn == threshold._random_rewards(measured, config, 2, 0) != threshold._random_rewards(measured, config, 2, 1)
+    most = threshold._random_rewards(measured, entra.ScoreConfig(protect_fraction=1.0), 2, 0)
+    assert most == ([0.0] * 9, [0.0] * 9)  # nothing is left unprotected
+
+
+def test_pairs_are_each_problems_first_traces(measured):
+    assert measured.pairs("overthinking", "concise") == [(1, 0), (4, 3), (7, 6)]
+    twice = replace(measured, traces=[*measured.traces, measured.traces[0]])
+    assert twice.pairs("overthinking", "concise") == [(1, 0), (4, 3), (7, 6)]
+    assert measured.pairs("overthinking", "sample") == []
+    shortest = len("9 > 7.")  # one character a token
+    assert measured.fewest_unprotected(0.0) == shortest
+    assert measured.fewest_unprotected(0.5) == shortest - 3
+
+
+def test_overlap_of_choices():
+    one, other = torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([0, 1, 0, 1]).bool()
+    assert traces.overlap(one, other) == {"kept": 1 / 3, "jaccard": 1 / 4}
+    assert traces.overlap(one & ~one, one & ~one) == {"kept": 1.0, "jaccard": 1.0}
 
 
 def test_auc_counts_ties_half_and_all_pairs(measured):
@@ -266,9 +292,9 @@ def test_tokens_of_the_question(policy, measured):
     near = attention_weight._in_prompt(policy.tokenizer, trace).tolist()
     found = {piece for piece, is_near in zip(trace.pieces, near, strict=True) if is_near}
     assert found == {"3", "4", "2", "o"}  # of letters and digits of "Compute 3 * 4 + 2.", not of operators
-    assert attention_weight._nearness(torch.tensor([1, 0, 0, 0, 1]).bool(), torch.tensor([0, 1, 1, 1, 1]).bool()) == {
-        "first_fifth": 0.5,
-        "in_prompt": 0.5,
+    assert attention_weight._nearness(torch.tensor([1, 1, 0, 0, 1]).bool(), torch.tensor([0, 1, 1, 1, 1]).bool()) == {
+        "first_fifth": 1 / 3,
+        "in_prompt": 2 / 3,
     }
 
 
