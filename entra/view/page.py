@@ -21,6 +21,7 @@ import html
 import json
 import math
 import re
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -50,7 +51,7 @@ def write_page(
         path: overwritten.
         title: the page's heading, such as the name of the file that was scored.
         config: what the traces were scored with; lambda, tau and the statistic stand in the heading.
-        facts: further ones for the heading, by name: the model, the date.
+        facts: further ones for the heading, by name, such as the model; the date is today's unless it is among them.
 
     Raises:
         ValueError: two traces of one name; a trace whose lists differ in length.
@@ -78,7 +79,7 @@ def write_page(
         records[trace.name] = _record(trace, words, kinds, prompts.setdefault(trace.prompt, len(prompts)))
     data = {
         "title": title,
-        "facts": [*(facts or {}).items(), *_options(config)],
+        "facts": [*({"date": time.strftime("%Y-%m-%d")} | dict(facts or {})).items(), *_options(config)],
         "attention": "lift" if config.attention_statistic == "lift" else "incoming attention",
         "decimals": decimals,
         "edges": _edges(importance, decimals["importance"]),

@@ -207,6 +207,9 @@ def test_heading_and_summary_say_what_was_scored_and_how(open_page, traces):
         f"{100 * np.mean([trace.repeated_share for trace in scored]):.1f}\u202f%",
     ]
     page.assert_quiet()
+    assert re.search(r"date \d{4}-\d\d-\d\d", open_page([]).find("#facts").text.replace("\n", " ")), (
+        "today, unless another is given"
+    )
 
 
 def test_rows_have_the_numbers_of_their_traces_and_errors_are_shown(page, traces):

@@ -31,17 +31,18 @@ function summary(shown) {
   byId("summary").replaceChildren(...numbers.map(([value, name]) => make("div", {}, make("dd", {}, value), make("dt", {}, name))));
 }
 
-// What one can choose by: columns of a few different values, and whether a row was scored.
+// What one can choose by: columns of a few different values that come twice or more on average.
 function facets() {
-  const values = new Map();
+  const values = new Map(), times = new Map();
   for (const trace of traces) {
     for (const [name, value] of trace.columns) {
       if (!values.has(name)) values.set(name, new Set());
       if (values.get(name).size <= FACET_VALUES) values.get(name).add(value);
+      times.set(name, (times.get(name) || 0) + 1);
     }
   }
-  const found = [...values].filter(([, set]) => set.size > 1 && set.size <= FACET_VALUES).slice(0, FACETS);
-  return found.map(([name, set]) => ({ name, values: [...set].sort(), of: (trace) => (trace.columns.find(([key]) => key === name) || [])[1] }));
+  const chosen = ([name, set]) => set.size > 1 && set.size <= FACET_VALUES && 2 * set.size <= times.get(name);
+  return [...values].filter(chosen).slice(0, FACETS).map(([name, set]) => ({ name, values: [...set].sort(), of: (trace) => (trace.columns.find(([key]) => key === name) || [])[1] }));
 }
 
 // How many characters all scored prompts begin with, up to a space: an instruction that says nothing about a row.
