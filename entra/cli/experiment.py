@@ -9,7 +9,11 @@ from typing import Any
 
 from entra.cli import CommandError, one_line
 
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "train-threshold": "entra.experiments.train_threshold",
+    "train-lambda": "entra.experiments.train_lambda",
+    "transfer": "entra.experiments.transfer",
+}
 """The modules of the experiments by name; `entra.experiments.results` says what a module has."""
 
 
