@@ -10,6 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Processes side by side (pytest -n) share the cores: more threads than cores only wait for each other.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 GPU_MISSING = pytest.mark.skip(reason="needs a CUDA or ROCm device; none is visible to torch")
 
 

@@ -15,9 +15,10 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from entra.cli import CommandError
-from entra.cli.score import device_name, load, progress_bar
+from entra.cli.scoring import device_name, load
 from entra.config import ScoreConfig
 from entra.policy import Policy
+from entra.progress import progress_bar
 from entra.rarefaction import rarefied_redundancy
 from entra.score import score_batch
 from entra.traces import Completion, Problem, load_traces

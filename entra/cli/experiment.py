@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from entra.cli import CommandError, one_line
+from entra.cli.rows import read_rows, survey
 
 MODULES: dict[str, str] = {
     "train-threshold": "entra.experiments.train_threshold",
@@ -47,9 +48,12 @@ def run(options: argparse.Namespace) -> None:
     from entra.experiments import results
 
     experiment = importlib.import_module(MODULES[options.experiment])
+    if getattr(options, "traces", None) is not None and not options.redraw:
+        survey(options.traces)
+        options.rows = read_rows(options.traces, 0)
     try:
         result = results.read(options.redraw) if options.redraw else experiment.run(options)
         markdown = results.write(result, options.output, experiment.tables(result), experiment.figures(result))
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError) as error:
         raise CommandError(one_line(error), 1) from error
     print(markdown, end="")

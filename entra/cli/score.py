@@ -7,8 +7,7 @@ Decisions taken here:
   (other hardware rounds differently). The number of CPU threads, on which rounding depends too, is taken from the first run.
 - Carried columns come out as they went in, also NaN and Infinity, which are not JSON: they are written as Python's json and
   pandas write them (`entra.cli.rows` says why).
-- A bad row is found on its own, before its batch is scored, so its error does not depend on its neighbours. Its `error` is
-  "kind: message"; the summary counts kinds.
+- A bad row's `error` is "kind: message" (`entra.cli.scoring`); the summary counts kinds.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ import importlib.metadata
 import os
 import sys
 import time
-import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,15 +28,20 @@ from typing import Any
 import torch
 
 from entra import __version__
-from entra.cli import CommandError, one_line
-from entra.cli.flags import add_flags
+from entra.cli import CommandError
 from entra.cli.output import Output, check, recorded
-from entra.cli.rows import Row, Survey, read_rows, survey
-from entra.config import ScoreConfig
-from entra.encode import Encoder
-from entra.forward import unwrapped
-from entra.policy import Policy, load_policy
-from entra.score import Scores, score_batch
+from entra.cli.rows import Survey, read_rows, survey
+from entra.cli.scoring import (
+    RowScores,
+    Scorer,
+    add_scoring_flags,
+    check_scoring_flags,
+    config_of,
+    device_name,
+    load,
+)
+from entra.policy import Policy
+from entra.progress import progress_bar
 
 SCORE_COLUMNS = ("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens")
 DETAIL_COLUMNS = ("token_ids", "logprobs", "incoming", "importance", "protected")
@@ -60,13 +63,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("traces", type=Path, help="the input: *.parquet, anything else is read as JSON Lines")
     parser.add_argument("--model", required=True, help='a folder, a hub name, or "smollm2"')
     parser.add_argument("--output", type=Path, required=True, help="the output, JSON Lines")
-    parser.add_argument("--prompt-column", default="prompt", help="text, chat messages or token ids (default: %(default)s)")
-    parser.add_argument("--completion-column", default="completion", help="the same (default: %(default)s)")
     parser.add_argument("--prefix", default="", help="put this before the names of the added columns")
     parser.add_argument("--details", action="store_true", help=f"add the tokens' {', '.join(DETAIL_COLUMNS)}")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows that are scored, then written (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="start again when the output exists")
-    add_flags(parser.add_argument_group("options of the method (entra.ScoreConfig)"), ScoreConfig)
+    add_scoring_flags(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         CommandError: what stops a run; rows that cannot be scored do not.
     """
     started = time.monotonic()
-    config = _config(options)
+    config = config_of(options)
     source = survey(options.traces)
     _check_options(options, source)
     identity: dict[str, Any] = {
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
             summary.add(row)
         summary.earlier = summary.rows
         try:
-            _score_missing(options, source, _Scorer(options, policy, config), output, summary)
+            _score_missing(options, source, Scorer(options, policy, config), output, summary)
         except KeyboardInterrupt:
             raise CommandError(
                 f"interrupted after {summary.rows} of {source.rows} rows; the same command goes on from there", exit_code=130
@@ -113,23 +113,6 @@ def run(options: argparse.Namespace) -> None:
 def versions() -> dict[str, str]:
     """The installed versions of what scores depend on."""
     return {"entra": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
-
-
-def load(model: str) -> Policy:
-    """The policy of that name; CommandError when there is none."""
-    try:
-        return load_policy(model)
-    except Exception as error:  # transformers and the libraries it reads files with raise what they like
-        raise CommandError(
-            f"cannot load --model {model}: {one_line(error)}; "
-            'give a folder with config, weights and tokenizer, a hub name, or "smollm2"'
-        ) from error
-
-
-def device_name(policy: Policy) -> str:
-    """What the model runs on: the name of its GPU, or "cpu"."""
-    device = next(policy.model.parameters()).device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def fingerprint(policy: Policy) -> str:
@@ -146,24 +129,7 @@ def fingerprint(policy: Policy) -> str:
     return digest.hexdigest()
 
 
-def progress_bar(total: int, finished: int, unit: str) -> Any:
-    """A tqdm bar on stderr with things per second (never seconds per thing) and the time that is left."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    bar_format = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
-    return tqdm(total=total, initial=finished, unit=f" {unit}", bar_format=bar_format)
-
-
-def _config(options: argparse.Namespace) -> ScoreConfig:
-    try:
-        return ScoreConfig(**{field.name: getattr(options, field.name) for field in fields(ScoreConfig)})
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
 def _check_options(options: argparse.Namespace, source: Survey) -> None:
-    if options.batch_size < 1:
-        raise CommandError(f"--batch-size {options.batch_size} must be at least 1 row")
     if os.path.exists(options.output):  # Path.exists raises when the name is too long
         if not options.output.is_file():
             raise CommandError(f"cannot write --output {options.output}: it is no ordinary file; name one")
@@ -171,21 +137,22 @@ def _check_options(options: argparse.Namespace, source: Survey) -> None:
             raise CommandError(f"--output {options.output} is the input; choose another file")
     elif not os.path.isdir(options.output.parent):
         raise CommandError(f"cannot write --output {options.output}: there is no folder {options.output.parent}; make it first")
-    for option, column in (("--prompt-column", options.prompt_column), ("--completion-column", options.completion_column)):
-        if source.columns and column not in source.columns:
-            raise CommandError(f"no row has a column {column!r}; there are {', '.join(source.columns)}: use {option}")
+    check_scoring_flags(options, source)
     added = [options.prefix + name for name in (*SCORE_COLUMNS, *(DETAIL_COLUMNS if options.details else ()), ERROR_COLUMN)]
     taken = [name for name in added if name in source.columns]
     if taken:
         raise CommandError(f"the input has columns that would be added: {', '.join(taken)}; use --prefix, e.g. --prefix entra_")
 
 
-def _score_missing(options: argparse.Namespace, source: Survey, scorer: _Scorer, output: Output, summary: _Summary) -> None:
+def _score_missing(options: argparse.Namespace, source: Survey, scorer: Scorer, output: Output, summary: _Summary) -> None:
     first = summary.rows - summary.rows % options.batch_size
     rows = read_rows(options.traces, first)
     with progress_bar(source.rows, summary.rows, "rows") as bar:
         while summary.rows < source.rows:
-            scored = scorer.score(list(islice(rows, options.batch_size)))[summary.rows - first :]
+            batch = list(islice(rows, options.batch_size))
+            scored = [
+                {**row.columns, **_added(scores, options)} for row, scores in zip(batch, scorer.score(batch), strict=True)
+            ][summary.rows - first :]
             if not scored:
                 raise CommandError(f"{options.traces} has become shorter; it had {source.rows} rows when the run began", 1)
             output.append(scored)
@@ -197,88 +164,21 @@ def _score_missing(options: argparse.Namespace, source: Survey, scorer: _Scorer,
             bar.update(len(scored))
 
 
-class _Scorer:
-    """Scores a batch of rows as they come from the file."""
-
-    def __init__(self, options: argparse.Namespace, policy: Policy, config: ScoreConfig) -> None:
-        self._prompt, self._completion = options.prompt_column, options.completion_column
-        self._prefix: str = options.prefix
-        self._details: bool = options.details
-        self._policy = policy
-        self._config = config
-        model = unwrapped(policy.model)
-        self._encoder = Encoder(policy.tokenizer, model, config.chat_template_kwargs)
-        self._unlimited = Encoder(policy.tokenizer, model, config.chat_template_kwargs)
-        self._unlimited.vocab_size = self._unlimited.context = None
-
-    def score(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Each row's columns with its scores, or with what is wrong with it."""
-        faults = [self._fault(row) for row in rows]
-        good = [row.columns for row, fault in zip(rows, faults, strict=True) if fault is None]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # rows that are not finite: they get an error
-                scores = score_batch(
-                    [columns[self._prompt] for columns in good],
-                    [columns[self._completion] for columns in good],
-                    model=self._policy.model,
-                    tokenizer=self._policy.tokenizer,
-                    config=self._config,
-                    details=True,
-                )
-        except torch.OutOfMemoryError as error:
-            raise CommandError(f"out of memory; use a smaller --token-budget ({one_line(error)})", 1) from error
-        except (ValueError, RuntimeError) as error:
-            raise CommandError(f"cannot score with this model: {one_line(error)}", 1) from error
-        result, i = [], 0
-        for row, fault in zip(rows, faults, strict=True):
-            if fault is not None:
-                added: dict[str, Any] = {ERROR_COLUMN: fault}
-            else:
-                added = self._added(scores, i)
-                i += 1
-            result.append({**row.columns, **{self._prefix + name: value for name, value in added.items()}})
-        return result
-
-    def _added(self, scores: Scores, i: int) -> dict[str, Any]:
-        if scores.rewards[i] is None:
-            return {ERROR_COLUMN: "not finite: a log-probability or attention of this row is not finite under this model"}
-        values = (
-            scores.rewards[i],
-            scores.logprobs[i].numel(),
-            float(scores.logprobs[i].double().mean()),
-            float(scores.incoming[i].double().mean()),
-            int(scores.protected[i].sum()),
-        )
-        added: dict[str, Any] = dict(zip(SCORE_COLUMNS, values, strict=True))
-        if self._details:
-            added.update({name: getattr(scores, name)[i].tolist() for name in DETAIL_COLUMNS})
-        return added
-
-    def _fault(self, row: Row) -> str | None:
-        if row.malformed is not None:
-            return f"malformed: {row.malformed}"
-        for column in (self._prompt, self._completion):
-            if row.columns.get(column) is None:
-                return f"missing field: {column} is {'null' if column in row.columns else 'not there'}"
-        prompt, completion = row.columns[self._prompt], row.columns[self._completion]
-        try:
-            encoded = self._encoder.encode(prompt, completion)
-        except TypeError as error:
-            return f"not text: {error}"
-        except ValueError as error:
-            return f"{self._limit(prompt, completion)}: {error}"
-        return None if encoded.completion else "empty completion: it has no tokens but EOS and pads"
-
-    def _limit(self, prompt: Any, completion: Any) -> str:
-        """Which of the model's limits a row breaks, or that it has no token ids at all."""
-        try:
-            encoded = self._unlimited.encode(prompt, completion)
-        except ValueError:
-            return "cannot be tokenised"
-        size = self._encoder.vocab_size
-        inside = size is None or all(0 <= i < size for ids in encoded for i in ids)
-        return "longer than the context" if inside else "outside the vocabulary"
+def _added(scores: RowScores | str, options: argparse.Namespace) -> dict[str, Any]:
+    """The columns that a row gets."""
+    if isinstance(scores, str):
+        return {options.prefix + ERROR_COLUMN: scores}
+    values = (
+        scores.reward,
+        scores.logprobs.numel(),
+        float(scores.logprobs.double().mean()),
+        float(scores.incoming.double().mean()),
+        int(scores.protected.sum()),
+    )
+    added: dict[str, Any] = dict(zip(SCORE_COLUMNS, values, strict=True))
+    if options.details:
+        added.update({name: getattr(scores, name).tolist() for name in DETAIL_COLUMNS})
+    return {options.prefix + name: value for name, value in added.items()}
 
 
 class _Summary:

@@ -106,13 +106,13 @@ def write_rows(path, rows):
 # nth, after it has written some of the bytes.
 KILLED = """
 import os, signal, sys
-import entra.cli.score as score
+import entra.cli.scoring as scoring
 from entra.cli import main
 from entra.cli.output import Output
 from entra.cli.output import _line
 
 where, call, share = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-owner, name = {"score": (score, "score_batch"), "append": (Output, "append")}[where]
+owner, name = {"score": (scoring, "score_batch"), "append": (Output, "append")}[where]
 original = getattr(owner, name)
 calls = 0
 
@@ -427,7 +427,7 @@ def test_interrupted_says_how_to_go_on(traces, model, whole, tmp_path, capsys, m
 
     output = tmp_path / "s.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr("entra.cli.score.score_batch", interrupted)
+        patch.setattr("entra.cli.scoring.score_batch", interrupted)
         assert score(traces, model, output) == 130
     assert capsys.readouterr().err.strip().endswith(f"interrupted after 10 of {ROWS} rows; the same command goes on from there")
     assert output.read_bytes() == b"".join(whole.splitlines(keepends=True)[:10])
@@ -473,7 +473,7 @@ def test_all_of_a_loading_error_is_told_on_one_line(text, tmp_path, capsys, monk
     def refuse(name):
         raise LookupError(text)
 
-    monkeypatch.setattr("entra.cli.score.load_policy", refuse)
+    monkeypatch.setattr("entra.cli.scoring.load_policy", refuse)
     assert score(write_rows(tmp_path / "t.jsonl", [GOOD]), "m", tmp_path / "s.jsonl") == 2
     told = " ".join(text.split())[:-1] or "LookupError"
     assert capsys.readouterr().err.startswith(f"entra score: cannot load --model m: {told}; give a folder")
