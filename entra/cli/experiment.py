@@ -11,6 +11,7 @@ from entra.cli import CommandError, one_line
 from entra.cli.rows import read_rows, survey
 
 MODULES: dict[str, str] = {
+    "importance": "entra.experiments.importance",
     "overhead": "entra.experiments.overhead",
     "train-threshold": "entra.experiments.train_threshold",
     "train-lambda": "entra.experiments.train_lambda",

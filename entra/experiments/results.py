@@ -124,6 +124,12 @@ def section(tables: Sequence[Table], figures: Sequence[Figure]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def with_interval(interval: Sequence[float], scale: float = 1, digits: int = 1) -> str:
+    """(mean, low, high) for a cell, as `mean (low to high)`."""
+    mean, low, high = (f"{scale * value:.{digits}f}" for value in interval)
+    return f"{mean} ({low} to {high})"
+
+
 def draw(figure: Figure, folder: Path) -> None:
     """The figure as SVG and PNG, the same bytes for the same numbers."""
     try:
