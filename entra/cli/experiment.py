@@ -12,6 +12,7 @@ from entra.cli.rows import read_rows, survey
 
 MODULES: dict[str, str] = {
     "importance": "entra.experiments.importance",
+    "domain": "entra.experiments.domain",
     "overhead": "entra.experiments.overhead",
     "train-threshold": "entra.experiments.train_threshold",
     "train-lambda": "entra.experiments.train_lambda",

@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> Result:
     lengths = sorted(options.lengths or _LENGTHS[device])
     shapes = [_shape(text) for text in options.models or _MODELS[device]]
     if lengths[0] <= _PROMPT or options.rounds < 1:
-        raise ValueError(f"lengths={lengths} must be more than the prompt's {_PROMPT} tokens, rounds={options.rounds} at least 1")
+        raise ValueError(f"lengths={lengths} must exceed the prompt's {_PROMPT} tokens, rounds={options.rounds} be at least 1")
     limit = options.memory_limit or _LIMITS[device]
     work = options.work_limit or _WORK[device]
     rows = []
@@ -97,8 +97,16 @@ def run(options: argparse.Namespace) -> Result:
                 bar.update()
             del model, eager
     dtype = "bfloat16" if device == "cuda" else "float32"
-    settings = {"device": device, "dtype": dtype, "memory_limit_gib": limit, "rounds": options.rounds, "vocabulary": _VOCABULARY}
-    return Result(name="overhead", settings={**settings, "seconds": options.seconds}, rows=rows, summary={"compared": _compared(rows)})
+    settings = {
+        "device": device,
+        "dtype": dtype,
+        "memory_limit_gib": limit,
+        "rounds": options.rounds,
+        "vocabulary": _VOCABULARY,
+    }
+    return Result(
+        name="overhead", settings={**settings, "seconds": options.seconds}, rows=rows, summary={"compared": _compared(rows)}
+    )
 
 
 def build(shape: Shape, device: str, **config: Any) -> tuple[Any, Any]:
@@ -198,7 +206,7 @@ def _measured(model: Any, eager: Any, length: int, limit: float, options: argpar
     for name in METHODS:
         if name in possible:
             peak = memory[name]
-            measured = {
+            measured: dict[str, Any] = {
                 "seconds": round(statistics.median(times[name]), 5),
                 "fastest": round(min(times[name]), 5),
                 "slowest": round(max(times[name]), 5),
@@ -226,8 +234,9 @@ def _side_by_side(possible: dict[str, Callable[[], Any]], rounds: int, seconds: 
 
 
 def _peak_memory(function: Callable[[], Any], device: str) -> int | None:
-    """Bytes beyond what was there before: the allocator's peak on CUDA, else the peak resident set, which Linux resets when 5 is
-    written to /proc/self/clear_refs (proc(5)); None on other systems."""
+    """Bytes beyond what was there before: the allocator's peak on CUDA, else the peak resident set, which Linux resets when 5
+    is written to /proc/self/clear_refs (proc(5)); None on other systems.
+    """
     import torch
 
     gc.collect()
@@ -317,12 +326,14 @@ def tables(result: Result) -> list[Table]:
         f"One sequence, random weights in the Qwen3 architecture, {settings['dtype']}, on {result.environment['machine']} "
         f"({result.environment['threads']} threads); in brackets the multiple of the forward."
     )
-    rounds = sorted({row["rounds"] for row in result.rows if "rounds" in row})
+    counts = {row["rounds"] for row in result.rows if "rounds" in row}
+    rounds = f"{min(counts)}" + (f" to {max(counts)}" if len(counts) > 1 else "")
     left_out = f" Left out: attention of more than {settings['memory_limit_gib']:g} GiB."
     header = ["parameters", "tokens", *METHODS]
     return [
         Table(
-            caption=f"**Time.** {what} Medians of {rounds[0]} to {rounds[-1]} rounds in which the methods take turns." + left_out,
+            caption=f"**Time.** {what} Medians of {rounds[0]} to {rounds[-1]} rounds in which the methods take turns."
+            + left_out,
             header=header,
             rows=lines(shown),
         ),
@@ -338,10 +349,10 @@ def figures(result: Result) -> list[Figure]:
         Figure(
             name="overhead",
             title="What scores cost, beside the forward and beside eager attention",
-            caption=f"Above: time as a multiple of the model's forward with fused attention; below: peak memory beyond the weights. "
-            f"Left: against length, {parameters / 1e6:.0f} M parameters; right: against model size, {length:,} tokens. One "
-            f"sequence, {result.settings['dtype']}, {result.environment['machine']}; medians. Missing points: attention of more "
-            f"than {result.settings['memory_limit_gib']:g} GiB.",
+            caption="Above: time as a multiple of the model's forward with fused attention; below: peak memory beyond the "
+            f"weights. Left: against length, {parameters / 1e6:.0f} M parameters; right: against size, {length:,} tokens. "
+            f"One sequence, {result.settings['dtype']}, {result.environment['machine']}; medians. Missing points: attention of "
+            f"more than {result.settings['memory_limit_gib']:g} GiB.",
             draw=lambda canvas: _draw(canvas, result.rows, model, length),
             size=(9.0, 6.5),
         )
