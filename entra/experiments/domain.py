@@ -332,8 +332,8 @@ def tables(result: Result) -> list[Table]:
             rows=shares,
         ),
         Table(
-            caption="**What r goes along with.** Pearson correlations with 95 % intervals (Fisher's z) over the completions of a "
-            f"domain; empty where one of the two does not vary. {of}.",
+            caption="**What r goes along with.** Pearson correlations with 95 % intervals (Fisher's z) over the completions "
+            f"of a domain; empty where one of the two does not vary. {of}.",
             header=["", *by_domain],
             rows=[[shown, *(correlated(domain, name) for domain in by_domain)] for name, shown in correlations.items()],
         ),

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from entra.config import ScoreConfig
+from entra.experiments.drawing import COLOURS
 from entra.experiments.results import Figure, Result, Table
 from entra.experiments.trained import SFT, Variant, compare, curve, signed, trained
 from entra.metrics import mean_interval
@@ -132,7 +133,7 @@ def figures(result: Result) -> list[Figure]:
 def _draw(canvas: Any, result: Result) -> None:
     ends, lengths, spreads = canvas.subplots(1, 3)
     for index, label in enumerate([SFT, *result.settings["labels"]]):
-        color, marker = ("black", "*") if label == SFT else (f"C{index - 1}", "osD^v"[(index - 1) % 5])
+        color, marker = ("black", "*") if label == SFT else (COLOURS[(index - 1) % 6], "osD^v"[(index - 1) % 5])
         held_out = result.summary["held_out"][label]
         tokens = mean_interval(held_out["tokens"])
         accuracy = mean_interval([100 * int(bit) for bit in held_out["correct"]])

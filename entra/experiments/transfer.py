@@ -14,6 +14,7 @@ import argparse
 from typing import Any
 
 from entra.experiments import trained
+from entra.experiments.drawing import COLOURS
 from entra.experiments.evidence.problems import KINDS
 from entra.experiments.results import Figure, Result, Table
 from entra.experiments.trained import SFT, Variant, compare, signed
@@ -52,9 +53,10 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def tables(result: Result) -> list[Table]:
-    """Accuracy and tokens against the SFT model: on trained kinds, on untrained ones, and on each."""
+    """Accuracy and tokens against the SFT model: on trained kinds, on others, and on each."""
     settings = result.settings
-    groups = _groups(result)
+    trained_on, rest = settings["trained_kinds"], settings["untrained_kinds"]
+    groups = {"trained: " + ", ".join(trained_on): trained_on, "not trained: " + ", ".join(rest): rest}
     both = [
         [
             name,
@@ -70,12 +72,25 @@ def tables(result: Result) -> list[Table]:
         for label in [SFT, *settings["labels"]]
         for against in [compare(result, label, SFT, kinds)]
     ]
+    each = [
+        [
+            label,
+            *(
+                f"{signed(against.change, 100)}; {signed(against.accuracy_difference, 100)}"
+                for kind in [*trained_on, *rest]
+                for against in [compare(result, label, SFT, [kind])]
+            ),
+        ]
+        for label in settings["labels"]
+    ]
+    of = (
+        f"Trained on {' and '.join(trained_on)} for {settings['steps']} GRPO steps, or on all kinds for as many; "
+        f"{settings['held_out']:,} held-out problems (seed {settings['seed']}), one sample each at temperature 1, the same "
+        "problems for all, one training run per row. Differences are paired by problem, with 95 % intervals."
+    )
     return [
         Table(
-            caption=f"**On kinds of problems that GRPO was trained on, and on those it was not.** Trained on "
-            f"{' and '.join(settings['trained_kinds'])} for {settings['steps']} GRPO steps, or on all kinds for as many; "
-            f"{settings['held_out']:,} held-out problems (seed {settings['seed']}), one sample each at temperature 1, the same "
-            "problems for all, one training run per row. Differences are paired by problem, with 95 % intervals.",
+            caption=f"**On kinds of problems that GRPO was trained on, and on those it was not.** {of}",
             header=[
                 "kinds of the problems",
                 "model",
@@ -87,7 +102,12 @@ def tables(result: Result) -> list[Table]:
                 "training run",
             ],
             rows=both,
-        )
+        ),
+        Table(
+            caption=f"**Kind by kind.** Against the SFT model: change of the mean tokens, %; change of accuracy, points. {of}",
+            header=["model", *trained_on, *(f"{kind} (not trained)" for kind in rest)],
+            rows=each,
+        ),
     ]
 
 
@@ -108,21 +128,13 @@ def figures(result: Result) -> list[Figure]:
     ]
 
 
-def _groups(result: Result) -> dict[str, list[str]]:
-    """Names of groups of problems and the kinds in them."""
-    settings = result.settings
-    kinds, rest = settings["trained_kinds"], settings["untrained_kinds"]
-    groups = {"trained: " + ", ".join(kinds): kinds, "not trained: " + ", ".join(rest): rest}
-    return groups | {kind: [kind] for kind in [*kinds, *rest]}
-
-
 def _draw(canvas: Any, result: Result) -> None:
     settings = result.settings
     kinds = [*settings["trained_kinds"], *settings["untrained_kinds"]]
     labels = settings["labels"]
     lengths, accuracies = canvas.subplots(2, 1, sharex=True)
     for index, label in enumerate(labels):
-        color = "C3" if label.startswith(_NAMES["entra-banded"]) else "C0"
+        color = COLOURS[label.startswith(_NAMES["entra-banded"])]
         place = [i + 0.16 * (index - (len(labels) - 1) / 2) for i in range(len(kinds))]
         against = [compare(result, label, SFT, [kind]) for kind in kinds]
         for axes, intervals in (
