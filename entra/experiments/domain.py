@@ -162,8 +162,14 @@ def problems(policy: Policy, options: argparse.Namespace) -> list[dict[str, Any]
         by_task = []
         for task, task_options in tasks.items():
             rows = load_problems({task: task_options}, _DRAWS * share, seed=options.seed, chat=chat).to_list()
-            encoded = [{**row, "domain": domain, "prompt_ids": encoder.encode(row["prompt"], [0]).prompt} for row in rows]
-            short = [row for row in encoded if len(row["prompt_ids"]) <= options.max_prompt_tokens][:share]
+            short = []
+            for row in rows:
+                try:
+                    ids = encoder.encode(row["prompt"], [0]).prompt
+                except ValueError:  # longer than the model's context
+                    continue
+                if len(ids) <= options.max_prompt_tokens and len(short) < share:
+                    short.append({**row, "domain": domain, "prompt_ids": ids})
             if len(short) < share:
                 raise ValueError(
                     f"max_prompt_tokens={options.max_prompt_tokens} leaves {len(short)} of {len(rows)} problems of {task}, "
