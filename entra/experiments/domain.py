@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -105,7 +107,8 @@ def run(options: argparse.Namespace) -> Result:
     adjusted_config = replace(config, length_adjusted=options.positions)
     policy = traces.load_model(options)
     tokenizer: Any = policy.tokenizer
-    chosen = problems(policy, options)
+    with redirect_stdout(sys.stderr):  # reasoning-gym prints dots while it reads; stdout is for the tables
+        chosen = problems(policy, options)
     completions = generated(policy.model, tokenizer, [problem["prompt_ids"] for problem in chosen], options)
     found = traces.Samples(
         [
