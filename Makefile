@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench evidence evidence-full gpu-test gpu-bench compile-all compile-tritons static-proof clean
+.PHONY: demo test lint bench evidence evidence-full experiments gpu-test gpu-bench compile-all compile-tritons static-proof clean
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
 $(VENV)/torch.done:
@@ -24,7 +24,7 @@ $(VENV)/demo.done: $(VENV)/torch.done pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev.done: $(VENV)/demo.done
-	$(PIP) install -q -c constraints.txt -e ".[demo,plot,train,reasoning,dev]"
+	$(PIP) install -q -c constraints.txt -e ".[demo,plot,inspect,train,reasoning,dev]"
 	@touch $@
 
 demo: $(VENV)/demo.done
@@ -65,6 +65,13 @@ evidence: $(VENV)/dev.done
 # Raw results into benchmarks/results/evidence, docs/evidence.md and docs/evidence.svg from them.
 evidence-full: $(VENV)/dev.done
 	$(BIN)/python -m entra.experiments.evidence full
+
+# Every experiment on SmolLM2 and on the small model of the evidence, about an hour on two cores; docs/experiments.md from it.
+experiments: $(VENV)/dev.done
+	set -e; for name in $$($(BIN)/python -c "from entra.experiments import EXPERIMENTS; print(*EXPERIMENTS)"); do \
+	    $(BIN)/entra experiment $$name --output benchmarks/results/experiments; \
+	done
+	$(BIN)/python -m entra.experiments.report benchmarks/results/experiments docs/experiments.md
 
 compile-all: $(VENV)/dev.done
 	$(BIN)/python -m entra_kernels._triton.aot --all

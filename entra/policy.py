@@ -108,3 +108,18 @@ def load_policy(name: str) -> Policy:
 
         model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
     return Policy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer that `load_policy(name)` has, without the weights.
+
+    Raises:
+        RuntimeError, OSError: as `load_policy`.
+    """
+    if name == "smollm2":
+        from entra.smollm2 import load_smollm2_tokenizer
+
+        return load_smollm2_tokenizer()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)

@@ -46,12 +46,28 @@ def load_smollm2() -> tuple[Any, Any]:
     """
     folder = find_smollm2()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     with _parsed_once():
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-    return model.eval(), tokenizer
+        return model.eval(), _tokenizer(folder)
+
+
+def load_smollm2_tokenizer() -> Any:
+    """The tokenizer of SmolLM2-135M-Instruct without the model.
+
+    Raises:
+        RuntimeError: as `find_smollm2`.
+    """
+    folder = find_smollm2()
+    with _parsed_once():
+        return _tokenizer(folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
 
 
 @contextmanager

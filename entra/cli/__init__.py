@@ -1,4 +1,5 @@
-"""The command line: `entra score` for a file of traces, `entra train` for a model, `entra demo` for a first look.
+"""The command line: `entra score` for a file of traces, `entra inspect` to look at them, `entra eval` to compare two,
+`entra train` for a model, `entra experiment` for a question, `entra demo` for a first look.
 
 Exit codes: 0 finished (also when rows were bad: they are in the output, with an `error`), 1 stopped by something that the
 message names, 2 bad usage, 130 interrupted with Ctrl-C.
@@ -35,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: from argparse, for `--help`, `--version` and options that it cannot parse (exit code 2).
     """
     import entra.cli.demo as demo
+    import entra.cli.evaluate as evaluate
     import entra.cli.experiment as experiment
+    import entra.cli.inspect as inspect
     import entra.cli.score as score
     import entra.cli.train as train
 
@@ -44,7 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = {"score": score, "train": train, "experiment": experiment, "demo": demo}
+    modules = {
+        "score": score,
+        "inspect": inspect,
+        "eval": evaluate,
+        "train": train,
+        "experiment": experiment,
+        "demo": demo,
+    }
     parsers = {name: module.add_parser(commands) for name, module in modules.items()}
     options, unknown = parser.parse_known_args(arguments)
     if options.command == "train":

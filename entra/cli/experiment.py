@@ -9,16 +9,7 @@ from typing import Any
 
 from entra.cli import CommandError, one_line
 from entra.cli.rows import read_rows, survey
-
-MODULES: dict[str, str] = {
-    "importance": "entra.experiments.importance",
-    "domain": "entra.experiments.domain",
-    "overhead": "entra.experiments.overhead",
-    "train-threshold": "entra.experiments.train_threshold",
-    "train-lambda": "entra.experiments.train_lambda",
-    "transfer": "entra.experiments.transfer",
-}
-"""The modules of the experiments by name; `entra.experiments.results` says what a module has."""
+from entra.experiments import EXPERIMENTS
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -30,7 +21,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         description="Run one experiment. Its numbers (JSON, CSV), plots (SVG, PNG) and a section of Markdown go into --output.",
     )
     names = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
-    for name, module in MODULES.items():
+    for name, module in EXPERIMENTS.items():
         experiment = importlib.import_module(module)
         added = names.add_parser(name, help=experiment.QUESTION, description=experiment.__doc__, allow_abbrev=False)
         added.add_argument(
@@ -50,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from entra.experiments import results
 
-    experiment = importlib.import_module(MODULES[options.experiment])
+    experiment = importlib.import_module(EXPERIMENTS[options.experiment])
     if getattr(options, "traces", None) is not None and not options.redraw:
         survey(options.traces)
         options.rows = read_rows(options.traces, 0)

@@ -128,6 +128,21 @@ def check(path: Path, identity: Mapping[str, Any]) -> None:
             )
 
 
+def check_destination(option: str, path: Path, inputs: Sequence[Path]) -> None:
+    """Refuse a file that cannot be written, or that would overwrite what is read.
+
+    Raises:
+        CommandError: names `option`.
+    """
+    if os.path.exists(path):  # Path.exists raises when the name is too long
+        if not path.is_file():
+            raise CommandError(f"cannot write {option} {path}: it is no ordinary file; name one")
+        if any(path.samefile(source) for source in inputs):
+            raise CommandError(f"{option} {path} is the input; choose another file")
+    elif not os.path.isdir(path.parent):
+        raise CommandError(f"cannot write {option} {path}: there is no folder {path.parent}; make it first")
+
+
 def json_value(value: Any) -> Any:
     """Values that Parquet has and JSON has not: bytes become base64, dates and everything else their text."""
     if isinstance(value, bytes):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
-import os
 import sys
 import time
 from collections import Counter
@@ -29,23 +28,24 @@ import torch
 
 from entra import __version__
 from entra.cli import CommandError
-from entra.cli.output import Output, check, recorded
+from entra.cli.output import Output, check, check_destination, recorded
 from entra.cli.rows import Survey, read_rows, survey
 from entra.cli.scoring import (
+    DETAIL_COLUMNS,
+    ERROR_COLUMN,
+    SCORE_COLUMNS,
     RowScores,
     Scorer,
     add_scoring_flags,
     check_scoring_flags,
     config_of,
     device_name,
+    kind_of,
+    listed,
     load,
 )
 from entra.policy import Policy
 from entra.progress import progress_bar
-
-SCORE_COLUMNS = ("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens")
-DETAIL_COLUMNS = ("token_ids", "logprobs", "incoming", "importance", "protected")
-ERROR_COLUMN = "error"
 
 _DESCRIPTION = """\
 Score the completions in a file of traces, JSON Lines or Parquet. The output has the input's rows in the input's order, each
@@ -130,13 +130,7 @@ def fingerprint(policy: Policy) -> str:
 
 
 def _check_options(options: argparse.Namespace, source: Survey) -> None:
-    if os.path.exists(options.output):  # Path.exists raises when the name is too long
-        if not options.output.is_file():
-            raise CommandError(f"cannot write --output {options.output}: it is no ordinary file; name one")
-        if options.output.samefile(options.traces):
-            raise CommandError(f"--output {options.output} is the input; choose another file")
-    elif not os.path.isdir(options.output.parent):
-        raise CommandError(f"cannot write --output {options.output}: there is no folder {options.output.parent}; make it first")
+    check_destination("--output", options.output, [options.traces])
     check_scoring_flags(options, source)
     added = [options.prefix + name for name in (*SCORE_COLUMNS, *(DETAIL_COLUMNS if options.details else ()), ERROR_COLUMN)]
     taken = [name for name in added if name in source.columns]
@@ -197,7 +191,7 @@ class _Summary:
         self.rows += 1
         error = row.get(self._prefix + ERROR_COLUMN)
         if error is not None:
-            self.errors[error.partition(":")[0]] += 1
+            self.errors[kind_of(error)] += 1
         else:
             self.tokens += row[self._prefix + "tokens"]
             self.rewards += row[self._prefix + "reward"]
@@ -205,11 +199,10 @@ class _Summary:
     def text(self, path: Path, seconds: float) -> str:
         """The summary in a few lines."""
         good = self.rows - self.errors.total()
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.errors.items()))
         lines = [
             f"{path}: {self.rows:,} rows" + (f", {self.earlier:,} of them from earlier runs" if self.earlier else ""),
             f"  scored       {good:,}",
-            f"  errors       {self.errors.total():,}" + (f" ({kinds})" if kinds else ""),
+            f"  errors       {self.errors.total():,}" + (f" ({listed(self.errors)})" if self.errors else ""),
             f"  mean reward  {self.rewards / good:.4f}" if good else "  mean reward  none",
             f"  tokens       {self.tokens:,}",
             f"  time         {seconds:.1f} s, model loading included",

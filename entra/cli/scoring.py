@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -21,8 +22,13 @@ from entra.cli.rows import Row, Survey
 from entra.config import ScoreConfig
 from entra.encode import Encoder
 from entra.forward import unwrapped
-from entra.policy import Policy, load_policy
+from entra.policy import Policy, load_policy, load_tokenizer
 from entra.score import score_batch
+
+SCORE_COLUMNS = ("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens")
+DETAIL_COLUMNS = ("token_ids", "logprobs", "incoming", "importance", "protected")
+ERROR_COLUMN = "error"
+"""What `entra score` adds to a row."""
 
 
 class RowScores(NamedTuple):
@@ -63,19 +69,39 @@ def check_scoring_flags(options: argparse.Namespace, source: Survey) -> None:
 
 def load(model: str) -> Policy:
     """The policy of that name; CommandError when there is none."""
-    try:
+    with _loading(model, "a folder with config, weights and tokenizer"):
         return load_policy(model)
+
+
+def load_tokenizer_of(model: str) -> Any:
+    """The tokenizer of the policy of that name; CommandError when there is none."""
+    with _loading(model, "a folder with a tokenizer"):
+        return load_tokenizer(model)
+
+
+@contextmanager
+def _loading(model: str, folder: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # transformers and the libraries it reads files with raise what they like
-        raise CommandError(
-            f"cannot load --model {model}: {one_line(error)}; "
-            'give a folder with config, weights and tokenizer, a hub name, or "smollm2"'
-        ) from error
+        remedy = f'give {folder}, a hub name, or "smollm2"'
+        raise CommandError(f"cannot load --model {model}: {one_line(error)}; {remedy}") from error
 
 
 def device_name(policy: Policy) -> str:
     """What the model runs on: the name of its GPU, or "cpu"."""
     device = next(policy.model.parameters()).device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def kind_of(error: str) -> str:
+    """What comes before the colon of a row's error."""
+    return error.partition(":")[0]
+
+
+def listed(kinds: Mapping[str, int]) -> str:
+    """How many errors there are of each kind, for people."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
 class Scorer:

@@ -33,7 +33,7 @@ from entra.experiments.drawing import COLOURS, dots
 from entra.experiments.results import Figure, Result, Table, with_interval
 from entra.experiments.token_kinds import kinds_of
 from entra.forward import unwrapped
-from entra.metrics import Interval, mean_interval, resampled_ratio
+from entra.metrics import Interval, mean_interval, resampled_ratio, wilson_interval
 from entra.policy import Policy
 from entra.problems import load_problems, reasoning_gym_reward
 from entra.progress import progress_bar
@@ -231,7 +231,10 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {"completions": len(rows), "adjusted": sum(row["r_adjusted"] is not None for row in rows)}
     for name in measured:
         values = [float(row[name]) for row in rows if row[name] is not None]
-        summary[name] = mean_interval(values) if len(values) > 1 else None
+        if name in ("correct", "finished"):
+            summary[name] = wilson_interval(statistics.fmean(values), len(values)) if values else None
+        else:
+            summary[name] = mean_interval(values) if len(values) > 1 else None
     for kind in ("tokens", "protected"):
         totals = [sum(row[f"{kind}_{group}"] for group in _GROUPS) for row in rows]
         summary[f"{kind}_share"] = {
@@ -329,7 +332,8 @@ def tables(result: Result) -> list[Table]:
     ]
     return [
         Table(
-            caption=f"**The reward and its parts by domain.** {of}. Means with 95 % intervals by the normal approximation. "
+            caption=f"**The reward and its parts by domain.** {of}. Means with 95 % intervals: of shares of completions by "
+            f"Wilson, else by the normal approximation. "
             f"Tasks: {tasks}.{summary['left_out']}",
             header=["", *by_domain],
             rows=[[name, *(show(domain) for domain in by_domain)] for name, show in measured],

@@ -261,7 +261,7 @@ def figures(result: Result) -> list[Figure]:
         axes.axvline(chance, label="chance", **REFERENCE)
         axes.set_xlabel("share of tokens that is protected, %")
         axes.set_ylabel("kind of token")
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=-1)
         axes.legend(title=legend, loc="center left", bbox_to_anchor=(1, 0.5))
 
     def by_ranking(canvas: Any) -> None:
@@ -278,12 +278,14 @@ def figures(result: Result) -> list[Figure]:
         draw_shares(canvas, series, "kind of trace")
 
     def terms(canvas: Any) -> None:
-        units = {"logprob": "mean log P, nats", "incoming": "mean μ, share of attention"}
+        units = {"logprob": ("mean log P, nats", 1), "incoming": ("mean μ, % of a query's attention", 100)}
         if result.settings["attention_statistic"] == "lift":
-            units["incoming"] = "mean lift, multiple of the uniform share"
-        for axes, (name, unit) in zip(canvas.subplots(1, 2, sharey=True), units.items(), strict=True):
-            dots(axes, labels, {unit: [everything[kind][f"sum_{name}"] for kind in labels]})
+            units["incoming"] = ("mean lift, multiple of the uniform share", 1)
+        panels = canvas.subplots(1, 2, sharey=True)
+        for axes, (name, (unit, scale)) in zip(panels, units.items(), strict=True):
+            dots(axes, labels, {name: [[scale * value for value in everything[kind][f"sum_{name}"]] for kind in labels]})
             axes.set_xlabel(unit)
+        panels[0].set_ylabel("kind of token")
 
     intervals = "Bars are 95 % intervals that resample problems."
     return [

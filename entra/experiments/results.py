@@ -2,7 +2,7 @@
 
 An experiment is a module with `QUESTION` (one line), `add_arguments(parser)` and `run(options) -> Result`; what reads and draws
 its numbers are `tables(result)` and `figures(result)`, which need nothing but the JSON, so that a report can be drawn again
-without measuring again. `entra experiment` finds it in `entra.cli.experiment`.
+without measuring again. `READING` says in words what the committed numbers say. `entra.experiments.EXPERIMENTS` names it.
 """
 
 from __future__ import annotations
@@ -113,14 +113,14 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def section(tables: Sequence[Table], figures: Sequence[Figure]) -> str:
-    """Tables and figures as Markdown, each under its caption."""
+def section(tables: Sequence[Table], figures: Sequence[Figure], images: str = ".") -> str:
+    """Tables and figures as Markdown, each with its caption; the plots are in the folder `images`."""
     parts = []
     for table in tables:
         lines = [table.header, ["---"] * len(table.header), *table.rows]
         parts.append(table.caption + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     for figure in figures:
-        parts.append(f"![{figure.title}]({figure.name}.svg)\n\n*{figure.caption}*")
+        parts.append(f"![{figure.title}]({images}/{figure.name}.svg)\n\n*{figure.caption}*")
     return "\n\n".join(parts) + "\n"
 
 

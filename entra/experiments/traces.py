@@ -110,6 +110,20 @@ class Measurement:
             groups.setdefault(trace.sample.problem, []).append(i)
         return groups
 
+    def pairs(self, kind: str, other: str) -> list[tuple[int, int]]:
+        """Indices of each problem's first traces of two kinds, for the problems that have both."""
+        first: dict[tuple[str, str], int] = {}
+        for i, trace in enumerate(self.traces):
+            first.setdefault((trace.sample.problem, trace.sample.kind), i)
+        return [
+            (first[problem, kind], first[problem, other]) for problem, of in first if of == kind and (problem, other) in first
+        ]
+
+    def fewest_unprotected(self, protect_fraction: float) -> int:
+        """The smallest number of unprotected positions of any trace, at least 2: all can be rarefied to it."""
+        lengths = [len(trace.token_ids) for trace in self.traces]
+        return max(2, min(n - int(protect_fraction * n + 1e-9) for n in lengths))
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that all experiments on traces share: --model, --traces, --limit, --seed."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 
 class Repeated(NamedTuple):
@@ -15,6 +16,8 @@ class Repeated(NamedTuple):
 
     text: str
     times: int
+    first: int
+    """Where it comes first, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,37 +72,75 @@ class Trace:
 
         Single tokens are counted among the unprotected ones, as the reward does; longer runs in the whole text.
         """
-        ids, pieces = list(self.token_ids), list(self.pieces)
-        starts = [i for i in range(len(ids) - length + 1) if length > 1 or not self.protected[i]]
-        counts = Counter(tuple(ids[i : i + length]) for i in starts)
-        texts: dict[tuple[int, ...], str] = {}
-        for i in starts:
-            texts.setdefault(tuple(ids[i : i + length]), "".join(pieces[i : i + length]))
-        return [Repeated(texts[run], count) for run, count in counts.most_common(limit) if count > 1]
+        ids = list(self.token_ids)
+        runs = list(zip(*(ids[shift:] for shift in range(length)), strict=False))
+        starts = [i for i in range(len(runs)) if length > 1 or not self.protected[i]]
+        counts = Counter(runs[i] for i in starts)
+        first = {runs[i]: i for i in reversed(starts)}
+        return [
+            Repeated("".join(self.pieces[first[run] : first[run] + length]), times, first[run])
+            for run, times in counts.most_common(limit)
+            if times > 1
+        ]
+
+
+# A character is at most four bytes, so four tokens; one that never becomes whole must not hold up the rest.
+_PATIENCE = 8
+# What a token adds to the text after a whole character, by tokenizer and id: reports hold millions of tokens but few ids.
+_KNOWN: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
 
 
 def pieces_of(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     """The text that each token adds: joined they are `tokenizer.decode(token_ids)`, special tokens included.
 
     A character that several tokens make together stands with the last of them; what never becomes a character stands as
-    U+FFFD, as decoding shows it.
+    U+FFFD, as decoding shows it. One decode per different id, and one of the whole.
 
     Args:
         tokenizer: of transformers; None: each token is shown as its id.
     """
     if tokenizer is None:
         return [f"{token} " for token in token_ids]
+    ids = list(token_ids)
+    known = _KNOWN.setdefault(tokenizer, {})
+
+    def decode(some: list[int]) -> str:
+        return str(tokenizer.decode(some, clean_up_tokenization_spaces=False))
+
     pieces: list[str] = []
-    first = 0  # of the tokens that are decoded together: back to where a character was last complete
-    shown = ""
-    for end in range(1, len(token_ids) + 1):
-        text = tokenizer.decode(list(token_ids[first:end]), clean_up_tokenization_spaces=False)
-        complete = not text.endswith("�") or end == len(token_ids)
-        if not complete and end - first < 8:
+    before: list[int] = []  # stands in front of what is decoded: some tokenizers drop the space before the first token
+    open_ids: list[int] = []  # the tokens after it, of which the last does not end a character
+    for position, token in enumerate(ids, start=1):
+        if before and not open_ids and token in known:
+            pieces.append(known[token])
+            before = [token]
+            continue
+        open_ids.append(token)
+        text = decode([*before, *open_ids])
+        if text.endswith("\ufffd") and len(open_ids) < _PATIENCE and position < len(ids):
             pieces.append("")
             continue
-        pieces.append(text[len(shown) :] if text.startswith(shown) else text)
-        # One complete token stays in front: some tokenizers drop the space before the first token that they decode.
-        first = end - 1
-        shown = tokenizer.decode(list(token_ids[first:end]), clean_up_tokenization_spaces=False)
-    return pieces
+        added = text.removeprefix(decode(before)) if before else text
+        if before and len(open_ids) == 1 and "\ufffd" not in text:
+            known[token] = added
+        pieces.append(added)
+        before, open_ids = open_ids, []
+    return _fitted(pieces, decode(ids))
+
+
+def _fitted(pieces: list[str], text: str) -> list[str]:
+    """The pieces, joined to exactly `text`: where they differ from it, what is between goes to the last piece there.
+
+    Byte-fallback tokenizers show a whole run of byte tokens as U+FFFD when one of them is wrong, wherever it stands.
+    """
+    first, last = 0, len(pieces)  # the pieces that do not fit
+    start, end = 0, len(text)  # the text that is theirs
+    while first < last and text.startswith(pieces[first], start):
+        start += len(pieces[first])
+        first += 1
+    while last > first and text.endswith(pieces[last - 1], start, end):
+        end -= len(pieces[last - 1])
+        last -= 1
+    if first == last:  # all fit; what is left belongs to the last of them
+        return pieces if start == end else [*pieces[:-1], pieces[-1] + text[start:]]
+    return [*pieces[:first], *[""] * (last - first - 1), text[start:end], *pieces[last:]]

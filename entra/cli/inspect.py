@@ -1,0 +1,345 @@
+"""`entra inspect`: a file of traces as a page for the browser, or in the terminal.
+
+Decisions taken here:
+
+- What `entra score --details` wrote is shown as it is: nothing is scored again and no weights are loaded. The tokenizer is that
+  of the model on record beside the file, or of `--model`; the method's options are those on record, or the command line's.
+- A report is made again when it is asked for again, so an existing one is replaced. Its name must end in .html, so that a
+  slip of the finger replaces no file of traces.
+- A row is named by its `id`, else its `name`, where every row that could be read has one and all differ; else by its number,
+  from 1. A bad row is in the report with what is wrong, and stops nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from entra import __version__
+from entra.cli import CommandError
+from entra.cli.output import check_destination, recorded
+from entra.cli.rows import Row, Survey, read_rows, survey
+from entra.cli.scoring import (
+    DETAIL_COLUMNS,
+    ERROR_COLUMN,
+    SCORE_COLUMNS,
+    RowScores,
+    Scorer,
+    add_scoring_flags,
+    check_scoring_flags,
+    config_of,
+    device_name,
+    kind_of,
+    listed,
+    load,
+    load_tokenizer_of,
+)
+from entra.config import ScoreConfig
+from entra.encode import as_ids
+from entra.progress import progress_bar
+from entra.traces import load_traces
+from entra.view.traces import Trace, pieces_of
+
+_DESCRIPTION = """\
+Show which tokens of a completion carry the reasoning and which repeat: a self-contained page for the browser, or with
+--terminal in the terminal. Traces are scored as by entra score, with the same options; a file that entra score --details wrote
+is shown without scoring again. Without a file, the traces that ship with entra are shown. Rows that cannot be scored are
+listed with what is wrong."""
+
+_DEFAULT_OUTPUT = Path("report.html")
+_SHIPPED = "the traces that ship with entra"
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add `entra inspect` to the subparsers of the command line."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "inspect", help="look at traces in the browser or the terminal", description=_DESCRIPTION, allow_abbrev=False
+    )
+    parser.add_argument(
+        "traces", type=Path, nargs="?", help="*.parquet, anything else is read as JSON Lines; left out: the shipped traces"
+    )
+    parser.add_argument(
+        "--model",
+        help='a folder, a hub name, or "smollm2", which is the default for the shipped traces; for scored files only its '
+        "tokenizer is loaded (default: the one they were scored with)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="HTML",
+        help=f"the page; replaced when it exists (default: {_DEFAULT_OUTPUT}, none with --terminal)",
+    )
+    parser.add_argument("--terminal", action="store_true", help="show the traces here; plain text when this is no terminal")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    parser.add_argument("--prefix", help="what stands before the names of entra score's columns (default: found)")
+    add_scoring_flags(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """`entra inspect` with parsed options.
+
+    Raises:
+        CommandError: what stops it; rows that cannot be scored do not.
+    """
+    config = config_of(options)
+    output = options.output or (None if options.terminal else _DEFAULT_OUTPUT)
+    _check_options(options, output)
+    source = _shipped(options) if options.traces is None else _file(options)
+    total = source.survey.rows if options.limit is None else min(options.limit, source.survey.rows)
+    if not total:
+        raise CommandError(f"{source.title} has no rows; give a file with one JSON object a line")
+    prefix = _prefix_of_scores(options, source.survey)
+    if prefix is None:
+        check_scoring_flags(options, source.survey)
+        shown = _scored_now(options, config, source, total)
+    else:
+        shown = _scored_before(options, config, prefix, source, total)
+    errors = Counter(kind_of(trace.error) for trace in shown.traces if trace.error is not None)
+    facts = {"traces": source.title, **shown.facts, "entra": __version__}
+    if output is not None:
+        _write(output, shown, source.title, facts)
+    found = f"{total:,} traces" + (f", {errors.total():,} of them with an error ({listed(errors)})" if errors else "")
+    print(f"{output or source.title}: {found}", file=sys.stderr)
+    if options.terminal:
+        from entra.view import terminal
+
+        terminal.show(shown.traces, title=source.title, facts=facts, interactive=_interactive())
+
+
+class _Source(NamedTuple):
+    title: str
+    survey: Survey
+    rows: Iterator[Row]
+
+
+class _Shown(NamedTuple):
+    traces: list[Trace]
+    config: ScoreConfig
+    """What the scores were made with."""
+    facts: dict[str, str]
+
+
+def _check_options(options: argparse.Namespace, output: Path | None) -> None:
+    if options.limit is not None and options.limit < 1:
+        raise CommandError(f"--limit {options.limit} must be at least 1 row")
+    if output is not None:
+        if output.suffix.lower() not in (".html", ".htm"):
+            raise CommandError(f"--output {output} must end in .html: it is a page for the browser")
+        check_destination("--output", output, [] if options.traces is None else [options.traces])
+    needed = "textual" if _interactive() else "rich"
+    if options.terminal and importlib.util.find_spec(needed) is None:
+        raise CommandError(f"--terminal needs {needed}; get it with: pip install 'entra[inspect]'")
+
+
+def _interactive() -> bool:
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # textual draws on the last one
+    return all(stream.isatty() for stream in streams) and os.environ.get("TERM") != "dumb"
+
+
+def _shipped(options: argparse.Namespace) -> _Source:
+    rows = []
+    for problem in load_traces():
+        kinds: Counter[str] = Counter()
+        for completion in problem.completions:
+            kinds[completion.kind] += 1
+            number = "" if kinds[completion.kind] == 1 else f" {kinds[completion.kind]}"
+            columns = {
+                "id": f"{problem.id} · {completion.kind}{number}",
+                options.prompt_column: [{"role": "user", "content": problem.prompt}],
+                options.completion_column: completion.text,
+                "task": problem.task,
+                "kind": completion.kind,
+                "answer": problem.answer,
+                "correct": completion.correct,
+                "source": completion.source,
+                "style": completion.style,
+            }
+            rows.append(Row({name: value for name, value in columns.items() if value is not None}))
+    return _Source(_SHIPPED, Survey(len(rows), list(rows[0].columns), ""), iter(rows))
+
+
+def _file(options: argparse.Namespace) -> _Source:
+    found = survey(options.traces)
+    return _Source(str(options.traces), found, read_rows(options.traces, 0))
+
+
+def _prefix_of_scores(options: argparse.Namespace, source: Survey) -> str | None:
+    """What stands before the names of the columns of `entra score --details`; None where the file has none."""
+    needed = ("reward", *DETAIL_COLUMNS)
+    found = [
+        prefix
+        for prefix in (name.removesuffix("token_ids") for name in source.columns if name.endswith("token_ids"))
+        if all(prefix + name in source.columns for name in needed) and options.prefix in (None, prefix)
+    ]
+    if len(found) > 1:
+        raise CommandError(f"the file was scored more than once; choose with --prefix, one of {', '.join(map(repr, found))}")
+    if options.prefix is not None and not found:
+        names = ", ".join(options.prefix + name for name in needed)
+        raise CommandError(f"--prefix {options.prefix!r}: the file lacks one of the columns {names}; write it with --details")
+    return found[0] if found else None
+
+
+def _scored_now(options: argparse.Namespace, config: ScoreConfig, source: _Source, total: int) -> _Shown:
+    model = options.model or ("smollm2" if options.traces is None else None)
+    if model is None:
+        raise CommandError('--model is needed to score the traces: a folder, a hub name, or "smollm2"')
+    policy = load(model)
+    scorer = Scorer(options, policy, config)
+    traces = _Traces(policy.tokenizer, options)
+    rows = islice(source.rows, total)
+    with progress_bar(total, 0, "rows") as bar:
+        while batch := list(islice(rows, options.batch_size)):
+            for row, scores in zip(batch, scorer.score(batch), strict=True):
+                traces.add(row, scores if isinstance(scores, str) else _values(scores))
+            bar.update(len(batch))
+    return _Shown(traces.named(), config, {"model": model, "device": device_name(policy)})
+
+
+def _scored_before(options: argparse.Namespace, config: ScoreConfig, prefix: str, source: _Source, total: int) -> _Shown:
+    before = _sidecar(options.traces)
+    model = options.model or before.get("model")
+    if model is None:
+        raise CommandError(
+            f"{options.traces} holds scores but nothing beside it says of which model; give --model: its tokenizer is needed"
+        )
+    traces = _Traces(load_tokenizer_of(model), options)
+    hidden = [prefix + name for name in (*SCORE_COLUMNS, *DETAIL_COLUMNS, ERROR_COLUMN)]
+    with progress_bar(total, 0, "rows") as bar:
+        for row in islice(source.rows, total):
+            traces.add(row, _read_scores(row, prefix), hidden)
+            bar.update(1)
+    facts = {"model": str(model)} | ({"device": str(before["device"])} if "device" in before else {})
+    with suppress(KeyError, TypeError, ValueError):  # not there, or of another version of entra
+        config = ScoreConfig(**before["config"])
+    return _Shown(traces.named(), config, facts)
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """What `entra score` recorded beside a file; empty where there is nothing."""
+    try:
+        return recorded(path) or {}
+    except CommandError:
+        return {}
+
+
+def _values(scores: RowScores) -> dict[str, Any]:
+    return {name: getattr(scores, name).tolist() for name in DETAIL_COLUMNS} | {"reward": scores.reward}
+
+
+def _read_scores(row: Row, prefix: str) -> dict[str, Any] | str:
+    """The scores in the columns of a row that `entra score --details` wrote, or what is wrong with them."""
+    if row.malformed is not None:
+        return f"malformed: {row.malformed}"
+    error = row.columns.get(prefix + ERROR_COLUMN)
+    if error is not None:
+        return str(error)
+    values: dict[str, Any] = {}
+    for name in ("reward", *DETAIL_COLUMNS):
+        value = row.columns.get(prefix + name)
+        if value is None:
+            return f"missing field: {prefix + name} is {'null' if prefix + name in row.columns else 'not there'}"
+        values[name] = value
+    ids = as_ids(values["token_ids"])
+    if ids is None or not all(0 <= i < 2**31 for i in ids):
+        return f"malformed: {prefix}token_ids must be a list of token ids"
+    if not ids:
+        return "empty completion: it has no tokens but EOS and pads"
+    if not _is_number(values["reward"]):
+        return f"malformed: {prefix}reward={values['reward']!r} must be a number"
+    for name in DETAIL_COLUMNS[1:]:
+        value = values[name]
+        rule = "true or false" if name == "protected" else "a finite number"
+        right = _is_bool if name == "protected" else _is_number
+        if not isinstance(value, Sequence) or len(value) != len(ids) or not all(map(right, value)):
+            return f"malformed: {prefix + name} must hold {rule} for each of the {len(ids)} token_ids"
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+class _Traces:
+    """The traces that are shown, in the order of the rows. Tokens are kept in arrays: there can be millions."""
+
+    def __init__(self, tokenizer: Any, options: argparse.Namespace) -> None:
+        self._tokenizer = tokenizer
+        self._prompt, self._completion = options.prompt_column, options.completion_column
+        self._pieces: dict[str, str] = {}
+        self._traces: list[Trace] = []
+        self._malformed: set[int] = set()
+
+    def add(self, row: Row, scores: Mapping[str, Any] | str, hidden: Iterable[str] = ()) -> None:
+        """A row with its scores or what is wrong with it; its columns are carried, but for `hidden` ones."""
+        if row.malformed is not None:
+            self._malformed.add(len(self._traces))
+        left_out = {self._prompt, self._completion, *hidden}
+        trace = Trace(
+            name=f"row {len(self._traces) + 1}",
+            prompt=self._prompt_text(row.columns.get(self._prompt)),
+            columns={name: value for name, value in row.columns.items() if name not in left_out},
+            error=scores if isinstance(scores, str) else None,
+        )
+        if not isinstance(scores, str):
+            ids = scores["token_ids"]
+            trace = replace(
+                trace,
+                pieces=[self._pieces.setdefault(piece, piece) for piece in pieces_of(self._tokenizer, ids)],
+                token_ids=array("i", ids),
+                logprobs=array("f", scores["logprobs"]),
+                incoming=array("f", scores["incoming"]),
+                importance=array("f", scores["importance"]),
+                protected=scores["protected"],
+                reward=scores["reward"],
+            )
+        self._traces.append(trace)
+
+    def named(self) -> list[Trace]:
+        """All traces, with the rows' own names where these are unique."""
+        for column in ("id", "name"):
+            names = [trace.name if i in self._malformed else trace.columns.get(column) for i, trace in enumerate(self._traces)]
+            if all(isinstance(name, str | int) for name in names) and len(set(map(str, names))) == len(names):
+                return [replace(trace, name=str(name)) for trace, name in zip(self._traces, names, strict=True)]
+        return self._traces
+
+    def _prompt_text(self, prompt: Any) -> str:
+        prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        ids = as_ids(prompt) if isinstance(prompt, list) and prompt else None
+        if ids is not None:
+            return "".join(pieces_of(self._tokenizer, ids)) if all(0 <= i < 2**31 for i in ids) else str(ids)
+        messages = prompt if isinstance(prompt, list) else []
+        if messages and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
+            if len(messages) == 1:
+                return str(messages[0]["content"])
+            return "\n\n".join(f"{message.get('role', '')}: {message['content']}" for message in messages)
+        if isinstance(prompt, str) or prompt is None:
+            return prompt or ""
+        return json.dumps(prompt, ensure_ascii=False, default=str)
+
+
+def _write(output: Path, shown: _Shown, title: str, facts: Mapping[str, str]) -> None:
+    from entra.view.page import write_page
+
+    try:
+        write_page(shown.traces, output, title=title, config=shown.config, facts=facts)
+    except OSError as error:
+        raise CommandError(f"cannot write --output {output}: {error.strerror or error}; choose another", 1) from error

