@@ -165,7 +165,7 @@ def problems(policy: Policy, options: argparse.Namespace) -> list[dict[str, Any]
         by_task = []
         for task, task_options in tasks.items():
             rows = load_problems({task: task_options}, _DRAWS * share, seed=options.seed, chat=chat).to_list()
-            short = []
+            short: list[dict[str, Any]] = []
             for row in rows:
                 try:
                     ids = encoder.encode(row["prompt"], [0]).prompt
@@ -333,8 +333,7 @@ def tables(result: Result) -> list[Table]:
     return [
         Table(
             caption=f"**The reward and its parts by domain.** {of}. Means with 95 % intervals: of shares of completions by "
-            f"Wilson, else by the normal approximation. "
-            f"Tasks: {tasks}.{summary['left_out']}",
+            f"Wilson, else by the normal approximation. Tasks: {tasks}.{summary['left_out']}",
             header=["", *by_domain],
             rows=[[name, *(show(domain) for domain in by_domain)] for name, show in measured],
         ),

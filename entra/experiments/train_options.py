@@ -125,7 +125,7 @@ def figures(result: Result) -> list[Figure]:
             f"deviation of the reward within a prompt's 8 completions, both as running means of {_SMOOTHED} steps. One "
             f"training run per value, seed {settings['seed']}.",
             draw=lambda canvas: _draw(canvas, result),
-            size=(12.0, 4.2),
+            size=(12.0, 4.6),
         )
     ]
 
@@ -151,7 +151,7 @@ def _draw(canvas: Any, result: Result) -> None:
             values = _running_mean(curve(result, label, name)) if label != SFT else []
             axes.plot(range(_SMOOTHED, _SMOOTHED + len(values)), values, color=color)
     ends.set(xlabel="mean tokens of a completion", ylabel="accuracy on held-out problems, %", title="held out", xlim=(0, None))
-    ends.legend()
+    canvas.legend(*ends.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     lengths.set(xlabel="GRPO step", ylabel="mean tokens of a completion", title="rollouts", ylim=(0, None))
     spreads.set(
         xlabel="GRPO step", ylabel="spread of the reward within a prompt", title="what advantages divide by", ylim=(0, None)

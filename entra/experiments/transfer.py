@@ -20,7 +20,15 @@ from entra.experiments.results import Figure, Result, Table
 from entra.experiments.trained import SFT, Variant, compare, signed
 
 QUESTION = "does conciseness carry over to kinds of problems that GRPO was not trained on, and is accuracy kept there?"
-READING = ""
+READING = """\
+Conciseness carries over almost whole: trained on sums and sorting alone, gated ENTRA takes away 60.4 % of the tokens on the two
+kinds that it never saw, and 60.9 % when it is trained on them too. Accuracy gains do not carry over: on those kinds it is 3.6
+points lower than after training on all kinds, and just as much lower with the accuracy reward alone, so what is missing is
+rather training on those problems than something that conciseness takes away. The weak spot is `guess`, whose check is needed:
+there gated ENTRA trained elsewhere has its largest loss, 4.4 points, though the interval reaches from -10.2 to +1.4; trained on
+it, it gains 5.2. `reverse` loses nothing. So have the kinds in which checking pays in the training. One run each, and 250
+problems per kind: single kinds have intervals of up to 6 points each way.
+"""
 
 _NAMES = {"accuracy": "accuracy only", "entra-banded": "gated ENTRA"}
 
@@ -47,7 +55,10 @@ def run(options: argparse.Namespace) -> Result:
     all_of_them = [Variant(f"{name}, trained on all kinds", arm) for arm, name in _NAMES.items()]
     result = trained.trained("transfer", [*some, *all_of_them], options)
     result.settings.update(
-        trained_kinds=kinds, untrained_kinds=rest, labels=[variant.label for variant in (*some, *all_of_them)]
+        trained_kinds=kinds,
+        untrained_kinds=rest,
+        labels=[variant.label for variant in (*some, *all_of_them)],
+        trained_on_all={part.label: whole.label for part, whole in zip(some, all_of_them, strict=True)},
     )
     return result
 
@@ -66,11 +77,13 @@ def tables(result: Result) -> list[Table]:
             "" if label == SFT else signed(against.accuracy_difference, 100),
             f"{against.tokens:.1f}",
             "" if label == SFT else signed(against.change, 100),
+            "" if whole is None else signed(compare(result, label, whole, kinds).accuracy_difference, 100),
             result.summary["runs"][label]["from"],
         ]
         for name, kinds in groups.items()
         for label in [SFT, *settings["labels"]]
         for against in [compare(result, label, SFT, kinds)]
+        for whole in [settings["trained_on_all"].get(label)]
     ]
     each = [
         [
@@ -99,6 +112,7 @@ def tables(result: Result) -> list[Table]:
                 "minus SFT, points",
                 "mean tokens",
                 "minus SFT, %",
+                "minus trained on all kinds, points",
                 "training run",
             ],
             rows=both,
