@@ -14,7 +14,7 @@ from entra.experiments.train_options import figures, tables
 
 __all__ = ["QUESTION", "READING", "add_arguments", "figures", "run", "tables"]
 
-QUESTION = "does the attention weight lambda matter when the policy is trained on the reward?"
+QUESTION = "Does the attention weight lambda matter when the policy is trained on the reward?"
 READING = """\
 The default, lambda = 2, ends shortest: without attention completions stay 3.4 tokens longer, and with lambda = 100, where
 attention all but decides alone what is protected, 2.3 tokens longer; both intervals exclude 0. Accuracy cannot be told apart.

@@ -14,7 +14,7 @@ from entra.experiments.train_options import figures, tables
 
 __all__ = ["QUESTION", "READING", "add_arguments", "figures", "run", "tables"]
 
-QUESTION = "does the protected share tau matter when the policy is trained on the reward?"
+QUESTION = "Does the protected share tau matter when the policy is trained on the reward?"
 READING = """\
 With every share the model ends at about half of its tokens, and no accuracy can be told from that of the SFT model. The less is
 protected, the shorter: 42.3 tokens with 10 %, 45.3 with 20 %, 47.0 with 50 %, and both differences to 20 % exclude 0. With half

@@ -19,7 +19,7 @@ from entra.experiments.evidence.problems import KINDS
 from entra.experiments.results import Figure, Result, Table
 from entra.experiments.trained import SFT, Variant, compare, signed
 
-QUESTION = "does conciseness carry over to kinds of problems that GRPO was not trained on, and is accuracy kept there?"
+QUESTION = "Does conciseness carry over to kinds of problems that GRPO was not trained on, and is accuracy kept there?"
 READING = """\
 Conciseness carries over almost whole: trained on sums and sorting alone, gated ENTRA takes away 60.4 % of the tokens on the two
 kinds that it never saw, and 60.9 % when it is trained on them too. Accuracy gains do not carry over: on those kinds it is 3.6
