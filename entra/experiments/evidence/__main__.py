@@ -7,30 +7,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from entra.cli.flags import add_flags
+from entra.config import ScoreConfig
 from entra.experiments.evidence.arms import ARMS
+from entra.experiments.evidence.problems import KINDS
+from entra.experiments.evidence.processes import Run, make_missing, say
 from entra.experiments.evidence.report import FRESH
 
 SHORT_ARMS = ("accuracy", "entra-banded")
 FRESH_ARMS = ("entra-banded", "kimi")
 RESULTS = Path("benchmarks/results/evidence")
-AT_ONCE = 2
-
-
-class _Run(NamedTuple):
-    """One process to start, and the file that it writes."""
-
-    words: list[Any]
-    into: Path
-    sizes: dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (short, full, sft):
         command.add_argument("--sft-steps", type=int, help="SFT steps")
     one.add_argument("arm", choices=list(ARMS))
+    one.add_argument("--kinds", nargs="+", choices=KINDS, help="train on these kinds of problems only")
+    add_flags(one.add_argument_group("options of the arm's scores (entra.ScoreConfig)"), ScoreConfig)
     for command in (one, base):
         command.add_argument("seed", type=int)
         command.add_argument("--sft", type=Path, required=True)
@@ -75,38 +70,23 @@ def _many(options: argparse.Namespace) -> int:
     """Every run that is missing, then the report."""
     arms = SHORT_ARMS if options.command == "short" else tuple(options.arms)
     started = time.monotonic()
-    if not (options.sft / "sft.json").exists():
-        code = _process("sft", "--into", options.sft, threads=AT_ONCE, **_given(options, "sft_steps"))
-        if code:
-            return code
     todo = _runs(options, options.results, options.seeds, arms)
     if options.command == "full":
         todo += _runs(options, options.results / FRESH, options.fresh_seeds, FRESH_ARMS)
-    missing = [run for run in todo if not run.into.exists()]
-    _say(f"{len(todo) - len(missing)} of {len(todo)} runs are there, {len(missing)} to do, {AT_ONCE} at a time")
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        codes = list(pool.map(lambda run: _process(*run.words, "--sft", options.sft, "--into", run.into, **run.sizes), missing))
-    if any(codes):
-        _say(f"{sum(map(bool, codes))} runs failed; call the command again for those")
+    failed = make_missing(todo, options.sft, options.sft_steps)
+    if failed:
+        say(f"{failed} runs failed; call the command again for those")
         return 1
     options.into = options.results.parent if options.command == "short" else Path("docs")
-    _say(f"all runs finished after {(time.monotonic() - started) / 60:.1f} minutes")
+    say(f"all runs finished after {(time.monotonic() - started) / 60:.1f} minutes")
     return _report(options)
 
 
-def _runs(options: argparse.Namespace, results: Path, seeds: Sequence[int], arms: Sequence[str]) -> list[_Run]:
+def _runs(options: argparse.Namespace, results: Path, seeds: Sequence[int], arms: Sequence[str]) -> list[Run]:
     """The SFT model and every arm with every seed."""
     sizes = _given(options, "held_out", "steps", "prompts_per_step")
-    base = [_Run(["base", seed], results / f"sft-seed{seed}.json", _given(options, "held_out")) for seed in seeds]
-    return base + [_Run(["one", arm, seed], results / f"{arm}-seed{seed}.json", sizes) for seed in seeds for arm in arms]
-
-
-def _process(*words: Any, threads: int = 1, **named: Any) -> int:
-    """This program again in a process of its own; the exit code."""
-    flags = [text for name, value in named.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "entra.experiments.evidence", *map(str, words), *flags]
-    return subprocess.run(command, env=environment, check=False).returncode
+    base = [Run(["base", seed], results / f"sft-seed{seed}.json", _given(options, "held_out")) for seed in seeds]
+    return base + [Run(["one", arm, seed], results / f"{arm}-seed{seed}.json", sizes) for seed in seeds for arm in arms]
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -119,7 +99,7 @@ def _sft(options: argparse.Namespace) -> int:
 
     def progress(step: int, steps: int, loss: float) -> None:
         if step % 100 == 1 or step == steps:
-            _say(f"SFT: step {step}/{steps}, loss {loss:.3f}")
+            say(f"SFT: step {step}/{steps}, loss {loss:.3f}")
 
     steps = _given(options, "sft_steps")
     facts = train_sft(options.into, progress=progress, **({"steps": steps["sft_steps"]} if steps else {}))
@@ -134,21 +114,21 @@ def _base(options: argparse.Namespace) -> int:
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(options.sft), AutoTokenizer.from_pretrained(options.sft)
     result = evaluated(model, tokenizer, options.sft, options.seed, **_given(options, "held_out"))
-    facts = json.loads((options.sft / "sft.json").read_text())
-    _write(options.into, {"arm": "sft", "seed": options.seed, "sft": facts, "held_out": result, **_command(), **environment()})
+    known = {"arm": "sft", "seed": options.seed, "sft": _facts(options.sft), "held_out": result}
+    _write(options.into, {**known, **_command(), **environment()})
     return 0
 
 
 def _one(options: argparse.Namespace) -> int:
     from entra.experiments.evidence.run import run
 
-    result = run(
-        options.arm, options.seed, options.sft, progress=_say, **_given(options, "steps", "prompts_per_step", "held_out")
-    )
-    _write(options.into, {**result, **_command()})
+    score_config = ScoreConfig(**{field.name: getattr(options, field.name) for field in fields(ScoreConfig)})
+    sizes = _given(options, "steps", "prompts_per_step", "held_out", "kinds")
+    result = run(options.arm, options.seed, options.sft, score_config=score_config, progress=say, **sizes)
+    _write(options.into, {**result, "sft": _facts(options.sft), **_command()})
     held_out = result["held_out"]
     correct, tokens = held_out["correct"], held_out["tokens"]
-    _say(
+    say(
         f"{options.arm} seed {options.seed}: accuracy {correct.count('1') / len(correct):.3f}, "
         f"{sum(tokens) / len(tokens):.1f} tokens, {sum(result['seconds'].values()):.0f} s"
     )
@@ -162,6 +142,10 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _facts(sft: Path) -> Any:
+    return json.loads((sft / "sft.json").read_text())
+
+
 def _command() -> dict[str, str]:
     return {"command": " ".join(["python -m entra.experiments.evidence", *sys.argv[1:]])}
 
@@ -173,10 +157,6 @@ def _write(path: Path, result: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("{\n" + lines + "\n}\n")
     partial.replace(path)
-
-
-def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,10 @@ def problems(kind: str, split: Split, seed: int) -> Iterator[Problem]:
             yield problem
 
 
-def mixed(count: int, split: Split, seed: int) -> list[Problem]:
+def mixed(count: int, split: Split, seed: int, kinds: Sequence[str] = KINDS) -> list[Problem]:
     """`count` problems, the kinds in turn."""
-    streams = [problems(kind, split, seed) for kind in KINDS]
-    return [next(streams[i % len(KINDS)]) for i in range(count)]
+    streams = [problems(kind, split, seed) for kind in kinds]
+    return [next(streams[i % len(kinds)]) for i in range(count)]
 
 
 def correct(problem: Problem, completion: str) -> bool:

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from entra.config import ScoreConfig
 from entra.experiments.evidence.arms import DEAD_BAND, GROUP_GATE, HALVE_AT, WEIGHT, rewards_of
 from entra.experiments.evidence.evaluate import MAX_NEW_TOKENS, graded, mean_logprobs, sample
-from entra.experiments.evidence.problems import Problem, mixed
+from entra.experiments.evidence.problems import KINDS, Problem, mixed
 from entra.experiments.results import cpu_name
 
 STEPS = 70
@@ -42,6 +43,7 @@ def run(
     prompts_per_step: int = PROMPTS_PER_STEP,
     learning_rate: float = LEARNING_RATE,
     score_config: ScoreConfig | None = None,
+    kinds: Sequence[str] = KINDS,
     save_to: Path | None = None,
     progress: Progress = lambda line: None,
 ) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def run(
         held_out: how many held-out problems.
         learning_rate: of AdamW, linear to 0 after 5 steps of warm-up.
         score_config: of the arms that score; None: the defaults.
+        kinds: of the training problems; the held-out ones are of all kinds.
         save_to: folder for the trained model; None: it is not kept.
         progress: called with a line now and then.
 
@@ -70,6 +73,7 @@ def run(
         prompts_per_step,
         learning_rate,
         score_config,
+        kinds,
         lambda line: progress(f"{arm} seed {seed}: {line}"),
     )
     trained_at = time.monotonic()
@@ -79,24 +83,43 @@ def run(
     return {
         "arm": arm,
         "seed": seed,
-        "config": {
-            "steps": steps,
-            "prompts_per_step": prompts_per_step,
-            "group": GROUP,
-            "learning_rate": learning_rate,
-            "schedule": "linear",
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "weight": WEIGHT,
-            "group_gate": GROUP_GATE,
-            "halve_at": HALVE_AT,
-            "dead_band": DEAD_BAND,
-            "scale_rewards": "group",
-            "loss_type": "dapo",
-        },
+        "config": recorded(steps, prompts_per_step, learning_rate, score_config, kinds),
         "held_out": evaluated(model, tokenizer, sft, seed, held_out),
         "curve": curve,
         "seconds": {"training": round(trained_at - started, 1), "evaluation": round(time.monotonic() - trained_at, 1)},
         **environment(),
+    }
+
+
+def recorded(
+    steps: int = STEPS,
+    prompts_per_step: int = PROMPTS_PER_STEP,
+    learning_rate: float = LEARNING_RATE,
+    score_config: ScoreConfig | None = None,
+    kinds: Sequence[str] = KINDS,
+) -> dict[str, Any]:
+    """What a run's JSON says of its settings: of `score_config` what differs from the defaults."""
+    score = ScoreConfig() if score_config is None else score_config
+    default = ScoreConfig()
+    return {
+        "steps": steps,
+        "prompts_per_step": prompts_per_step,
+        "group": GROUP,
+        "learning_rate": learning_rate,
+        "schedule": "linear",
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "weight": WEIGHT,
+        "group_gate": GROUP_GATE,
+        "halve_at": HALVE_AT,
+        "dead_band": DEAD_BAND,
+        "scale_rewards": "group",
+        "loss_type": "dapo",
+        "score": {
+            field.name: getattr(score, field.name)
+            for field in fields(score)
+            if getattr(score, field.name) != getattr(default, field.name)
+        },
+        "kinds": list(kinds),
     }
 
 
@@ -149,6 +172,7 @@ def _trained(
     prompts_per_step: int,
     learning_rate: float,
     score_config: ScoreConfig | None,
+    kinds: Sequence[str],
     progress: Progress,
 ) -> tuple[Any, Any, dict[str, list[float]]]:
     import trl
@@ -158,7 +182,7 @@ def _trained(
     tokenizer = AutoTokenizer.from_pretrained(sft)
     model = AutoModelForCausalLM.from_pretrained(sft)
     functions, weights = rewards_of(arm, seed, score_config)
-    problems = mixed(prompts_per_step * steps, "train", _TRAIN_SEED + seed)
+    problems = mixed(prompts_per_step * steps, "train", _TRAIN_SEED + seed, kinds)
     with tempfile.TemporaryDirectory() as folder:
         args = trl.GRPOConfig(
             output_dir=folder,
