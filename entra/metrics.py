@@ -200,30 +200,31 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(c <= cost and v >= value and (c, v) != (cost, value) for c, v in points) for cost, value in points]
 
 
-def resampled_ratio(parts: Sequence[tuple[float, float]], *, draws: int = 2000, seed: int = 0) -> Interval:
-    """`sum(a) / sum(b)` over groups (a, b), with the 95 % percentile interval of the bootstrap that draws whole groups.
+def resampled_ratio(parts: ArrayLike, *, draws: int = 2000, seed: int = 0) -> Interval:
+    """`sum(a) / sum(b)` over groups (a, b), with the interval of `paired_bootstrap`, which draws whole groups.
 
     For shares and means of things that are not independent, such as the tokens of a trace: one group for each problem, a the
-    sum over its tokens and b their number. With b = 1 it is the mean of a. Draws whose b sum to 0 do not count.
+    sum over its tokens and b their number. With b = 1 it is the mean of a. A draw whose b sum to 0 says nothing and counts as
+    the ratio itself; so does a single group, whose interval is a point.
 
     Args:
-        parts: (a, b) of each group, b at least 0 and not all 0.
-        draws: how often as many groups as there are are drawn, with replacement.
-        seed: of the draws.
+        parts: [groups, 2], b at least 0 and not all 0.
+        draws, seed: as in `paired_bootstrap`.
 
     Raises:
         ValueError: no groups, or b that are all 0.
     """
-    import numpy as np
+    table = np.asarray(parts, dtype=np.float64).reshape(-1, 2)
+    total = table.sum(axis=0)
+    if not total[1] > 0:
+        raise ValueError(f"parts holds {len(table)} groups whose denominators sum to {total[1]:g}; it must be positive")
+    ratio = float(total[0] / total[1])
+    if len(table) == 1:
+        return Interval(ratio, ratio, ratio)
 
-    values = np.asarray(parts, dtype=np.float64).reshape(-1, 2)
-    if not values[:, 1].sum() > 0:
-        raise ValueError(
-            f"parts holds {len(values)} groups whose denominators sum to {values[:, 1].sum()}; it must be positive"
-        )
-    chosen = np.random.default_rng(seed).integers(0, len(values), size=(draws, len(values)))
-    sums = values[chosen].sum(axis=1)
-    sums = sums[sums[:, 1] > 0]
-    low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
-    total = values.sum(axis=0)
-    return Interval(float(total[0] / total[1]), float(low), float(high))
+    def statistic(means: NDArray[Any]) -> NDArray[Any]:
+        above, below = means[..., 0], means[..., 1]
+        result: NDArray[Any] = np.divide(above, below, out=np.full_like(above, ratio), where=below > 0)
+        return result
+
+    return paired_bootstrap(table, statistic, draws=draws, seed=seed)

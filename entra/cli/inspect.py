@@ -147,7 +147,8 @@ def _check_options(options: argparse.Namespace, output: Path | None) -> None:
 
 
 def _interactive() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # textual draws on the last one
+    return all(stream.isatty() for stream in streams) and os.environ.get("TERM") != "dumb"
 
 
 def _shipped(options: argparse.Namespace) -> _Source:

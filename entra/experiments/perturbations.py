@@ -47,22 +47,15 @@ def measure_again(policy: Policy, measured: traces.Measurement, name: str) -> di
 
 
 def stability_of(before: Scores, after: Scores) -> list[dict[str, float]]:
-    """For each trace: share of the protected tokens that stay protected, Jaccard overlap, change of r and of log P.
-
-    Where nothing is protected, before and after, both shares are 1.
-    """
-    result = []
-    for i, (one, other) in enumerate(zip(before.protected, after.protected, strict=True)):
-        both, either = int((one & other).sum()), int((one | other).sum())
-        result.append(
-            {
-                "kept": both / int(one.sum()) if either else 1.0,
-                "jaccard": both / either if either else 1.0,
-                "reward_change": abs((after.rewards[i] or 0.0) - (before.rewards[i] or 0.0)),
-                "logprob_change": float((after.logprobs[i] - before.logprobs[i]).abs().double().mean()),
-            }
-        )
-    return result
+    """For each trace: `traces.overlap` of the protected sets, and the absolute changes of r and, mean over tokens, of log P."""
+    return [
+        {
+            **traces.overlap(before.protected[i], after.protected[i]),
+            "reward_change": abs((after.rewards[i] or 0.0) - (before.rewards[i] or 0.0)),
+            "logprob_change": float((after.logprobs[i] - before.logprobs[i]).abs().double().mean()),
+        }
+        for i in range(len(before.rewards))
+    ]
 
 
 def _system(prompt: Any) -> Any:

@@ -276,6 +276,17 @@ def scored(traces: Sequence[Measured], config: ScoreConfig) -> Scores:
     )
 
 
+def overlap(protected: Tensor, other: Tensor) -> dict[str, float]:
+    """Of two choices of tokens, bool [n]: `kept`, the share of the first that is in the other too, and their `jaccard` overlap.
+
+    Both are 1 where nothing is chosen.
+    """
+    both, either = int((protected & other).sum()), int((protected | other).sum())
+    if not either:
+        return {"kept": 1.0, "jaccard": 1.0}
+    return {"kept": both / max(int(protected.sum()), 1), "jaccard": both / either}
+
+
 def load_model(options: argparse.Namespace) -> Policy:
     """The policy that --model names.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from entra.config import ScoreConfig
 from entra.experiments import traces
-from entra.metrics import paired_difference, resampled_ratio
+from entra.metrics import paired_difference, resampled_ratio, wilson_interval
 
 PAIRS = (("overthinking", "concise"), ("overthinking", "control"))
 """Kinds of traces of one problem of which the first should score lower."""
@@ -23,7 +23,7 @@ def rewards_of(measured: traces.Measurement, config: ScoreConfig) -> tuple[list[
     return plain, adjusted
 
 
-def compare(measured: traces.Measurement, rewards: Mapping[str, Sequence[float]], seed: int) -> list[dict[str, Any]]:
+def compare(measured: traces.Measurement, rewards: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """For each of `PAIRS` that there is and each reward by name: in how many pairs the first is lower, by how much, the AUC.
 
     The AUC is how often any trace of the first kind scores lower than any of the second, ties counting half.
@@ -43,7 +43,7 @@ def compare(measured: traces.Measurement, rewards: Mapping[str, Sequence[float]]
                     "other": other,
                     "pairs": len(pairs),
                     "lower": int(sum(lower)),
-                    "share": list(resampled_ratio([(value, 1) for value in lower], seed=seed)),
+                    "share": list(wilson_interval(fmean(lower), len(lower))),
                     "difference": list(paired_difference(first, second)),
                     "auc": fmean((a < b) + 0.5 * (a == b) for a in first for b in second),
                 }

@@ -19,9 +19,11 @@ MIXED = 'So 7 + 6 = 13. 🤔 Wait, 𝒙² — naïve café 你好世界 👩‍�
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from entra.policy import load_policy
+    from transformers import AutoTokenizer
 
-    return load_policy("smollm2").tokenizer
+    from entra.smollm2 import GGUF_FILE, find_smollm2
+
+    return AutoTokenizer.from_pretrained(find_smollm2(), gguf_file=GGUF_FILE)
 
 
 @pytest.fixture
