@@ -91,11 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens",
         type=int,
-        default=48,
+        default=40,
         help="of each completion, its last ones, are ranked; the cost grows with the square (default: %(default)s)",
     )
     parser.add_argument(
-        "--alternatives", type=int, default=8, help="that replace a token, at most; Bayes' rule (default: %(default)s)"
+        "--alternatives", type=int, default=6, help="that replace a token, at most; Bayes' rule (default: %(default)s)"
     )
     parser.add_argument(
         "--tail",

@@ -7,7 +7,7 @@ from typing import Any
 
 from entra.experiments.drawing import REFERENCE, dots
 from entra.experiments.ranks import ranks
-from entra.experiments.results import Figure, Result, Table
+from entra.experiments.results import Figure, Result, Table, with_interval
 
 _TARGETS = {
     "loo": "leave-one-out",
@@ -163,10 +163,7 @@ def _grid(caption: str, values: Mapping[str, Mapping[str, Interval | None]]) -> 
 
 
 def _cell(interval: Interval | None) -> str:
-    if interval is None:
-        return "-"
-    mean, low, high = (f"{value:.2f}".replace("-0.00", "0.00") for value in interval)
-    return f"{mean} ({low} to {high})"
+    return "-" if interval is None else with_interval(interval, digits=2).replace("-0.00", "0.00")
 
 
 def _certainty(result: Result) -> Table:
