@@ -201,5 +201,7 @@ def _edges(importance: Sequence[np.ndarray], digits: int) -> list[float]:
     numbers = numbers[np.isfinite(numbers)]
     if not numbers.size:
         return []
-    lowest, *shares = (round(edge, digits) for edge in np.quantile(numbers, np.arange(_SHADES) / _SHADES, method="lower").tolist())
+    lowest, *shares = (
+        round(edge, digits) for edge in np.quantile(numbers, np.arange(_SHADES) / _SHADES, method="lower").tolist()
+    )
     return sorted({edge for edge in shares if edge > lowest})
