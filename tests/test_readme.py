@@ -15,16 +15,20 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 SHELL = [
-    line.split("#")[0].strip()
+    [line.split("#")[0].strip() for line in block.splitlines() if line.strip()]
     for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
 ]
+FILES = {
+    "traces.jsonl": '{"prompt": "What is 2 + 2?", "completion": "It is 4. It is 4."}\n',
+    "base.jsonl": '{"id": 1, "completion": "It is 4. It is 4.\\nThe answer is 4.", "answer": "4"}\n',
+    "new.jsonl": '{"id": 1, "completion": "The answer is 4.", "answer": "4"}\n',
+}
 
 
 def test_there_are_blocks_of_both_kinds_and_no_others():
     assert len(PYTHON) >= 3
     assert len(SHELL) >= 3
+    assert all(SHELL)
     assert len(re.findall(r"^```\w", README, re.MULTILINE)) == README.count("```python") + README.count("```bash")
 
 
@@ -56,19 +60,20 @@ def train_a_step(trainer_of, folder):
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize("command", SHELL)
-def test_shell_command(command, tmp_path):
-    words = shlex.split(command)
-    if words[0] == "make":  # this test is part of make test; that the target exists and its recipe parses must do
-        subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
-        return
-    assert words[0] == "entra"
-    (tmp_path / "traces.jsonl").write_text('{"prompt": "What is 2 + 2?", "completion": "It is 4. It is 4."}\n')
+@pytest.mark.parametrize("commands", SHELL, ids=lambda commands: commands[0])
+def test_shell_commands(commands, tmp_path):
+    """Those of one block, one after the other in one folder."""
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, env=environment)
-    if "--output" not in words:
-        return
-    assert '"reward"' in (tmp_path / "scores.jsonl").read_text()
+    for words in map(shlex.split, commands):
+        if words[0] == "make":  # this test is part of make test; that the target exists and its recipe parses must do
+            subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+            continue
+        assert words[0] == "entra"
+        subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, env=environment)
+        for flag in {"-o", "--output"} & set(words):
+            assert "reward" in (tmp_path / words[words.index(flag) + 1]).read_text()
 
 
 def test_pictures_exist():

@@ -117,8 +117,7 @@ def with_marks(trace: Trace) -> list[str]:
     for protected, group in groupby(zip(trace.pieces, trace.protected, strict=True), key=lambda token: token[1]):
         run = "".join(piece for piece, _ in group)
         inside = run.strip(" \n") or run  # marks stand at words, not at the space around them
-        before, _, after = run.partition(inside)
-        text += before + PROTECTED[0] + inside + PROTECTED[1] + after if protected else run
+        text += run.replace(inside, PROTECTED[0] + inside + PROTECTED[1], 1) if protected and run else run
     lines = [visible(line) for line in text.split("\n")]
     return [line + NEWLINE for line in lines[:-1]] + lines[-1:]
 

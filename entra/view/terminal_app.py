@@ -32,7 +32,7 @@ from entra.view.visible import visible
 from entra.view.wrapping import Span, wrapped
 
 _SHADES = {
-    True: ("#e0e0e0", ("#121212", "#2a2410", "#453a10", "#63520c", "#836a00")),
+    True: ("#ececec", ("#121212", "#2a2410", "#41370f", "#5a4a0d", "#745d00")),
     False: ("#101010", ("#ffffff", "#fff6d6", "#ffeaa3", "#ffdb66", "#ffc81f")),
 }
 """Text and backgrounds from the lowest to the highest importance, in the dark and the light theme."""

@@ -40,7 +40,7 @@ def wrapped(pieces: Sequence[str], width: int) -> list[list[Span]]:
             lines.append([])
             column = 0
         for token, text, size in word:
-            if column + size <= width:
+            if column + size <= width or not text:
                 lines[-1].append(Span(token, text, column, size))
                 column += size
                 continue
