@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--into", type=Path, required=True, help="JSON file; of sft: the model's folder")
     report.add_argument("--results", type=Path, default=RESULTS)
     report.add_argument("--into", type=Path, default=Path("docs"), help="folder of evidence.md and evidence.svg")
-    options = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(words)
+    options.shown = " ".join(["python -m entra.experiments.evidence", *words])
     actions = {"short": _many, "full": _many, "sft": _sft, "base": _base, "one": _one, "report": _report}
     return actions[options.command](options)
 
@@ -115,7 +117,7 @@ def _base(options: argparse.Namespace) -> int:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(options.sft), AutoTokenizer.from_pretrained(options.sft)
     result = evaluated(model, tokenizer, options.sft, options.seed, **_given(options, "held_out"))
     known = {"arm": "sft", "seed": options.seed, "sft": _facts(options.sft), "held_out": result}
-    _write(options.into, {**known, **_command(), **environment()})
+    _write(options.into, {**known, "command": options.shown, **environment()})
     return 0
 
 
@@ -144,10 +146,6 @@ def _report(options: argparse.Namespace) -> int:
 
 def _facts(sft: Path) -> Any:
     return json.loads((sft / "sft.json").read_text())
-
-
-def _command() -> dict[str, str]:
-    return {"command": " ".join(["python -m entra.experiments.evidence", *sys.argv[1:]])}
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
