@@ -127,7 +127,7 @@ def _one(options: argparse.Namespace) -> int:
     score_config = ScoreConfig(**{field.name: getattr(options, field.name) for field in fields(ScoreConfig)})
     sizes = _given(options, "steps", "prompts_per_step", "held_out", "kinds")
     result = run(options.arm, options.seed, options.sft, score_config=score_config, progress=say, **sizes)
-    _write(options.into, {**result, "sft": _facts(options.sft), **_command()})
+    _write(options.into, {**result, "sft": _facts(options.sft), "command": options.shown})
     held_out = result["held_out"]
     correct, tokens = held_out["correct"], held_out["tokens"]
     say(
