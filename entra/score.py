@@ -6,8 +6,8 @@ import difflib
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, overload
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,12 @@ from entra.forward import TokenSignals, token_signals, unwrapped
 from entra.policy import Policy, bound_rollout, resolve_policy
 from entra.rarefaction import rarefied_redundancy
 from entra_kernels import redundancy
+
+if TYPE_CHECKING:
+    from entra.view.notebook import NotebookView
+
+_SHOWN = 20
+"""Completions that `Scores.show()` shows unasked."""
 
 _OPTIONS = ("completion_ids", "model", "tokenizer", "logprobs", "incoming", "config", "details")
 
@@ -43,6 +49,42 @@ class Scores:
     """bool, the top share by importance, which the reward does not look at."""
     config: ScoreConfig
     """The options that produced all this."""
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+    """Of the policy, for the text of the tokens; None where ids were scored without one."""
+
+    def show(self, rows: int | slice | None = None) -> NotebookView:
+        """The completions with every token shaded by importance, in a notebook; as text elsewhere.
+
+        Args:
+            rows: one completion's index, or a slice of them; None: the first 20.
+
+        Raises:
+            IndexError: no completion of that index.
+        """
+        from entra.view.notebook import NotebookView
+        from entra.view.traces import Trace, pieces_of
+
+        count = len(self.rewards)
+        if isinstance(rows, int) and not -count <= rows < count:
+            raise IndexError(f"rows={rows} must be an index of the {count} completions")
+        chosen = [range(count)[rows]] if isinstance(rows, int) else range(count)[slice(_SHOWN) if rows is None else rows]
+        traces = [
+            Trace(
+                name=f"completion {i}",
+                prompt="",
+                pieces=pieces_of(self.tokenizer, self.token_ids[i].tolist()),
+                token_ids=self.token_ids[i].tolist(),
+                logprobs=self.logprobs[i].tolist(),
+                incoming=self.incoming[i].tolist(),
+                importance=self.importance[i].tolist(),
+                protected=self.protected[i].tolist(),
+                reward=self.rewards[i],
+                error=None if self.rewards[i] is not None else "a log-prob or incoming attention is not finite",
+            )
+            for i in chosen
+        ]
+        more = f"The first {_SHOWN} of {count}; others: show(index) or show(slice)." if rows is None and count > _SHOWN else ""
+        return NotebookView(traces, more)
 
 
 @overload
@@ -155,7 +197,7 @@ def score_batch(
         given = completions if completion_ids is None else completion_ids
         rows = _encode(prompts, given, policy, tokenizer, config, forward=logprobs is None or incoming is None)
         signals = _signals(rows, policy, logprobs, incoming, config, given)
-    scores = _assemble(rows, signals, config)
+    scores = _assemble(rows, signals, config, tokenizer if policy is None else policy.tokenizer)
     return scores if details else scores.rewards
 
 
@@ -248,11 +290,13 @@ def _given(name: str, i: int, value: Any, tokens: int, untrimmed: int | None) ->
     return tensor[:tokens]
 
 
-def _assemble(rows: list[EncodedRow], signals: list[TokenSignals], config: ScoreConfig) -> Scores:
+def _assemble(rows: list[EncodedRow], signals: list[TokenSignals], config: ScoreConfig, tokenizer: Any) -> Scores:
     ranked = [torch.tensor(row.ranked(config.ranking_scope), dtype=torch.int64) for row in rows]
     lengths = [ids.numel() for ids in ranked]
     if not rows:
-        return Scores(rewards=[], token_ids=[], logprobs=[], incoming=[], importance=[], protected=[], config=config)
+        return Scores(
+            rewards=[], token_ids=[], logprobs=[], incoming=[], importance=[], protected=[], config=config, tokenizer=tokenizer
+        )
     device = max(signals, key=lambda signal: signal.logprobs.numel()).logprobs.device
     result = redundancy(
         torch.cat([signal.logprobs.to(device) for signal in signals]),
@@ -290,4 +334,5 @@ def _assemble(rows: list[EncodedRow], signals: list[TokenSignals], config: Score
         importance=completion(importance),
         protected=completion(protected),
         config=config,
+        tokenizer=tokenizer,
     )
