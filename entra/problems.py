@@ -108,7 +108,7 @@ def _rows(task: str, options: Mapping[str, Any], count: int, seed: int, chat: bo
     for i in range(draws):
         entry = source[i]
         text = entry["question"].strip() + "\n\n" + INSTRUCTION
-        row = {"task": task, "answer": entry["answer"], "entry": json.dumps(entry)}
+        row = {"task": task, "answer": entry["answer"], "entry": _in_json(task, entry)}
         rows.setdefault(text, {"prompt": [{"role": "user", "content": text}] if chat else text + "\n", **row})
         if len(rows) == count:
             break
@@ -121,6 +121,13 @@ def _rows(task: str, options: Mapping[str, Any], count: int, seed: int, chat: bo
     if isinstance(first["answer"], str) and _score(first["answer"], json.loads(first["entry"])) != 1:
         raise ValueError(f"task {task!r} cannot be checked: its scorer does not accept its own answer after JSON; leave it out")
     return list(rows.values())
+
+
+def _in_json(task: str, entry: dict[str, Any]) -> str:
+    try:
+        return json.dumps(entry)
+    except TypeError as error:  # gsm_symbolic has fractions in its metadata
+        raise ValueError(f"task {task!r} cannot be checked: its problems do not fit JSON ({error}); leave it out") from error
 
 
 def _create(task: str, options: Mapping[str, Any]) -> Any:

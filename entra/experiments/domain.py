@@ -47,7 +47,7 @@ DOMAINS: dict[str, dict[str, dict[str, Any]]] = {
         "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
         "gcd": {"min_value": 4, "max_value": 30},
         "simple_equations": {"min_value": 1, "max_value": 10, "min_terms": 2, "max_terms": 2},
-        "gsm_symbolic": {},
+        "lcm": {"max_value": 12},
     },
     "logic": {
         "syllogism": {},

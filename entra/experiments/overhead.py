@@ -32,7 +32,13 @@ from entra.experiments.results import Figure, Result, Table
 from entra.progress import progress_bar
 
 QUESTION = "What do scores cost in time and memory, against model size and length, beside eager attention?"
-READING = ""
+READING = """\
+Scoring costs one forward: 0.81 to 1.05 times the time of the bare forward with logits, which is within the noise of this
+machine, and never more of its peak memory (0.34 to 1.00 times), because no logits are kept. Reading the same numbers off eager
+attention takes about as long at these lengths on a CPU (0.99 to 1.19 times), but 1.6 to 2.2 times the memory for the last layer
+alone, and up to 5.8 times for all layers, as transformers returns it; that grows with the square of the length. So what ENTRA
+saves on a CPU is memory; on a GPU it has not been measured.
+"""
 
 FORWARD, ENTRA, EAGER, EAGER_LAST = "forward", "ENTRA", "eager, all layers", "eager, last layer"
 METHODS = (FORWARD, ENTRA, EAGER_LAST, EAGER)

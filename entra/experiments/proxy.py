@@ -46,7 +46,27 @@ from entra.progress import progress_bar
 __all__ = ["PROXIES", "QUESTION", "READING", "TARGETS", "add_arguments", "figures", "run", "summarise", "tables"]
 
 QUESTION = "How good is attention as a stand-in for a token's influence on the rest of the text?"
-READING = ""
+READING = """\
+**On SmolLM2, attention is a poor stand-in for influence.** Mean incoming attention of the last layer orders tokens by exact
+leave-one-out at a rank correlation of 0.09 (0.01 to 0.17), where a random order gets -0.03 and 1 would be perfect, and finds
+17 % of the top 20 %, no more than chance. Given the position, 0.03 (-0.02 to 0.09) is left, no more than none. Lift,
+the middle layer and the mean of all layers are no better (0.07 to 0.10).
+
+**What ENTRA's importance follows is log P.** With log P given both sides, the Bayes target, log P alone correlates at 0.51 and
+finds 67 % of its top 20 %; adding 2 μ takes it to 0.49 and 63 %, so attention does not bring the importance nearer to what it
+approximates. μ by itself points the wrong way, at -0.08. With the Bayes gain, the part that λμ stands for, μ correlates at 0.15
+(0.09 to 0.20), better than a random order, but given position and log P only 0.04 (-0.01 to 0.08) is left; the mean of all
+layers keeps 0.07 (0.03 to 0.12).
+
+**The size of the effect is nearly the position alone.** The sum of absolute changes falls with how much text is left: earlier
+tokens first gives 0.96, while μ, which is higher for later tokens, gives -0.55.
+
+**How far this goes.** One model of 135 M parameters, the last 40 tokens of short completions, half of them written out by hand.
+Hiding a token makes the later text less likely in only 46 % of the cases, so leave-one-out of single tokens is itself a noisy
+target, and it has no relation to the Bayes target (0.00). The Bayes target leaves out 10.8 % of the probability on average: its
+upper and lower bound differ by 0.07 nats in the median, but order the tokens alike at only 0.58, so a correlation with it is
+to be read with care.
+"""
 
 Row = Mapping[str, Any]
 
