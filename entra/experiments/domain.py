@@ -40,14 +40,25 @@ from entra.progress import progress_bar
 from entra.view.traces import Trace
 
 QUESTION = "Do the reward's statistics differ between math, logic, code and common-sense problems?"
-READING = ""
+READING = """\
+**r differs between domains mostly because lengths do.** It is 0.829 in math, where answers are short, and 0.749 in code, but
+at 50 tokens the means are 0.768 to 0.817 with overlapping intervals. Within math r falls with the length at a correlation of
+-0.84; at 50 tokens nothing of it is left (0.03). So one threshold or one weight for r is not the same thing in every domain,
+while the length-adjusted r can be compared.
+
+What is protected follows the text: in math 30 % of the protected tokens are numbers (of all tokens 18 %), in logic 3 %, where
+63 % are words. In every domain words are protected less, and punctuation more, than their share.
+
+r says nothing about being right: its correlation with a right answer is 0.04 (-0.17 to 0.24) over all. But SmolLM2 answers
+only 4 % rightly, and none in code and common sense, so this asks little of it; a stronger model (`--model`) would tell more.
+"""
 
 DOMAINS: dict[str, dict[str, dict[str, Any]]] = {
     "math": {
         "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
         "gcd": {"min_value": 4, "max_value": 30},
         "simple_equations": {"min_value": 1, "max_value": 10, "min_terms": 2, "max_terms": 2},
-        "lcm": {"max_value": 12},
+        "lcm": {"max_value": 20},
     },
     "logic": {
         "syllogism": {},
@@ -75,7 +86,7 @@ _GROUPS = {
     "words": ("word", "connective", "reflection"),
     "punctuation": ("punctuation",),
 }
-_DRAWS = 5  # how many problems are drawn for each that is used; prompts that are too long are passed over
+_DRAWS = 12  # how many problems are drawn for each that is used; prompts that are too long are passed over
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

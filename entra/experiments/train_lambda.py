@@ -17,7 +17,7 @@ __all__ = ["QUESTION", "READING", "add_arguments", "figures", "run", "tables"]
 QUESTION = "Does the attention weight lambda matter when the policy is trained on the reward?"
 READING = """\
 The default, lambda = 2, ends shortest: without attention completions stay 3.4 tokens longer, and with lambda = 100, where
-attention all but decides alone what is protected, 2.3 tokens longer; both intervals exclude 0. Accuracy cannot be told apart.
+attention weighs most, 2.3 tokens longer; both intervals exclude 0. Accuracy cannot be told apart.
 The difference is small beside what all three save, 43 to 47 % of the tokens. The spread of the reward within a prompt is about
 the same for all; it wanders from step to step by as much as the values differ at the end. Each value is one run; those marked
 as such are the runs of `make evidence-full` with the same seed and settings, and [evidence.md](evidence.md) shows how far seeds
