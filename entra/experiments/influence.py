@@ -171,7 +171,7 @@ def leave_one_out(replay: Replay) -> LeaveOneOut:
 
 def leave_one_out_plan(token_ids: Sequence[int], first: int) -> list[Continuation]:
     """What `leave_one_out` runs: for each token the ones after it, behind a prefix that ends before it."""
-    return [Continuation(i + 1, i + 1, token_ids[i + 1 :]) for i in range(first, len(token_ids))]
+    return [Continuation(i, i + 1, token_ids[i + 1 :]) for i in range(first, len(token_ids))]
 
 
 class Bidirectional(NamedTuple):
