@@ -168,6 +168,21 @@ def run(options: argparse.Namespace) -> None:
         print(_summary(trainer.state, folder, time.monotonic() - started), file=sys.stderr)
     if arguments.push_to_hub:
         trainer.push_to_hub(dataset_name=command.script.dataset_name)
+    _let_go(trainer)
+
+
+_LETTING_GO = 0.2  # seconds
+
+
+def _let_go(trainer: Any) -> None:
+    """Ends the run's processes together, when nobody's last collective is in flight.
+
+    A gloo thread needs the GIL to free the last gathered tensor, and a process group that is freed before waits for the thread
+    with the GIL held, for ever: 2 of 16 runs of two processes on a busy machine, torch 2.13.
+    """
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.wait_for_everyone()
+        time.sleep(_LETTING_GO)
     trainer.end()
 
 
