@@ -6,7 +6,7 @@ Decisions taken here:
   `log P(x_i | x_<i) + lambda * mu_i` for the log-probability of a token given both sides; the Bayes target is that
   log-probability, and what it adds to log P, the *Bayes gain*, is what lambda * mu stands for.
 - Leave-one-out is compared as the sum over the later tokens: what the text loses, in the unit of the Bayes gain. Its mean per
-  later token (mu is a mean, too) and the sum of absolute changes are in the tables beside it.
+  later token (mu is a mean, too) stands beside it, and in the tables the sum of absolute changes.
 - Of each completion the last `--max-tokens` tokens are ranked, with all before them as context, so that every number is of the
   whole text and the cost stays that of a CPU. The last two have no later token that leave-one-out counts, and stay out.
 - Orders are compared within a completion; an interval is over problems, each the mean of its completions.
@@ -37,7 +37,7 @@ from entra.experiments.influence import (
     leave_one_out_plan,
     likely_alternatives,
 )
-from entra.experiments.proxy_report import figures, tables
+from entra.experiments.proxy_report import FEWEST_TOKENS, Row, compared, figures, tables
 from entra.experiments.ranks import spearman, top_overlap
 from entra.experiments.results import Result
 from entra.metrics import mean_interval
@@ -47,28 +47,33 @@ __all__ = ["PROXIES", "QUESTION", "READING", "TARGETS", "add_arguments", "figure
 
 QUESTION = "How good is attention as a stand-in for a token's influence on the rest of the text?"
 READING = """\
-**On SmolLM2, attention is a poor stand-in for influence.** Mean incoming attention of the last layer orders tokens by exact
-leave-one-out at a rank correlation of 0.09 (0.01 to 0.17), where a random order gets -0.03 and 1 would be perfect, and finds
-17 % of the top 20 %, no more than chance. Given the position, 0.03 (-0.02 to 0.09) is left, no more than none. Lift,
-the middle layer and the mean of all layers are no better (0.07 to 0.10).
+**On SmolLM2, attention says a little about influence, and hardly more than the position does.** μ is a mean over the later
+tokens, so its fair target is the leave-one-out change per later token: the last layer orders tokens by it at a rank
+correlation of 0.28 (0.23 to 0.32), where a random order gets 0.01 and 1 would be perfect, and finds 42 % of the top 20 %,
+where chance gives 18 %. "Later first" gets 0.28 and 50 % without looking at attention. Given the position, 0.14 (0.09 to
+0.19) is left; given log P too, 0.11 (0.06 to 0.16). The mean of all layers is better (0.35, and 0.22 given the position).
+Lift is no better than μ. With the sum over all later tokens, what the text loses in all, μ has next to no relation (0.05,
+-0.01 to 0.11).
 
-**What ENTRA's importance follows is log P.** With log P given both sides, the Bayes target, log P alone correlates at 0.51 and
-finds 67 % of its top 20 %; adding 2 μ takes it to 0.49 and 63 %, so attention does not bring the importance nearer to what it
-approximates. μ by itself points the wrong way, at -0.08. With the Bayes gain, the part that λμ stands for, μ correlates at 0.15
-(0.09 to 0.20), better than a random order, but given position and log P only 0.04 (-0.01 to 0.08) is left; the mean of all
-layers keeps 0.07 (0.03 to 0.12).
+**ENTRA's importance follows log P, and hiding an improbable token hurts more.** So it orders tokens the other way round from
+leave-one-out, at -0.21 in sum and -0.14 per later token, and has 9 and 14 % of the top 20 % in its own, less than chance: what
+it protects is what the later text misses least. With 2 lift instead of 2 μ attention decides, and 0.22 (0.17 to 0.27) per
+later token comes out.
 
-**The size of the effect is nearly the position alone.** The sum of absolute changes falls with how much text is left: earlier
-tokens first gives 0.96, while μ, which is higher for later tokens, gives -0.55.
+**With the Bayes target, log P given both sides, it correlates at 0.49, and log P alone at 0.51.** They find 63 and 67 % of its
+top 20 %, so attention does not bring the importance nearer to what it approximates. μ by itself points the wrong way, at
+-0.08. With the Bayes gain, the part that λμ stands for, μ correlates at 0.15 (0.09 to 0.20), better than a random order, but
+given position and log P only 0.04 (-0.01 to 0.08) is left; the mean of all layers keeps 0.07 (0.03 to 0.12).
 
-**How far this goes.** One model of 135 M parameters, the last 40 tokens of short completions, half of them written out by hand.
-Hiding a token makes the later text less likely in only 46 % of the cases, so leave-one-out of single tokens is itself a noisy
-target, and it has no relation to the Bayes target (0.00). The Bayes target leaves out 10.8 % of the probability on average: its
-upper and lower bound differ by 0.07 nats in the median, but order the tokens alike at only 0.58, so a correlation with it is
-to be read with care.
+**The targets are different things.** Leave-one-out asks what the later text loses, the Bayes target how sure a token is once
+all is read, and they have no relation (0.02, -0.05 to 0.08). The method's derivation means the second; whether the first is
+the better one to protect is open.
+
+**How far this goes.** One model of 135 M parameters, the last 40 tokens of short completions, half of them written out by
+hand. Hiding a token makes the later text less likely in 86 % of the cases. The Bayes target leaves out 10.8 % of the
+probability on average: its upper and lower bound differ by 0.07 nats in the median, but order the tokens alike at only 0.58,
+so a correlation with it is to be read with care.
 """
-
-Row = Mapping[str, Any]
 
 TARGETS: dict[str, Callable[[Row], float]] = {
     "loo": lambda row: row["loo"],
@@ -98,7 +103,6 @@ PROXIES: dict[str, Callable[[Row], float]] = {
 
 _CONTROLS = {"position": ("early",), "position and log P": ("early", "logprob")}
 _PARTIAL = ("mu", "lift", "mu_middle", "lift_middle", "mu_all", "lift_all", "logprob")
-_FEWEST_TOKENS = 10  # of a completion that is compared: with fewer, the top fifth is one token
 _SHIPPED_KINDS = ("concise", "overthinking")
 
 
@@ -172,20 +176,17 @@ def summarise(rows: Sequence[Row], share: float) -> dict[str, Any]:
     Raises:
         ValueError: what is left is of fewer than two problems.
     """
-    by_completion: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        by_completion.setdefault((row["problem"], row["trace"]), []).append(row)
-    compared = {key: tokens for key, tokens in by_completion.items() if len(tokens) >= _FEWEST_TOKENS}
-    if len({problem for problem, _ in compared}) < 2:
+    completions = compared(rows)
+    if len({problem for problem, _ in completions}) < 2:
         raise ValueError(
-            f"{len(compared)} completions of at least {_FEWEST_TOKENS} ranked tokens, of fewer than 2 problems; raise "
+            f"{len(completions)} completions of at least {FEWEST_TOKENS} ranked tokens, of fewer than 2 problems; raise "
             "--max-tokens or --limit"
         )
-    targets = {key: _columns(tokens, TARGETS) for key, tokens in compared.items()}
-    proxies = {key: _columns(tokens, PROXIES) for key, tokens in compared.items()}
-    kinds = list(dict.fromkeys(tokens[0]["kind"] for tokens in compared.values()))
+    targets = {key: _columns(tokens, TARGETS) for key, tokens in completions.items()}
+    proxies = {key: _columns(tokens, PROXIES) for key, tokens in completions.items()}
+    kinds = list(dict.fromkeys(tokens[0]["kind"] for tokens in completions.values()))
 
-    def interval(statistic: Callable[[Any], float], keys: Sequence[Any] = tuple(compared)) -> list[float] | None:
+    def interval(statistic: Callable[[Any], float], keys: Sequence[Any] = tuple(completions)) -> list[float] | None:
         """Mean over problems of the mean over completions, with its interval; None with fewer than two problems."""
         by_problem: dict[str, list[float]] = {}
         for key in keys:
@@ -203,13 +204,13 @@ def summarise(rows: Sequence[Row], share: float) -> dict[str, Any]:
     def between(target: str, other: str) -> Callable[[Any], float]:
         return lambda key: spearman(targets[key][target], targets[key][other])
 
-    of_kind = {kind: [key for key, tokens in compared.items() if tokens[0]["kind"] == kind] for kind in kinds}
-    flat = [row for tokens in compared.values() for row in tokens]
+    of_kind = {kind: [key for key, tokens in completions.items() if tokens[0]["kind"] == kind] for kind in kinds}
+    flat = [row for tokens in completions.values() for row in tokens]
     widths = sorted(row["bayes"] - row["bayes_lower"] for row in flat)
     return {
-        "problems": len({problem for problem, _ in compared}),
-        "completions": len(compared),
-        "too_short": len(by_completion) - len(compared),
+        "problems": len({problem for problem, _ in completions}),
+        "completions": len(completions),
+        "too_short": len({(row["problem"], row["trace"]) for row in rows}) - len(completions),
         "tokens": len(flat),
         "spearman": {t: {p: interval(correlation(t, p)) for p in PROXIES} for t in TARGETS},
         "spearman_by_kind": {
@@ -223,14 +224,14 @@ def summarise(rows: Sequence[Row], share: float) -> dict[str, Any]:
         },
         "targets": {a: {b: interval(between(a, b)) for b in TARGETS} for a in TARGETS},
         "bounds": {
-            "spearman": interval(lambda key: spearman(targets[key]["bayes"], [row["bayes_lower"] for row in compared[key]])),
+            "spearman": interval(lambda key: spearman(targets[key]["bayes"], [row["bayes_lower"] for row in completions[key]])),
             "width_median": round(widths[len(widths) // 2], 4),
             "width_p90": round(widths[int(0.9 * len(widths))], 4),
             "tail": round(fmean(row["tail"] for row in flat), 4),
             "alternatives": round(fmean(row["alternatives"] for row in flat), 2),
         },
         "positive": {
-            "loo": interval(lambda key: fmean(row["loo"] > 0 for row in compared[key])),
+            "loo": interval(lambda key: fmean(row["loo"] > 0 for row in completions[key])),
             "gain": interval(lambda key: fmean(value > 0 for value in targets[key]["gain"])),
         },
     }
@@ -241,14 +242,14 @@ def _columns(tokens: Sequence[Row], names: Mapping[str, Callable[[Row], float]])
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.max_tokens < _FEWEST_TOKENS + 2:
-        raise ValueError(f"--max-tokens {options.max_tokens} must be at least {_FEWEST_TOKENS + 2}")
+    if options.max_tokens < FEWEST_TOKENS + 2:
+        raise ValueError(f"--max-tokens {options.max_tokens} must be at least {FEWEST_TOKENS + 2}")
     if options.alternatives < 1:
         raise ValueError(f"--alternatives {options.alternatives} must be at least 1")
     if not 0 <= options.tail < 1:
         raise ValueError(f"--tail {options.tail} must be in [0, 1)")
     if not 0.1 <= options.top < 1:
-        raise ValueError(f"--top {options.top} must be in [0.1, 1), so that the top of {_FEWEST_TOKENS} tokens is not empty")
+        raise ValueError(f"--top {options.top} must be in [0.1, 1), so that the top of {FEWEST_TOKENS} tokens is not empty")
 
 
 def _measure(model: Any, measured: traces.Measurement, options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:

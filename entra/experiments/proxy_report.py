@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from entra.experiments.drawing import REFERENCE, dots
-from entra.experiments.ranks import ranks
+from entra.experiments.ranks import ranks, top
 from entra.experiments.results import Figure, Result, Table, with_interval
 
 _TARGETS = {
@@ -16,7 +17,7 @@ _TARGETS = {
     "bayes": "log P given both sides",
     "gain": "Bayes gain",
 }
-_DRAWN = ("loo", "gain", "bayes")
+_DRAWN = ("loo", "loo_mean", "gain", "bayes")
 _PROXIES = {
     "mu": "μ, last layer",
     "lift": "lift, last layer",
@@ -32,17 +33,31 @@ _PROXIES = {
     "mu_all": "μ, mean of all layers",
     "lift_all": "lift, mean of all layers",
 }
-_MAIN = ("mu", "lift", "mu_all", "lift_all", "logprob", "importance_2", "importance_1e-4", "importance_lift", "early", "random")
+_MAIN = (
+    *("mu", "lift", "mu_all", "lift_all", "logprob", "importance_2", "importance_1e-4", "importance_lift"),
+    *("early", "late", "random"),
+)
 _LAYERS = {"last layer": "", "middle layer": "_middle", "mean of all layers": "_all"}
+FEWEST_TOKENS = 10
+"""Of a completion that is compared: with fewer, the top fifth is one token."""
 
 Interval = Sequence[float]
+Row = Mapping[str, Any]
+
+
+def compared(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
+    """The tokens of each completion that has enough of them, by problem and trace."""
+    completions: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        completions.setdefault((row["problem"], row["trace"]), []).append(row)
+    return {key: tokens for key, tokens in completions.items() if len(tokens) >= FEWEST_TOKENS}
 
 
 def tables(result: Result) -> list[Table]:
     """What is read: agreement of every proxy with every target, what it adds to position, and how sure the targets are."""
     summary = result.summary
     of = _of(result)
-    top = f"{result.settings['top']:.0%}"
+    share = f"{result.settings['top']:.0%}"
     return [
         _grid(
             f"Spearman's rank correlation of each proxy with each target, within a completion: mean over problems and its 95 % "
@@ -52,8 +67,8 @@ def tables(result: Result) -> list[Table]:
             summary["spearman"],
         ),
         _grid(
-            f"Overlap of the {top} of tokens that a proxy ranks highest with the {top} that the target does, as a share of it: "
-            f"mean over problems and its 95 % interval; {of} Chance gives about {top}.",
+            f"Overlap of the {share} of tokens that a proxy ranks highest with the {share} that the target does, as a share of "
+            f"it: mean over problems and its 95 % interval; {of} Chance gives {_chance(result):.2f}.",
             summary["overlap"],
         ),
         *(
@@ -98,13 +113,14 @@ def figures(result: Result) -> list[Figure]:
                 {_TARGETS[target]: [summary[statistic][target][proxy] for proxy in proxies] for target in _DRAWN},
             )
             axes.set_xlabel(label)
-            canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+            canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
         return draw
 
     explained = (
-        "Leave-one-out: log-probability that the later text loses when nobody may attend to the token. Bayes gain: how much "
-        "the text after a token raises its log-probability; log P given both sides: what it is then."
+        "Leave-one-out: log-probability that the later text loses when nobody may attend to the token, in sum and per later "
+        "token. Bayes gain: how much the text after a token raises its log-probability; log P given both sides: what it is "
+        "then."
     )
     return [
         Figure(
@@ -120,25 +136,25 @@ def figures(result: Result) -> list[Figure]:
             title=f"How many of the {share:.0%} most influential tokens a proxy finds",
             caption=f"Share of a target's top {share:.0%} of tokens that is in the proxy's top {share:.0%}, mean over problems "
             f"with 95 % intervals; dashed: what chance finds. {of} {explained}",
-            draw=agreement("overlap", _MAIN, f"share of the target's top {share:.0%} that the proxy finds", share),
+            draw=agreement("overlap", _MAIN, f"share of the target's top {share:.0%} that the proxy finds", _chance(result)),
             size=(8.0, 6.0),
         ),
         Figure(
             name="proxy-tokens",
             title="Attention against influence, token by token",
-            caption=f"Each token's place in its completion's order by attention (across) and by leave-one-out (up), from 0, "
-            f"the lowest, to 1; a good proxy would fill the diagonal. {of}",
+            caption=f"Each token's place in its completion's order by attention (across) and by leave-one-out per later token "
+            f"(up), from 0, the lowest, to 1; a good proxy would fill the diagonal. {of}",
             draw=lambda canvas: _draw_tokens(canvas, result.rows),
             size=(9.0, 4.4),
         ),
         Figure(
             name="proxy-layers",
             title="Which layer's attention says most",
-            caption=f"Spearman's rank correlation of incoming attention with three targets, for the last layer (the method's), "
+            caption=f"Spearman's rank correlation of incoming attention with four targets, for the last layer (the method's), "
             f"the middle one and the mean of all; mean over problems with 95 % intervals; dashed: no relation. {of} μ: mean "
             "attention from later tokens; lift: the same as a multiple of each query's uniform share.",
             draw=lambda canvas: _draw_layers(canvas, summary["spearman"]),
-            size=(9.0, 4.0),
+            size=(11.0, 4.0),
         ),
     ]
 
@@ -150,6 +166,12 @@ def _of(result: Result) -> str:
         f"{summary['tokens']:,} tokens of {summary['completions']} completions ({', '.join(settings['kinds'])}) of "
         f"{summary['problems']} problems, of each the last {settings['max_tokens']} but two; model {settings['model']}."
     )
+
+
+def _chance(result: Result) -> float:
+    """What a random order finds of the top in expectation; less than `top`, of which whole tokens are taken."""
+    counts = [len(own) for own in compared(result.rows).values()]
+    return sum(len(top(range(count), result.settings["top"])) / count for count in counts) / len(counts)
 
 
 def _grid(caption: str, values: Mapping[str, Mapping[str, Interval | None]]) -> Table:
@@ -188,25 +210,23 @@ def _certainty(result: Result) -> Table:
     )
 
 
-def _draw_tokens(canvas: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _draw_tokens(canvas: Any, rows: Sequence[Row]) -> None:
     left, right = canvas.subplots(1, 2, sharey=True)
-    completions: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        completions.setdefault((row["problem"], row["trace"]), []).append(row)
+    completions = compared(rows).values()
 
-    def places(column: str) -> list[float]:
+    def places(value: Callable[[Row], float]) -> list[float]:
         """In [0, 1], each token's rank within its completion."""
-        return [float((r - 0.5) / len(own)) for own in completions.values() for r in ranks([row[column] for row in own])]
+        return [float((r - 0.5) / len(own)) for own in completions for r in ranks([value(row) for row in own])]
 
-    influence = places("loo")
+    influence = places(lambda row: row["loo"] / row["later"])
     for axes, column, name in ((left, "mu", "μ, last layer"), (right, "mu_all", "μ, mean of all layers")):
-        cells = axes.hexbin(places(column), influence, gridsize=14, cmap="viridis", mincnt=1, linewidths=0.2)
+        cells = axes.hexbin(places(itemgetter(column)), influence, gridsize=14, cmap="viridis", mincnt=1, linewidths=0.2)
         axes.plot([0, 1], [0, 1], **{**REFERENCE, "color": "white", "zorder": 3})
         axes.set_xlabel(f"rank by {name} (0 lowest, 1 highest)")
         axes.set_aspect("equal")
         axes.grid(visible=False)
         canvas.colorbar(cells, ax=axes, label="tokens in a cell")
-    left.set_ylabel("rank by leave-one-out (0 lowest, 1 highest)")
+    left.set_ylabel("rank by leave-one-out per later token (0 lowest, 1 highest)")
 
 
 def _draw_layers(canvas: Any, spearman: Mapping[str, Mapping[str, Interval]]) -> None:
