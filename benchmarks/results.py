@@ -64,7 +64,7 @@ class Results:
         self.path = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self.path = folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+            self.path = folder / (re.sub(r"(\(r\)|[^a-z0-9])+", "-", name.lower()).strip("-") + ".json")
 
     @property
     def records(self) -> list[dict[str, Any]]:
