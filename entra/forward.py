@@ -3,9 +3,9 @@
 A hook on the language-model head takes the hidden states on their way in, turns those of the wanted positions into
 log-probabilities in chunks, and lets only the last position through. So the model computes [B, 1, vocabulary] logits instead of
 [B, N, vocabulary], whatever its class, and the work happens while the head's weight is whole (FSDP2 and ZeRO-3 gather it only
-for the head's own forward). What the model does to its logits after the head (scaling, softcap) is read from its config; the
-last position's logits, computed the same way, are then compared with those that the model returns, so an unknown transform is
-an error and never a silently wrong number.
+for the head's own forward). What the model does to its logits after the head (scaling, softcap) is read from its config; done
+to what the head yields for the last position, it must give the logits that the model returns, so an unknown transform is an
+error and never a silently wrong number.
 
 Rows are padded on the right and run without an attention mask, which is exact for causal models: no token sees a later one.
 """
@@ -205,16 +205,20 @@ def _forward(
 
 
 class _HeadLogprobs:
-    """A hook on the language-model head: log-probabilities of the wanted positions, logits of the last one only."""
+    """Hooks on the language-model head: log-probabilities of the wanted positions, logits of the last one only."""
 
-    def __init__(self, transform: _LogitTransform, shape: torch.Size, positions: Tensor, targets: Tensor, backend: str) -> None:
+    def __init__(
+        self, transform: _LogitTransform, vocabulary: int, shape: torch.Size, positions: Tensor, targets: Tensor, backend: str
+    ) -> None:
         self._transform = transform
+        self._vocabulary = vocabulary
         self._shape = shape
         self._positions = positions
         self._targets = targets
         self._backend = backend
         self._busy = False
-        self._results: tuple[Tensor, Tensor, float] | None = None
+        self._logprobs: Tensor | None = None
+        self._last: Tensor | None = None
         self.inspect: Callable[[LogprobsBy, Tensor | None, Tensor, Tensor], None] | None = None
 
     @property
@@ -222,12 +226,13 @@ class _HeadLogprobs:
         """float32 [positions]; RuntimeError when the head never ran."""
         return self._finished()[0]
 
-    def _finished(self) -> tuple[Tensor, Tensor, float]:
-        if self._results is None:
+    def _finished(self) -> tuple[Tensor, Tensor]:
+        """The log-probs, and what the head yielded for the last position, [B, 1, V]."""
+        if self._logprobs is None or self._last is None:
             raise RuntimeError(
                 "the model's forward did not call the head that get_output_embeddings() names; pass another model"
             )
-        return self._results
+        return self._logprobs, self._last
 
     def before(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The pre-forward hook: takes hidden [B, N, C], lets [B, 1, C] through."""
@@ -241,22 +246,23 @@ class _HeadLogprobs:
             )
         self._busy = True  # the head may be called below, and must then run as it is
         try:
-            self._results = self._compute(head, hidden)
+            self._logprobs = self._compute(head, hidden)
         finally:
             self._busy = False
         return (hidden[:, -1:], *args[1:])
 
-    def _compute(self, head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Log-probs of the wanted positions, the last position's logits [B, 1, V] by the same arithmetic, and its rounding."""
+    def after(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """The forward hook, ahead of all others: keeps the head's own output."""
+        if not self._busy:
+            self._last = output.clone()  # what the model does to it may happen in place
+
+    def _compute(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        """Log-probs of the wanted positions."""
         wanted = hidden.reshape(-1, hidden.shape[-1])[self._positions.to(hidden.device)]
         targets = self._targets.to(hidden.device)
         plain = _is_plain_linear(head)
         weight: Any = head.weight if plain else None
-        if plain:
-            bias: Any = head.bias
-            last = nn.functional.linear(hidden[:, -1:].to(weight.dtype), weight, bias)
-        else:
-            last = head(hidden[:, -1:])
+        bias: Any = head.bias if plain else None
 
         def logprobs_by(backend: str, hidden: Tensor, targets: Tensor) -> Tensor:
             if plain:
@@ -269,24 +275,25 @@ class _HeadLogprobs:
                     softcap=self._transform.softcap,
                     backend=backend,
                 )
-            rows = max(1, _CHUNK_LOGITS // last.shape[-1])
+            rows = max(1, _CHUNK_LOGITS // self._vocabulary)
             chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
             return torch.cat([token_logprobs(self._transform(head(h).float()), t, backend=backend) for h, t in chunks])
 
         if self.inspect is not None:
             self.inspect(logprobs_by, weight, wanted, targets)
-        rounding = torch.finfo(last.dtype).eps
-        return logprobs_by(self._backend, wanted, targets), self._transform(last.float()), rounding
+        return logprobs_by(self._backend, wanted, targets)
 
     def check(self, logits: Tensor) -> None:
         """Raises a RuntimeError when the model's own logits [B, 1, V] are not what the log-probs were computed from."""
-        _, expected, rounding = self._finished()
+        _, last = self._finished()
+        expected = self._transform(last.float())
         got = logits.float().to(expected.device)
         # The model transforms in its own precision, which under a trainer's autocast is the head's and not that of the logits
         # it returns; a wrong transform is off by far more than one rounding. Rows that are not finite are not compared: they
         # become None, and must not take the others with them.
+        rounding = max(torch.finfo(last.dtype).eps, torch.finfo(logits.dtype).eps)
         largest = expected.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=-1, keepdim=True)
-        tolerance = 4 * max(rounding, torch.finfo(logits.dtype).eps) * largest + 1e-6
+        tolerance = 4 * rounding * largest + 1e-6
         if got.shape != expected.shape or bool(((got - expected).abs() > tolerance).any()):
             raise RuntimeError(
                 f"the model changes its head's output in a way that is not known (known: logit_scale={self._transform.scale}, "
@@ -317,12 +324,14 @@ def _head_of(model: Any) -> nn.Module:
 @contextmanager
 def _head_logprobs(model: Any, shape: torch.Size, positions: Tensor, targets: Tensor, backend: str) -> Iterator[_HeadLogprobs]:
     head = _head_of(model)
-    hook = _HeadLogprobs(_logit_transform(model), shape, positions, targets, backend)
-    handle = head.register_forward_pre_hook(hook.before)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    hook = _HeadLogprobs(_logit_transform(model), vocabulary, shape, positions, targets, backend)
+    handles = [head.register_forward_pre_hook(hook.before), head.register_forward_hook(hook.after, prepend=True)]
     try:
         yield hook
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _logit_transform(model: Any) -> _LogitTransform:
@@ -339,10 +348,11 @@ def _logit_transform(model: Any) -> _LogitTransform:
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off; afterwards every submodule is in the mode it was in, also when they differed."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True

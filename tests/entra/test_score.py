@@ -255,14 +255,15 @@ def test_not_finite_weights_give_none_for_every_row(rows):
         assert entra.score_batch([rows[0][0]], [rows[0][1]], model=model) == [None]
 
 
-def test_a_transform_of_the_logits_that_is_not_known_is_an_error(rows):
+@pytest.mark.parametrize("transform", [lambda z: z * 3, lambda z: z.mul_(3)], ids=["copied", "in place"])
+def test_a_transform_of_the_logits_that_is_not_known_is_an_error(rows, transform):
     model = build("llama")
     forward = type(model).forward
 
     class Scaled(type(model)):
         def forward(self, *args, **kwargs):
             output = forward(self, *args, **kwargs)
-            output.logits = output.logits * 3
+            output.logits = transform(output.logits)
             return output
 
     model.__class__ = Scaled
@@ -293,8 +294,9 @@ def test_known_transforms_matter(family, overrides, rows, monkeypatch):
         entra.score_batch([prompt], [completion], model=model)
 
 
-def test_a_hook_on_the_head_is_not_ignored(rows, llama):
-    handle = llama.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+@pytest.mark.parametrize("hook", [lambda head, args, z: z * 2, lambda head, args, z: z.mul_(2)], ids=["copied", "in place"])
+def test_a_hook_on_the_head_is_not_ignored(rows, llama, hook):
+    handle = llama.lm_head.register_forward_hook(hook)
     try:
         with pytest.raises(RuntimeError, match="changes its head's output"):
             entra.score_batch([rows[0][0]], [rows[0][1]], model=llama)
