@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         shown = _scored_before(options, config, prefix, source, total)
     errors = Counter(kind_of(trace.error) for trace in shown.traces if trace.error is not None)
-    facts = {"traces": source.title, **shown.facts, "entra": __version__}
+    facts = {**shown.facts, "entra": __version__}
     if output is not None:
         _write(output, shown, source.title, facts)
     found = f"{total:,} traces" + (f", {errors.total():,} of them with an error ({listed(errors)})" if errors else "")

@@ -56,7 +56,7 @@ def print_traces(traces: Sequence[Trace], *, title: str, facts: Mapping[str, str
             console.print(Text(line), soft_wrap=True)
 
     lines(visible(title))
-    lines([f"{visible(name)}: {visible(value)}" for name, value in facts.items() if value != title])
+    lines([f"{visible(name)}: {visible(value)}" for name, value in facts.items()])
     lines(
         f"Protected tokens, which the reward does not look at, are between {' and '.join(PROTECTED)}; {NEWLINE} is a newline."
     )
