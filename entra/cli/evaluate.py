@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
         _write_json(options, reading, numbers, changes, unpaired)
     print(_table(reading, numbers, changes))
     print()
-    print("\n".join(_notes(options, reading, unpaired)))
+    print("\n".join(_notes(options, reading, unpaired, changes)))
 
 
 def _by_problem(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -232,7 +232,9 @@ def _shown(value: Interval | None, scale: float = 1, *, sign: bool = False, digi
     return f"{middle} ({low} to {high})" if math.isfinite(value.low) and math.isfinite(value.high) else middle
 
 
-def _notes(options: argparse.Namespace, reading: Reading, unpaired: Sequence[int]) -> list[str]:
+def _notes(
+    options: argparse.Namespace, reading: Reading, unpaired: Sequence[int], changes: Mapping[str, Interval]
+) -> list[str]:
     notes = []
     if reading.right is not None:
         notes.append(f"Right: {reading.right}.")
@@ -258,6 +260,10 @@ def _notes(options: argparse.Namespace, reading: Reading, unpaired: Sequence[int
             notes.append(
                 f"{file.path}: {len(file.errors):,} bad rows were left out ({kinds}); the first is row {number}: {error}"
             )
+    undefined = [name.replace("_", " ") for name, of in changes.items() if not all(map(math.isfinite, of))]
+    if undefined:
+        why = "one problem alone has none" if math.isnan(changes["tokens_mean"].low) else "in some draws it is a division by 0"
+        notes.append(f"No interval of {', '.join(undefined)}: {why}.")
     return notes + [f"Note: {note}." for note in reading.notes]
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import os
 import sys
 from array import array
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 from entra import __version__
 from entra.cli import CommandError
 from entra.cli.output import check_destination, recorded
-from entra.cli.rows import Row, Survey, read_rows, survey
+from entra.cli.rows import Row, Survey, is_finite, read_rows, survey
 from entra.cli.scoring import (
     DETAIL_COLUMNS,
     ERROR_COLUMN,
@@ -129,8 +128,8 @@ class _Source(NamedTuple):
 
 class _Shown(NamedTuple):
     traces: list[Trace]
-    config: ScoreConfig
-    """What the scores were made with."""
+    config: ScoreConfig | None
+    """What the scores were made with; None where nothing says so."""
     facts: dict[str, str]
 
 
@@ -212,6 +211,11 @@ def _scored_now(options: argparse.Namespace, config: ScoreConfig, source: _Sourc
 
 def _scored_before(options: argparse.Namespace, config: ScoreConfig, prefix: str, source: _Source, total: int) -> _Shown:
     before = _sidecar(options.traces)
+    scored_with = None
+    with suppress(KeyError, TypeError, ValueError):  # not there, or of another version of entra
+        scored_with = ScoreConfig(**before["config"])
+    if config not in (ScoreConfig(), scored_with):
+        raise CommandError(f"{options.traces} holds scores, which the method's flags do not change; leave them out")
     model = options.model or before.get("model")
     if model is None:
         raise CommandError(
@@ -224,9 +228,7 @@ def _scored_before(options: argparse.Namespace, config: ScoreConfig, prefix: str
             traces.add(row, _read_scores(row, prefix), hidden)
             bar.update(1)
     facts = {"model": str(model)} | ({"device": str(before["device"])} if "device" in before else {})
-    with suppress(KeyError, TypeError, ValueError):  # not there, or of another version of entra
-        config = ScoreConfig(**before["config"])
-    return _Shown(traces.named(), config, facts)
+    return _Shown(traces.named(), scored_with, facts)
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
@@ -270,8 +272,11 @@ def _read_scores(row: Row, prefix: str) -> dict[str, Any] | str:
     return values
 
 
+_LARGEST = 2.0**127  # scores are float32
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and is_finite(value) and abs(value) < _LARGEST
 
 
 def _is_bool(value: Any) -> bool:

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from entra.cli import CommandError, one_line
-from entra.cli.rows import Row, read_rows, survey
+from entra.cli.rows import Row, is_finite, read_rows, survey
 from entra.cli.scoring import load_tokenizer_of
 from entra.encode import Encoder, as_ids, completion_text
 from entra.progress import progress_bar
@@ -291,6 +290,6 @@ def _truncated_getter(options: argparse.Namespace, shared: Sequence[str]) -> tup
 
 def _number(columns: Mapping[str, Any], name: str) -> float:
     value = _field(columns, name)
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_finite(value):
         raise _BadRow(f"malformed: {name}={value!r} must be a number, true or false")
     return value

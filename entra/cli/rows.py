@@ -14,6 +14,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -21,6 +22,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from entra.cli import CommandError, one_line
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a field holds a number, true or false, that a float can hold."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 class Row(NamedTuple):

@@ -41,10 +41,11 @@ from entra.view.traces import Trace
 
 QUESTION = "Do the reward's statistics differ between math, logic, code and common-sense problems?"
 READING = """\
-**r differs between domains mostly because lengths do.** It is 0.829 in math, where answers are short, and 0.749 in code, but
-at 50 tokens the means are 0.768 to 0.817 with overlapping intervals. Within math r falls with the length at a correlation of
--0.84; at 50 tokens nothing of it is left (0.03). So one threshold or one weight for r is not the same thing in every domain,
-while the length-adjusted r can be compared.
+**r differs between domains, in part because short completions do.** Its mean is 0.829 in math and 0.749 in code. On the
+completions that are long enough for it, 10 to 21 in a domain, it is 0.759 and 0.707, and at 50 tokens 0.817 and 0.768: the
+adjustment raises the level and leaves the difference as it was, within the intervals. What it takes away is the relation with
+the length, -0.49 over all completions and -0.37 over those, of which -0.13 (-0.37 to 0.12) is left. So a threshold or a weight
+that was chosen for r in one domain need not fit another, and more completions would be needed to say why.
 
 What is protected follows the text: in math 30 % of the protected tokens are numbers (of all tokens 18 %), in logic 3 %, where
 63 % are words. In every domain words are protected less, and punctuation more, than their share.
@@ -156,7 +157,7 @@ def run(options: argparse.Namespace) -> Result:
     settings = {"model": options.model, **{name: getattr(options, name) for name in names}, "tasks": DOMAINS}
     summary = {
         "by_domain": {domain: _summary(_of(rows, domain)) for domain in [*DOMAINS, ALL]},
-        "left_out": measured.left_out.sentence(),
+        **measured.left_out.summary(),
         "examples": _examples(tokenizer, measured, rows),
     }
     return Result(name="domain", settings=settings, rows=rows, summary=summary)
@@ -238,7 +239,8 @@ def _of(rows: Sequence[dict[str, Any]], domain: str) -> list[dict[str, Any]]:
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means with intervals, shares of kinds among all and among protected tokens, and correlations."""
-    measured = ("correct", "finished", "tokens", "r", "r_adjusted", "repeated", "logprob", "mu", "lift")
+    measured = ("correct", "finished", "tokens", "r", "r_adjusted", "r_of_adjusted", "repeated", "logprob", "mu", "lift")
+    rows = [{**row, "r_of_adjusted": None if row["r_adjusted"] is None else row["r"]} for row in rows]
     summary: dict[str, Any] = {"completions": len(rows), "adjusted": sum(row["r_adjusted"] is not None for row in rows)}
     for name in measured:
         values = [float(row[name]) for row in rows if row[name] is not None]
@@ -254,7 +256,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         }
     summary["correlations"] = {
         f"{of} with {other}": _correlation([(row[of], row[other]) for row in rows])
-        for of in ("r", "r_adjusted")
+        for of in ("r", "r_of_adjusted", "r_adjusted")
         for other in ("tokens", "correct")
     }
     return summary
@@ -309,6 +311,7 @@ def tables(result: Result) -> list[Table]:
             f"r of {positions} tokens (of n completions)",
             lambda domain: f"{cell(domain, 'r_adjusted', digits=3)} ({by_domain[domain]['adjusted']})",
         ),
+        ("r of the same n completions", lambda domain: cell(domain, "r_of_adjusted", digits=3)),
         ("repeated, % of unprotected", lambda domain: cell(domain, "repeated", 100)),
         ("mean log P, nats", lambda domain: cell(domain, "logprob", digits=2)),
         ("mean μ, 1/1000", lambda domain: cell(domain, "mu", 1000, 2)),
@@ -316,8 +319,10 @@ def tables(result: Result) -> list[Table]:
     ]
     correlations = {
         "r with tokens": "r with tokens",
+        "r_of_adjusted with tokens": "r with tokens, the same n completions",
         "r_adjusted with tokens": f"r of {positions} tokens with tokens",
         "r with correct": "r with right (1) or wrong (0)",
+        "r_of_adjusted with correct": "r with right or wrong, the same n completions",
         "r_adjusted with correct": f"r of {positions} tokens with right or wrong",
     }
 

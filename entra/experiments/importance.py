@@ -34,10 +34,11 @@ READING = """
 counts, as the method wants.
 
 Where it fails: it does not know what a step of reasoning is. A digit is protected when the model was sure of it, so in the
-traces below the digits after `=` often are and the operators are not. In the controls 40.5 % of the punctuation is protected,
-because around it the words are improbable. Connectives, which carry the argument, are protected least of all. Attention has
-another opinion (by μ alone operators, 28.6 %, and connectives, 26.2 %, are above chance and numbers, 10.6 %, below), but at λ
-= 2 it is hardly heard. Kinds are assigned by lists of English words and patterns, and one small model read 26 problems.
+traces below the digits after `=` often are and the operators seldom. In the controls 40.5 % of the punctuation is protected,
+because around it the words are improbable. Connectives, which carry the argument, are protected as seldom as reflection words.
+Attention has another opinion (by μ alone operators, 28.6 %, and connectives, 26.2 %, are above chance and numbers, 10.6 %,
+below), but at λ = 2 it is hardly heard. Kinds are assigned by lists of English words and patterns, and one small model read 26
+problems.
 """
 
 FORMULA, ALL = "in a formula", "all"
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace) -> Result:
     summary = {
         "completions": dict(Counter(row["trace_kind"] for row in rows if row["token_kind"] == ALL)),
         "problems": len(measured.by_problem()),
-        "left_out": measured.left_out.sentence(),
+        **measured.left_out.summary(),
         "by_kind": {
             kind: _by_token_kind([row for row in rows if kind in (ALL, row["trace_kind"])], options.seed)
             for kind in (ALL, *kinds)

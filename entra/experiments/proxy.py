@@ -60,19 +60,21 @@ leave-one-out, at -0.21 in sum and -0.14 per later token, and has 9 and 14 % of 
 it protects is what the later text misses least. With 2 lift instead of 2 μ attention decides, and 0.22 (0.17 to 0.27) per
 later token comes out.
 
-**With the Bayes target, log P given both sides, it correlates at 0.49, and log P alone at 0.51.** They find 63 and 67 % of its
-top 20 %, so attention does not bring the importance nearer to what it approximates. μ by itself points the wrong way, at
--0.08. With the Bayes gain, the part that λμ stands for, μ correlates at 0.15 (0.09 to 0.20), better than a random order, but
-given position and log P only 0.04 (-0.01 to 0.08) is left; the mean of all layers keeps 0.07 (0.03 to 0.12).
+**Of the Bayes target, log P given both sides, log P alone says more than the importance does.** How much depends on the
+alternatives that were not run, 10.8 % of the probability on average and more than 20 % of it for 19.4 % of the tokens. With
+the upper bound log P correlates at 0.51 and I at 0.49, with the lower bound at 0.91 and 0.90; they find 0.67 and 0.63 of its
+top 20 %, or 0.84 and 0.74. Either way attention does not bring the importance nearer to what it approximates, and μ by itself
+points the wrong way, at -0.08 or -0.14. With the Bayes gain, the part that λμ stands for, taken from the upper bound, μ
+correlates at 0.15 (0.09 to 0.20), better than a random order, but given position and log P only 0.04 (-0.01 to 0.08) is left;
+the mean of all layers keeps 0.07 (0.03 to 0.12).
 
 **The targets are different things.** Leave-one-out asks what the later text loses, the Bayes target how sure a token is once
-all is read, and they have no relation (0.02, -0.05 to 0.08). The method's derivation means the second; whether the first is
-the better one to protect is open.
+all is read, and they have no relation (0.02, -0.05 to 0.08) or, with the lower bound, a weak opposite one (-0.16). The
+method's derivation means the second; whether the first is the better one to protect is open.
 
 **How far this goes.** One model of 135 M parameters, the last 40 tokens of short completions, half of them written out by
-hand. Hiding a token makes the later text less likely in 86 % of the cases. The Bayes target leaves out 10.8 % of the
-probability on average: its upper and lower bound differ by 0.07 nats in the median, but order the tokens alike at only 0.58,
-so a correlation with it is to be read with care.
+hand. Hiding a token makes the later text less likely in 86 % of the cases. The bounds of the Bayes target differ by 0.07 nats
+in the median and by 1.19 at the 90th percentile, and order the tokens alike at only 0.58.
 """
 
 TARGETS: dict[str, Callable[[Row], float]] = {
@@ -80,6 +82,7 @@ TARGETS: dict[str, Callable[[Row], float]] = {
     "loo_mean": lambda row: row["loo"] / row["later"],
     "loo_absolute": lambda row: row["loo_absolute"],
     "bayes": lambda row: row["bayes"],
+    "bayes_lower": lambda row: row["bayes_lower"],
     "gain": lambda row: row["gain"],
 }
 """What a proxy stands for, by name, of a token's row."""
@@ -103,6 +106,7 @@ PROXIES: dict[str, Callable[[Row], float]] = {
 
 _CONTROLS = {"position": ("early",), "position and log P": ("early", "logprob")}
 _PARTIAL = ("mu", "lift", "mu_middle", "lift_middle", "mu_all", "lift_all", "logprob")
+_LARGE_TAIL = 0.2
 _SHIPPED_KINDS = ("concise", "overthinking")
 
 
@@ -162,7 +166,7 @@ def run(options: argparse.Namespace) -> Result:
     }
     summary = {
         **summarise(rows, options.top),
-        "left_out": measured.left_out.sentence(),
+        **measured.left_out.summary(),
         "tokens_run": plan_tokens,
     }
     return Result(name="proxy", settings=settings, rows=rows, summary=summary)
@@ -224,10 +228,12 @@ def summarise(rows: Sequence[Row], share: float) -> dict[str, Any]:
         },
         "targets": {a: {b: interval(between(a, b)) for b in TARGETS} for a in TARGETS},
         "bounds": {
-            "spearman": interval(lambda key: spearman(targets[key]["bayes"], [row["bayes_lower"] for row in completions[key]])),
+            "spearman": interval(lambda key: spearman(targets[key]["bayes"], targets[key]["bayes_lower"])),
             "width_median": round(widths[len(widths) // 2], 4),
             "width_p90": round(widths[int(0.9 * len(widths))], 4),
             "tail": round(fmean(row["tail"] for row in flat), 4),
+            "tail_large": round(fmean(row["tail"] > _LARGE_TAIL for row in flat), 4),
+            "tail_max": round(max(row["tail"] for row in flat), 4),
             "alternatives": round(fmean(row["alternatives"] for row in flat), 2),
         },
         "positive": {

@@ -15,6 +15,7 @@ _TARGETS = {
     "loo_mean": "leave-one-out per later token",
     "loo_absolute": "leave-one-out, absolute",
     "bayes": "log P given both sides",
+    "bayes_lower": "the same, lower bound",
     "gain": "Bayes gain",
 }
 _DRAWN = ("loo", "loo_mean", "gain", "bayes")
@@ -199,7 +200,9 @@ def _certainty(result: Result) -> Table:
         header=["quantity", "value"],
         rows=[
             ["alternatives run, mean", f"{bounds['alternatives']:.1f}"],
-            ["probability left out, mean", f"{bounds['tail']:.3f}"],
+            ["probability left out, mean", f"{bounds['tail']:.1%}"],
+            ["tokens of which more than 20% are left out", f"{bounds['tail_large']:.1%}"],
+            ["probability left out, most", f"{bounds['tail_max']:.1%}"],
             ["log P given both sides, upper minus lower bound, median", f"{bounds['width_median']:.2f} nats"],
             ["the same, 90th percentile", f"{bounds['width_p90']:.2f} nats"],
             ["rank correlation of upper and lower bound", _cell(bounds["spearman"])],

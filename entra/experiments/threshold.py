@@ -38,7 +38,7 @@ many of these are the repetitions, so that what should be counted is taken out o
 Against the twin the separation is one of length. Adjusted for length, overthinking is lower in 9 to 12 of 26 pairs with an
 AUC of 0.42 to 0.50, no better than chance at any τ, and at τ = 50 % it scores higher by 0.014 (0.000 to 0.027). Against the
 control of about its own length the order is right in 26 of 26 pairs at every τ, adjusted or not, with either choice; the
-control goes on to new topics, so new words raise it, whatever they say. A larger τ raises every reward and pushes the control
+control goes on to new topics, so new words raise it, whatever they say. A larger τ raises every mean and pushes the control
 against 1 (0.979 at τ = 50 %).
 
 The protected set is stable under changes that should not matter: in bfloat16 98.3 % of the tokens protected at τ = 20 % stay
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> Result:
     found = traces.load(options)
     policy = traces.load_model(options)
     measured = traces.measure(policy, found)
-    again = {name: measure_again(policy, measured, name) for name in options.perturbations}
+    again = {name: other for name in options.perturbations if (other := measure_again(policy, measured, name))}
     rows: list[dict[str, Any]] = []
     separation: list[dict[str, Any]] = []
     stability: list[dict[str, Any]] = []
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> Result:
         "completions": len(measured.traces),
         "problems": len(measured.by_problem()),
         "kinds": measured.kinds(),
-        "left_out": measured.left_out.sentence(),
+        **measured.left_out.summary(),
         "positions": {str(tau): measured.fewest_unprotected(tau) for tau in taus},
         "rewards": {
             str(tau): {
@@ -205,9 +205,12 @@ def tables(result: Result) -> list[Table]:
             for start, of in zip(first, cells.values(), strict=True)
         ],
     )
+    compared = {row["perturbation"] for row in summary["stability"]}
+    inapplicable = [PERTURBATIONS[name] for name in result.settings["perturbations"] if name not in compared]
     stability = Table(
         caption="**Is the protected set stable?** Share of the protected tokens that stay protected when something changes "
-        f"that leaves the completion as it is, in %; chance keeps a share of τ. Change of r: mean absolute. {about}",
+        f"that leaves the completion as it is, in %; chance keeps a share of τ. Change of r: mean absolute. {about}"
+        + (f" Left out, because no prompt here is made of chat messages: {', '.join(inapplicable)}." if inapplicable else ""),
         header=["change", "τ, %", "stay protected", "Jaccard overlap, %", "change of r", "change of log P, nats"],
         rows=[
             [

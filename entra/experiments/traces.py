@@ -71,17 +71,18 @@ class Measured:
 class LeftOut(NamedTuple):
     """Rows that are not among the results."""
 
-    rows: int = 0
-    first: str = ""
-    """What is wrong with the first of them."""
+    faults: tuple[str, ...] = ()
+    """What is wrong with each."""
 
-    def plus(self, faults: Sequence[str]) -> LeftOut:
+    def plus(self, faults: Iterable[str]) -> LeftOut:
         """These and more."""
-        return LeftOut(self.rows + len(faults), self.first or next(iter(faults), ""))
+        return LeftOut((*self.faults, *faults))
 
-    def sentence(self) -> str:
-        """For a caption; empty when nothing is left out."""
-        return f" Left out: {self.rows} rows that cannot be scored, the first: {self.first}." if self.rows else ""
+    def summary(self) -> dict[str, Any]:
+        """For a result: a sentence for captions, empty when nothing is left out, and what is wrong with each row."""
+        count = len(self.faults)
+        sentence = f" Left out: {count} rows that cannot be scored, the first: {self.faults[0]}." if count else ""
+        return {"left_out": sentence, "left_out_rows": list(self.faults)}
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,9 @@ def load(options: argparse.Namespace) -> Samples:
     found = shipped(load_traces()) if options.traces is None else from_rows(options.rows)
     kept = set(list(dict.fromkeys(sample.problem for sample in found.samples))[: options.limit])
     if not kept:
-        raise ValueError(f"--traces {options.traces} has no row with a prompt and a completion; {found.left_out.first}")
+        raise ValueError(
+            f"--traces {options.traces} has no row with a prompt and a completion; {next(iter(found.left_out.faults), '')}"
+        )
     return replace(found, samples=[sample for sample in found.samples if sample.problem in kept])
 
 

@@ -42,7 +42,7 @@ _RUN_LENGTHS = (1, 2, 4, 8)
 
 
 def write_page(
-    traces: Iterable[Trace], path: Path, *, title: str, config: ScoreConfig, facts: Mapping[str, str] | None = None
+    traces: Iterable[Trace], path: Path, *, title: str, config: ScoreConfig | None, facts: Mapping[str, str] | None = None
 ) -> None:
     """One self-contained HTML file that shows the traces: a list, each one's tokens, charts, two side by side.
 
@@ -50,7 +50,7 @@ def write_page(
         traces: in the order of the list; names are made of anything, but differ. They are read once.
         path: overwritten.
         title: the page's heading, such as the name of the file that was scored.
-        config: what the traces were scored with; lambda, tau and the statistic stand in the heading.
+        config: what the traces were scored with; lambda, tau and the statistic stand in the heading. None: nobody knows.
         facts: further ones for the heading, by name, such as the model; the date is today's unless it is among them.
 
     Raises:
@@ -58,7 +58,8 @@ def write_page(
         OSError: the file cannot be written.
     """
     decimals = dict(_DECIMALS)
-    if config.attention_statistic == "lift":
+    lift = config is not None and config.attention_statistic == "lift"
+    if lift:
         decimals["incoming"] = _LIFT_DECIMALS
     vocabulary: dict[tuple[int, str], int] = {}
     prompts: dict[str, int] = {}
@@ -80,7 +81,7 @@ def write_page(
     data = {
         "title": title,
         "facts": [*({"date": time.strftime("%Y-%m-%d")} | dict(facts or {})).items(), *_options(config)],
-        "attention": "lift" if config.attention_statistic == "lift" else "incoming attention",
+        "attention": "lift" if lift else "incoming attention",
         "decimals": decimals,
         "edges": _edges(importance, decimals["importance"]),
         "ids": [token for token, _ in vocabulary],
@@ -130,7 +131,9 @@ def _json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _options(config: ScoreConfig) -> list[tuple[str, str]]:
+def _options(config: ScoreConfig | None) -> list[tuple[str, str]]:
+    if config is None:
+        return [("lambda", "not recorded"), ("tau", "not recorded")]
     options = [("lambda", f"{config.attention_weight:g}"), ("tau", f"{config.protect_fraction:g}")]
     defaults = ScoreConfig()
     for name in ("attention_statistic", "head_reduction", "ranking_scope", "length_adjusted"):

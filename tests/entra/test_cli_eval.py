@@ -112,6 +112,7 @@ def test_unpaired_problems_and_bad_rows_are_counted_and_left_out(capsys):
         {"correct": 1, "tokens": 5},
     ]
     bad += [{"id": 9, "correct": 1, "tokens": -3}, {"id": 9, "correct": 1, "tokens": float("nan")}]
+    bad += [{"id": 9, "correct": 1, "tokens": 10**400}]
     write_rows("base.jsonl", [*BASE, *bad, {"id": "only here", "correct": 0, "tokens": 1, "truncated": True}])
     write_rows("new.jsonl", [row for row in NEW if row["id"] != 3])
     found = evaluate("base.jsonl", "new.jsonl")
@@ -125,10 +126,11 @@ def test_unpaired_problems_and_bad_rows_are_counted_and_left_out(capsys):
         (8, "missing field"),
         (9, "malformed"),
         (10, "malformed"),
+        (11, "malformed"),
     ]
     text = capsys.readouterr().out
     assert "base.jsonl: 2 problems are not in the other file" in text
-    assert "base.jsonl: 6 bad rows were left out (4 malformed, 2 missing field); the first is row 5: malformed: line 5" in text
+    assert "base.jsonl: 7 bad rows were left out (5 malformed, 2 missing field); the first is row 5: malformed: line 5" in text
 
 
 ANSWERS = [
@@ -257,6 +259,22 @@ def test_base_of_empty_completions_has_no_length_reduction():
     write_rows("base.jsonl", rows([1, 0], [0, 0]))
     write_rows("new.jsonl", rows([1, 0], [5, 6]))
     assert set(evaluate("base.jsonl", "new.jsonl")["change"]) == {"tokens_mean", "accuracy"}
+
+
+def test_interval_that_is_undefined_in_some_draws_is_left_out_with_a_word(capsys):
+    """Of 5 problems 2 have an empty base completion: in 1 % of the draws all have, which is 0 / 0 or -inf."""
+    write_rows("base.jsonl", rows([1] * 5, [0, 0, 30, 40, 20]))
+    write_rows("new.jsonl", rows([1] * 5, [0, 0, 20, 30, 10]))
+    found = evaluate("base.jsonl", "new.jsonl")["change"]
+    assert found["length_reduction"] == {"estimate": pytest.approx(1 / 3), "low": None, "high": None}
+    assert None not in found["tokens_mean"].values()
+    note = "No interval of length reduction, compression effectiveness: in some draws it is a division by 0."
+    assert note in capsys.readouterr().out
+    write_rows("base.jsonl", rows([1], [4]))
+    write_rows("new.jsonl", rows([1], [2]))
+    evaluate("base.jsonl", "new.jsonl")
+    assert "No interval of tokens mean, length reduction" in (out := capsys.readouterr().out)
+    assert "one problem alone has none" in out
 
 
 @pytest.mark.parametrize(

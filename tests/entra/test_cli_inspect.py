@@ -104,8 +104,33 @@ def test_scored_file_is_shown_without_weights(prefix, parquet, model, shown, tmp
     assert [trace.error is None for trace in kept] == [True, True, True, False]
     assert kept[3].error == "missing field: completion is null"
     assert "note" in kept[0].columns
-    assert written["config"] == entra.ScoreConfig(**({} if parquet else {"protect_fraction": 0.3}))
+    assert written["config"] == (None if parquet else entra.ScoreConfig(protect_fraction=0.3)), "the file alone does not say"
     assert "4 traces, 1 of them with an error (1 missing field)" in capsys.readouterr().err
+
+
+def test_flags_that_would_not_change_the_scores_of_a_file_are_refused(model, shown, tmp_path, capsys):
+    traces = write_rows(tmp_path / "t.jsonl", [SCORED])
+    assert main(["inspect", traces, "--model", str(model), "--attention-weight", "7"]) == 2
+    assert "t.jsonl holds scores, which the method's flags do not change" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "score",
+                write_rows(tmp_path / "u.jsonl", [GOOD]),
+                "--model",
+                str(model),
+                "--output",
+                "s.jsonl",
+                "--details",
+                "--attention-weight",
+                "7",
+            ]
+        )
+        == 0
+    )
+    assert main(["inspect", "s.jsonl", "--attention-weight", "7"]) == 0
+    assert shown.pop()[2]["config"] == entra.ScoreConfig(attention_weight=7.0)
+    assert main(["inspect", "s.jsonl", "--attention-weight", "6"]) == 2
 
 
 def test_file_that_was_scored_twice_asks_which(model, shown, tmp_path, capsys):
@@ -141,6 +166,9 @@ SCORED = {
         pytest.param({"logprobs": None}, "missing field: logprobs is null", id="null"),
         pytest.param({"incoming": [0.5]}, "malformed: incoming must hold a finite number for each of the 2", id="short"),
         pytest.param({"importance": [0.5, math.nan]}, "malformed: importance must hold a finite number", id="nan"),
+        pytest.param({"importance": [0.5, 10**400]}, "malformed: importance must hold a finite number", id="no-float"),
+        pytest.param({"reward": 10**400}, "malformed: reward=1000", id="reward-is-no-float"),
+        pytest.param({"logprobs": [-1e300, -1.0]}, "malformed: logprobs must hold a finite number", id="no-float32"),
         pytest.param({"importance": [0.5, "x"]}, "malformed: importance must hold a finite number", id="text"),
         pytest.param({"protected": [1, 0]}, "malformed: protected must hold true or false", id="not-bool"),
         pytest.param({"token_ids": [5, -1]}, "malformed: token_ids must be a list of token ids", id="negative-id"),

@@ -93,6 +93,21 @@ def test_redraw_writes_the_same_report_from_the_json_alone(name, folder, tmp_pat
 @pytest.mark.parametrize("name", NAMES)
 def test_report_says_what_was_left_out(name, folder):
     assert "Left out: 1 rows that cannot be scored, the first: row 10 has no completion." in (folder / f"{name}.md").read_text()
+    assert results.read(folder / f"{name}.json").summary["left_out_rows"] == ["row 10 has no completion"]
+
+
+def test_perturbations_that_apply_to_no_prompt_are_left_out(policy, tmp_path, monkeypatch):
+    """Another system message and no chat template: neither can be said of prompts that are plain text."""
+    monkeypatch.setattr(traces, "load_policy", lambda name: policy)
+    monkeypatch.setattr(results, "draw", lambda figure, folder: None)
+    rows = [{"prompt": prompt, "completion": text, "kind": kind} for prompt, texts in PROBLEMS for kind, text in texts.items()]
+    (tmp_path / "traces.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--model", "tiny", "--traces", str(tmp_path / "traces.jsonl"), "--output", str(tmp_path), "--draws", "2"]
+    assert main(["experiment", "threshold", *arguments]) == 0
+    stability = results.read(tmp_path / "threshold.json").summary["stability"]
+    assert {row["perturbation"] for row in stability} == {"bfloat16", "polite"}
+    left_out = "Left out, because no prompt here is made of chat messages: another system message, no chat template."
+    assert left_out in (tmp_path / "threshold.md").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,6 +119,7 @@ def test_plots_have_labels_and_captions(name, folder):
     for figure in drawn:
         canvas = Figure()
         figure.draw(canvas)
+        assert figure.title
         assert any(axes.get_xlabel() for axes in canvas.axes)
         assert any(axes.get_ylabel() for axes in canvas.axes)
         assert all(axes.has_data() for axes in canvas.axes)

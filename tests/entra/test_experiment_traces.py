@@ -39,13 +39,16 @@ def test_completions_of_one_prompt_are_one_problem_and_bad_rows_are_counted():
         ("problem 2", "trace"),
         ("problem 3", "trace"),
     ]
-    assert found.left_out == traces.LeftOut(2, "line 3 cannot be parsed: it is no JSON")
+    assert found.left_out == traces.LeftOut(("line 3 cannot be parsed: it is no JSON", "row 4 has no completion"))
 
 
 def test_what_cannot_be_encoded_is_left_out_and_the_rest_goes_on(policy):
     measured = traces.measure(policy, traces.from_rows(ROWS))
     assert [trace.sample.problem for trace in measured.traces] == ["sum", "sum", "problem 2"]
-    assert measured.left_out.rows == 3
+    summary = measured.left_out.summary()
+    assert summary["left_out"] == " Left out: 3 rows that cannot be scored, the first: line 3 cannot be parsed: it is no JSON."
+    assert summary["left_out_rows"][:2] == ["line 3 cannot be parsed: it is no JSON", "row 4 has no completion"]
+    assert summary["left_out_rows"][2].startswith("problem 3, trace: ")
     assert measured.by_problem() == {"sum": [0, 1], "problem 2": [2]}
     assert "".join(measured.traces[1].pieces) == ROWS[1][0]["completion"]
 

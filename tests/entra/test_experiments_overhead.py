@@ -26,6 +26,21 @@ def test_eager_attention_by_hand_gives_what_entra_gives(method):
     assert incoming.std() > 0.1 * incoming.mean()
 
 
+@pytest.mark.parametrize("method", overhead.METHODS)
+def test_only_the_eager_ones_run_eager_attention(method, monkeypatch):
+    """Counted by the calls of the fused operation, one per layer."""
+    model, eager = overhead.build(overhead.Shape(128, 2), "cpu", vocab_size=300)
+    fused, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    overhead.functions(model, eager, torch.randint(10, 300, (1, 96)))[method]()
+    assert len(calls) == (0 if method in (overhead.EAGER, overhead.EAGER_LAST) else 2)
+
+
 def test_limits_leave_out_and_redraw_gives_the_same_page(tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--device", "cpu", "--models", "64x1", "128x1", "--lengths", "80", "160", "--rounds", "2"]
@@ -38,6 +53,7 @@ def test_limits_leave_out_and_redraw_gives_the_same_page(tmp_path, capsys):
     assert by["64x1", 80, overhead.EAGER]["seconds"] > 0
     assert by["64x1", 160, overhead.EAGER]["left_out"] == "its attention needs some 0.0 GiB"
     assert "| left out |" in written
+    assert "Not measured: attention of more than 0.0002 GiB; sizes of more than 0.5 billion parameters times tokens." in written
     forward, entra = by["64x1", 160, overhead.FORWARD], by["64x1", 160, overhead.ENTRA]
     ratio = next(row for row in result.summary["compared"] if (row["tokens"], row["method"]) == (160, overhead.ENTRA))
     assert ratio["time"] == pytest.approx(entra["seconds"] / forward["seconds"], abs=1e-3)

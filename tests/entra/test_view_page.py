@@ -490,6 +490,28 @@ def test_text_that_is_markup_is_shown_and_never_run(open_page, tmp_path):
     assert len(page.driver.get_log("browser")) >= 3
 
 
+def test_characters_without_a_shape_are_seen_and_reorder_nothing(open_page):
+    pieces = ["abc ", "\u202e", "DEF ", "\u200bGHI ", "JKL"]
+    page = open_page([trace_of("bidi", range(5), words=pieces)])
+    page.load("#trace=1")
+    boxes = page.js("[...document.querySelectorAll('.text .t')].map(e => [e.getBoundingClientRect().left, e.offsetWidth])")
+    assert [left for left, _ in boxes] == sorted(left for left, _ in boxes), "an override would turn the tokens after it round"
+    assert boxes[1][1] > 10, "it can be pointed at"
+    signs = page.js("[...document.querySelectorAll('.text .t')].map(e => getComputedStyle(e, '::before').content)")
+    assert signs == ["none", '"<U+202E>"', "none", '"<U+200B>"', "none"]
+    assert page.text() == [ord(c) for c in "".join(pieces)], "what is copied is the text itself"
+    page.token(1).click()
+    assert page.card()["token"] == "<U+202E>"
+    page.assert_quiet()
+
+
+def test_rows_without_a_prompt_are_not_of_one_prompt(open_page):
+    page = open_page([trace_of("a", [1, 2], prompt=""), trace_of("b", [1, 2], prompt="")])
+    page.load("#trace=1")
+    assert page.js("document.getElementById('versus').disabled")
+    page.assert_quiet()
+
+
 def test_numbers_that_are_huge_or_not_finite(open_page):
     trace = trace_of(
         "huge",

@@ -42,10 +42,14 @@ const share = (value) => `${(100 * value).toFixed(1)}\u202f%`;
 const plural = (count, noun) => `${whole(count)} ${noun}${count === 1 ? "" : "s"}`;
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
-// White space in a token or a run, so that it can be seen.
+// Characters without a shape that reorder what stands around them, or hide: bidirectional controls and zero width.
+const SHAPELESS = /[\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]/g;
+const signOf = (character) => `<U+${character.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}>`;
+
+// White space and what has no shape in a token or a run, so that it can be seen.
 function visible(text) {
   if (text === "") return "(part of a character)";
-  return text.replace(/\r/g, "\u240d").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5").replace(/^ +| +$/g, (s) => "\u2423".repeat(s.length));
+  return text.replace(SHAPELESS, signOf).replace(/\r/g, "\u240d").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5").replace(/^ +| +$/g, (s) => "\u2423".repeat(s.length));
 }
 
 // The shade of an importance, 0 to 6; the classes that there are spread over all of them.

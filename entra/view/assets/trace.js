@@ -35,6 +35,11 @@ function textOf(trace, tokens, looked, left) {
       (guarded && !(i + 1 < n && tokens.protected[i + 1]) ? " last" : "") +
       (piece.includes("\n") ? " line" : piece === "" ? " part" : "");
     span.textContent = piece;
+    const shapeless = piece.match(SHAPELESS);
+    if (shapeless) {  // the text stays what it is; a sign stands before it, and it moves nothing outside of its token
+      span.classList.add("shapeless");
+      span.dataset.sign = shapeless.map(signOf).join("");
+    }
     span.tabIndex = -1;
     span.at = i;
     spans[i] = span;
@@ -202,7 +207,7 @@ async function view(first, second, list) {
     else link.href = address(index);
     link.title = index === null ? "" : traces[index].name;
   }
-  const twins = traces.filter((twin) => twin.prompt === trace.prompt && twin.index !== first);
+  const twins = traces.filter((twin) => twin.prompt === trace.prompt && data.prompts[trace.prompt] !== "" && twin.index !== first);
   const select = byId("versus");
   select.replaceChildren(
     make("option", { value: "" }, twins.length ? "choose one of the same prompt" : "no other of this prompt"),
