@@ -389,9 +389,28 @@ def _visible_keys(batch: int, tokens: int, start: Tensor | None, window: int | N
 def scored_layer(model: nn.Module) -> tuple[str, Any, str]:
     """Name, attention module, and layer type of the last full-attention layer, else of the last windowed one.
 
-    Raises a ValueError where there is none. Candidates are found by what they do, in any wrapper: modules with a layer index
-    whose forward looks its attention function up. Modules of another config class than the text decoder's (vision towers, depth
-    decoders) and layers past the decoder's depth (multi-token prediction) are not candidates.
+    Raises a ValueError where there is none.
+    """
+    text_config = _text_config(model)
+    layer_types = getattr(text_config, "layer_types", None)
+    candidates = attention_layers(model)
+    full = [candidate for candidate in candidates if candidate[2] in _FULL]
+    windowed = [candidate for candidate in candidates if candidate[2] in _WINDOWED]
+    # A window is the whole story only where no other layer reaches further by attending sparsely.
+    sparse = set(layer_types or ()) - _FULL - _WINDOWED - _NO_SOFTMAX
+    scorable = full or ([] if sparse else windowed)
+    if not scorable:
+        raise ValueError(_refusal(model, text_config, layer_types))
+    # Stable: of two stacks with the same indices (HRM) the one that comes later.
+    return sorted(scorable, key=lambda candidate: candidate[1].layer_idx)[-1]
+
+
+def attention_layers(model: nn.Module) -> list[tuple[str, Any, str]]:
+    """Name, attention module, and layer type of every decoder layer that goes through transformers' attention interface.
+
+    They are found by what they do, in any wrapper: modules with a layer index whose forward looks its attention function up.
+    Modules of another config class than the text decoder's (vision towers, depth decoders) and layers past the decoder's depth
+    (multi-token prediction) are left out.
     """
     text_config = _text_config(model)
     depth = getattr(text_config, "num_hidden_layers", None)
@@ -409,16 +428,7 @@ def scored_layer(model: nn.Module) -> tuple[str, Any, str]:
         ):
             continue
         candidates.append((name, module, "full_attention" if layer_types is None else layer_types[index]))
-
-    full = [candidate for candidate in candidates if candidate[2] in _FULL]
-    windowed = [candidate for candidate in candidates if candidate[2] in _WINDOWED]
-    # A window is the whole story only where no other layer reaches further by attending sparsely.
-    sparse = set(layer_types or ()) - _FULL - _WINDOWED - _NO_SOFTMAX
-    scorable = full or ([] if sparse else windowed)
-    if not scorable:
-        raise ValueError(_refusal(model, text_config, layer_types))
-    # Stable: of two stacks with the same indices (HRM) the one that comes later.
-    return sorted(scorable, key=lambda candidate: candidate[1].layer_idx)[-1]
+    return candidates
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from entra.capture import attention_layers
+
 # In nats. A wrong mask is off by tenths, another order of the sums by less than 1e-3.
 _CHECK_TOLERANCE = 5e-3
 
@@ -255,26 +257,34 @@ class LayerAttention(NamedTuple):
 
 
 def layer_attention(model: Any, token_ids: Sequence[int]) -> LayerAttention:
-    """Statistics of all layers out of one eager forward, which holds N x N probabilities per head: for short sequences.
+    """Statistics of all layers out of one eager forward, which holds one layer's N x N probabilities per head at a time.
 
     For the last layer the same as `entra.capture_incoming_attention`, which needs no N x N and serves one layer.
 
     Source: docs/method.md, incoming attention.
     """
     _check_model(model)
+    tokens = len(token_ids)
+    queries = torch.arange(tokens - 1, -1, -1).clamp(min=1)
+    weights = torch.stack([torch.ones(tokens), torch.arange(1.0, tokens + 1)]).double()  # of a query: in the mean, in the lift
+    layers: list[Tensor] = []
+
+    def reduce(module: Any, args: Any, output: Any) -> None:
+        future = output[1][0].double().mean(dim=0).tril(-1)  # [N, N]
+        layers.append((weights.to(future.device) @ future).cpu() / queries)
+
+    hooks = [module.register_forward_hook(reduce) for _, module, _ in attention_layers(model)]
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad():
-            output = model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False, output_attentions=True)
+            model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False)
     finally:
         model.set_attn_implementation(before)
-    attention = torch.stack([layer[0].double().mean(dim=0) for layer in output.attentions]).cpu()  # [L, N, N]
-    future = attention.tril(-1)
-    tokens = len(token_ids)
-    queries = torch.arange(tokens - 1, -1, -1).clamp(min=1)
-    position = torch.arange(1, tokens + 1)
-    return LayerAttention(future.sum(dim=1) / queries, (future * position[:, None]).sum(dim=1) / queries)
+        for hook in hooks:
+            hook.remove()
+    mean, lift = torch.stack(layers, dim=1)
+    return LayerAttention(mean, lift)
 
 
 def _later(replay: Replay, after: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
 pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
 
-from entra.experiments.evidence import arms
+from entra.experiments.evidence import arms, processes
 from entra.experiments.evidence.__main__ import main
 from entra.experiments.evidence.model import EOS_ID, build_tokenizer
 from entra.experiments.evidence.problems import KINDS, correct, mixed, tokens_of, trace
@@ -93,6 +93,18 @@ def test_a_cut_completion_is_wrong(some):
 def test_an_unknown_arm_is_refused():
     with pytest.raises(ValueError, match="arm='entropy' must be one of accuracy, entra-additive"):
         arms.rewards_of("entropy", 0)
+
+
+def test_missing_runs_are_made_with_a_bar_and_failures_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "make_sft", lambda sft, steps: 0)
+    monkeypatch.setattr(processes, "_process", lambda name, *words, **flags: int(name == "b"))
+    (tmp_path / "c.json").touch()
+    runs = [processes.Run([name], tmp_path / f"{name}.json", {}) for name in "abc"]
+    assert processes.make_missing(runs, tmp_path) == 1
+    lines = capsys.readouterr().err
+    assert "1 of 3 runs are there, 2 to do, 2 at a time" in lines
+    assert " 50% |" in lines
+    assert "| 2/2 runs [" in lines
 
 
 def test_from_sft_to_the_report(tmp_path, capsys):

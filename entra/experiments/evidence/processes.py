@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from entra.progress import progress_line
 
 AT_ONCE = 2
 
@@ -33,9 +35,12 @@ def make_missing(runs: Sequence[Run], sft: Path, sft_steps: int | None = None) -
         return 1
     missing = [run for run in runs if not run.into.exists()]
     say(f"{len(runs) - len(missing)} of {len(runs)} runs are there, {len(missing)} to do, {AT_ONCE} at a time")
+    begin = time.monotonic()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        codes = list(pool.map(lambda run: _process(*run.words, "--sft", sft, "--into", run.into, **run.flags), missing))
-    return sum(map(bool, codes))
+        made = [pool.submit(_process, *run.words, "--sft", sft, "--into", run.into, **run.flags) for run in missing]
+        for finished, _ in enumerate(as_completed(made), 1):
+            say(progress_line(len(missing), finished, "runs", time.monotonic() - begin))
+    return sum(bool(run.result()) for run in made)
 
 
 def make_sft(sft: Path, steps: int | None = None) -> int:
