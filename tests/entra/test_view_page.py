@@ -362,6 +362,26 @@ def test_the_same_token_elsewhere_is_marked(page, traces):
     assert marked == [i for i, token in enumerate(traces[0].token_ids) if token == traces[0].token_ids[4]]
 
 
+def test_a_position_of_the_chart_is_chosen_with_the_keyboard(page, traces):
+    from selenium.webdriver.common.keys import Keys
+
+    page.load("#trace=1")
+    page.wait("document.querySelector('.positions svg') !== null")
+    page.js("document.querySelector('.positions svg').focus()")
+    at = "Number(document.querySelector('.positions svg').getAttribute('aria-valuenow'))"
+    page.keys(Keys.END)
+    assert page.js(at) == len(traces[0].token_ids)
+    page.keys(Keys.ARROW_RIGHT)
+    assert page.js(at) == len(traces[0].token_ids), "there is nothing beyond the last token"
+    page.keys(Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    chosen = page.js(at)
+    assert 1 < chosen < len(traces[0].token_ids)
+    page.keys(Keys.ENTER)
+    page.wait(f"document.activeElement === document.querySelectorAll('.text .t')[{chosen - 1}]")
+    assert page.js(at) == chosen
+    page.assert_quiet()
+
+
 def test_charts_have_titles_axes_with_units_captions_and_the_numbers_of_the_trace(page, traces):
     page.load("#trace=1")
     trace = traces[0]

@@ -148,7 +148,7 @@ function overPosition(trace, tokens, jump) {
     if (values.length) bins.push({ x: first + 1 + (Math.min(stretch, trace.tokens - first) - 1) / 2, low: at(0.1), middle: at(0.5), high: at(0.9) });
   }
   const y = padded(Math.min(...bins.map((bin) => bin.low)), Math.max(...bins.map((bin) => bin.high)), 0.01);
-  let frame = null, marked = null;
+  let frame = null, marked = null, chosen = 0;
   const line = (points) => "M" + points.map(([px, py]) => `${px.toFixed(1)} ${py.toFixed(1)}`).join("L");
   const paintMarks = () => {
     if (!frame || !marked) return;
@@ -161,9 +161,8 @@ function overPosition(trace, tokens, jump) {
       height: 230,
       x: { label: "position (tokens from the start)", range: [1, Math.max(2, trace.tokens)] },
       y: { label: `importance (nats)`, range: y },
-      label: `Importance over position in ${trace.name}`,
+      label: `Importance over position in ${trace.name}; arrow keys choose a position, Enter goes there`,
     });
-    frame.picture.setAttribute("role", "img");
     const place = (key) => bins.map((bin) => [frame.toX(bin.x), frame.toY(bin[key])]);
     if (bins.length > 1) {
       if (stretch > 1) frame.picture.append(draw("path", { class: "band", d: line([...place("high"), ...place("low").reverse()]) + "Z" }));
@@ -172,10 +171,30 @@ function overPosition(trace, tokens, jump) {
     marks.occurrences = draw("path", { class: "occurrence" });
     marks.cursor = draw("path", { class: "cursor" });
     frame.picture.append(marks.occurrences, marks.cursor);
-    frame.picture.addEventListener("click", (event) => {
-      const part = (event.clientX - frame.picture.getBoundingClientRect().left - frame.left) / (frame.right - frame.left);
-      jump(Math.max(0, Math.min(trace.tokens - 1, Math.round(part * (trace.tokens - 1)))));
-    });
+    const inside = (i) => Math.max(0, Math.min(trace.tokens - 1, i));
+    const choose = (i) => {
+      chosen = inside(i);
+      frame.picture.setAttribute("aria-valuenow", chosen + 1);
+      marks.cursor.setAttribute("d", `M${frame.toX(chosen + 1).toFixed(1)} ${frame.top}V${frame.bottom}`);
+    };
+    filled(frame.picture, {
+      tabindex: 0,
+      role: "slider",
+      "aria-valuemin": 1,
+      "aria-valuemax": trace.tokens,
+      "aria-valuenow": chosen + 1,
+      keydown: (event) => {
+        const moves = { ArrowRight: chosen + stretch, ArrowUp: chosen + stretch, ArrowLeft: chosen - stretch, ArrowDown: chosen - stretch, Home: 0, End: trace.tokens - 1 };
+        if (event.key in moves) {
+          choose(moves[event.key]);
+          event.preventDefault();
+        } else if (event.key === "Enter") jump(chosen);
+      },
+      click: (event) => {
+        const part = (event.clientX - frame.picture.getBoundingClientRect().left - frame.left) / (frame.right - frame.left);
+        jump(inside(Math.round(part * (trace.tokens - 1))));
+      },
+    }, []);
     paintMarks();
     return frame.picture;
   });
@@ -183,11 +202,12 @@ function overPosition(trace, tokens, jump) {
     (stretch > 1
       ? `Line: median importance of each ${stretch} neighbouring tokens of the ${whole(trace.tokens)} in this trace; band: from their 10th to their 90th percentile.`
       : `Importance of each of the ${plural(trace.tokens, "token")} in this trace.`) +
-    " Importance is log-probability + \u03bb \u00d7 attention from later tokens. Ticks: where the marked token occurs. Click to go there.";
+    " Importance is log-probability + \u03bb \u00d7 attention from later tokens. Ticks: where the marked token occurs. Click to go there, or choose a position with the arrow keys and press Enter.";
   return {
     figure,
     mark(at, all) {
       marked = { at, all };
+      if (at !== null) frame?.picture.setAttribute("aria-valuenow", (chosen = at) + 1);
       paintMarks();
     },
   };
