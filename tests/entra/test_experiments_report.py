@@ -38,6 +38,30 @@ def test_every_decimal_of_a_reading_stands_in_the_tables_below_it(name):
     assert [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", shown)] == []
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_plot_has_a_title_labels_and_a_caption_that_stands_alone(name):
+    from matplotlib.figure import Figure
+
+    drawn = importlib.import_module(EXPERIMENTS[name]).figures(read(RESULTS / f"{name}.json"))
+    assert drawn
+    for figure in drawn:
+        assert len(figure.title) > 20
+        assert len(figure.caption) > 150
+        canvas = Figure()
+        figure.draw(canvas)
+        assert canvas.axes
+        for axes in canvas.axes:
+            assert axes.has_data()
+            place = axes.get_subplotspec()
+            for label, along, ticks in (
+                ("get_xlabel", "colspan", axes.get_xticklabels()),
+                ("get_ylabel", "rowspan", axes.get_yticklabels()),
+            ):
+                row = [a for a in canvas.axes if getattr(a.get_subplotspec(), along) == getattr(place, along)]
+                words = all(any(c.isalpha() for c in tick.get_text()) for tick in ticks)
+                assert words or any(getattr(other, label)() for other in row), (figure.name, label)
+
+
 def test_no_results_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no results; make experiments"):
         report(tmp_path, DOCUMENT)
