@@ -228,15 +228,12 @@ def redundancy(
     """All packed, [T] and [S + 1]. Returns reward [S], importance [T], protected [T]."""
     module = _implementation(backend, logprobs)
     tokens = logprobs.shape[0]
-    spans = Spans(cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.shape[0] - 1, tokens=tokens, batch=1)
-    spans.check(logprobs.device)
-    starts, lengths = cu_seqlens[:-1].clamp(0, tokens).int(), spans.token_counts(logprobs.device).int()
+    Spans(cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.shape[0] - 1, tokens=tokens, batch=1).check(logprobs.device)
     return module.redundancy(
         logprobs,
         incoming,
         token_ids,
-        starts,
-        lengths,
+        cu_seqlens,
         attention_weight=attention_weight,
         protect_fraction=protect_fraction,
         degenerate_reward=degenerate_reward,

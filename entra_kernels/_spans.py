@@ -50,3 +50,9 @@ class Spans:
         starts = [0] * self.count if self.starts is None else self.starts.tolist()
         ends = [self.tokens] * self.count if self.ends is None else self.ends.tolist()
         return zip(starts, ends, strict=True)
+
+
+def packed_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """First token and number of tokens of each sequence, int32 [S], cut to `tokens`; without waiting for the device."""
+    bounds = cu_seqlens.clamp(0, tokens).int()
+    return bounds[:-1], (bounds[1:] - bounds[:-1]).clamp(min=0)
