@@ -19,6 +19,7 @@ take; others, and calls with options, run there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from entra_kernels._triton.launch import Ring
+from entra_kernels._triton.launch import Chip, KernelCase, Ring, attention_launch
 from entra_kernels._triton.plan import Plan
 
 RESIDENT = 256
@@ -44,6 +45,9 @@ PIECE_FIELDS = gl.constexpr(5)
 GROUPS = {"num_warps": 4, "maxnreg": 168, "REGISTERS": 232}
 """Warps of the first group; registers of a thread when the program starts, which three groups of 4 warps can have; and of a
 thread that takes exponentials, once the copying warp has given up its own."""
+
+TILE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+LSE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.9 knows the new name alone
 
@@ -415,9 +419,8 @@ class Rows(NamedTuple):
 
     def descriptor(self, tensor: Tensor, tokens: int) -> TensorDescriptor:
         """Of tiles of `tokens` rows."""
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         strides, block = [tensor.stride(2), 1], [tokens, tensor.shape[3]]
-        return TensorDescriptor(tensor, [self.rows, self.columns], strides, block, layout)
+        return TensorDescriptor(tensor, [self.rows, self.columns], strides, block, TILE_LAYOUT)
 
 
 class Views(NamedTuple):
@@ -459,12 +462,52 @@ def column_sum(
 ) -> None:  # fmt: skip
     """Fills `partial` [entries, Hkv or H, 256]; `scale` in log2 units."""
     heads, kv_heads, head_dim = views.q.shape[1], views.k.shape[1], views.q.shape[3]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     shape = [negative_lse.numel() // streamed, streamed]
-    lse = TensorDescriptor(negative_lse, shape, [streamed, 1], [1, streamed], layout)
+    lse = TensorDescriptor(negative_lse, shape, [streamed, 1], [1, streamed], LSE_LAYOUT)
     _column_sum_kernel[(tables.entries * kv_heads,)](
         views.q_rows.descriptor(views.q, streamed), views.k_rows.descriptor(views.k, PART.value),
         lse, partial, tables.pieces, tables.spans, *views.steps, tables.slots, kv_heads, heads // kv_heads, scale,
         HEAD_DIM=head_dim, STREAMED=streamed, STAGES=ring.stages, PACKED=packed, PER_HEAD=per_head,
         IN_REGISTERS=ring.in_registers, **GROUPS,
     )  # fmt: skip
+
+
+def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
+    """Both passes for each head dim, as a model calls them, and for one with what else they take."""
+    if dtype != "bf16" or chip.arch != "sm_90":
+        return
+    for head_dim, more in ((64, False), (128, False), (128, True), (256, False)):
+        size = attention_launch(head_dim, 4, 2, chip, options=False)
+        assert size.ring is not None
+        tile = f"tensordesc<bf16[%d, {head_dim}],{TILE_LAYOUT!r}>"
+        streamed, part = tile % size.streamed, tile % PART.value
+        for kernel, name in ((_row_lse_kernel, "ring_row_lse"), (_column_sum_kernel, "ring_column_sum")):
+            rows = kernel is _row_lse_kernel
+            types = {"q_desc": part if rows else streamed, "k_desc": streamed if rows else part}
+            types |= {"lse_desc": f"tensordesc<fp32[1, {size.streamed}],{LSE_LAYOUT!r}>", "sinks": "*bf16", "scale": "fp32"}
+            types |= dict.fromkeys(("negative_lse", "partial_out"), "*fp32") | dict.fromkeys(("tiles", "pieces", "spans"), "*i32")
+            values: dict[str, object] = {
+                "HEAD_DIM": head_dim,
+                "STREAMED": size.streamed,
+                "STAGES": size.ring.stages,
+                "PACKED": more,
+                "PER_HEAD": more,
+                "IN_REGISTERS": size.ring.in_registers,
+                "REGISTERS": GROUPS["REGISTERS"],
+                "num_warps": GROUPS["num_warps"],
+                **({} if more else {"sinks": None, "sinks_stride": 0}),
+            }
+            steps = ("q_row_batch", "q_row_head", "q_column_head", "k_row_batch", "k_row_head", "k_column_head")
+            yield KernelCase(
+                label=f"{name} d={head_dim}" + (" sinks per head packed" if more else ""),
+                kernel=kernel,
+                arguments={n: types.get(n, "i32") for n in kernel.arg_names if n not in values},
+                constexprs={n: values[n] for n in kernel.arg_names if n in values},
+                divisible=tuple(
+                    n for n in kernel.arg_names if n not in values and (n in steps or types.get(n, "").startswith("*"))
+                ),
+                num_warps=GROUPS["num_warps"],
+                max_registers=GROUPS["maxnreg"],
+                head_dim=head_dim,
+                scores=size.streamed,
+            )

@@ -67,6 +67,8 @@ class KernelCase:
     """Bound on the registers of a thread, None for the compiler's own choice. On NVIDIA chips only."""
     head_dim: int | None = None
     """Head dim of an attention kernel: sets where spills are an error."""
+    scores: int = 0
+    """Scores of a thread in one trip of an attention pass whose tile `constexprs` do not give."""
     may_spill: bool = False
     """Whether spills are no error at any head dim."""
 
