@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from eager_reference import TOLERANCE, eager_attentions, reduce_heads
 from tiny_models import FAMILIES, VOCABULARY, WINDOW, build
 from torch import Tensor, nn
 from transformers import (
@@ -26,9 +27,6 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from entra.capture import CapturedLayer, capture_incoming_attention
 
-# Error budget: the models differ from their float64 selves by rounding alone; over all families, rows, and layouts the
-# largest difference measured is 5.0e-7 (Gemma 4, where scores are not scaled down); ten times that is for other BLAS.
-TOLERANCE = 5e-6
 # What has to be told apart (another layer of the same model) differs by at least this.
 DISTINCT = 1e-2
 
@@ -95,30 +93,6 @@ def padded(side: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ids[row, span] = sequence
         mask[row, span] = 1
     return ids, mask, start, length
-
-
-def eager_attentions(family: str, ids: Tensor, **overrides: Any) -> dict[int, Tensor]:
-    """float64 [H, N, N] of every layer that has attention, by layer index."""
-    model = build(family, attn_implementation="eager", **overrides)
-    with torch.no_grad():
-        matrices = model(ids[None], use_cache=False, output_attentions=True).attentions
-    indices = [
-        index
-        for index, layer_type in enumerate(getattr(model.config, "layer_types", None) or ["full"] * len(matrices))
-        if layer_type != "linear_attention"
-    ]
-    assert len(indices) == len(matrices)
-    return {index: matrix[0].double() for index, matrix in zip(indices, matrices, strict=True)}
-
-
-def reduce_heads(matrix: Tensor, window: int | None, *, lift: bool = False) -> Tensor:
-    """float64 [H, N]: each head's mean attention from future queries, of one unpadded sequence."""
-    tokens = matrix.shape[-1]
-    visible = torch.arange(1, tokens + 1).clamp(max=window or tokens)
-    if lift:
-        matrix = matrix * visible[:, None]
-    divisor = torch.arange(tokens - 1, -1, -1).clamp(max=(window or tokens + 1) - 1)
-    return matrix.tril(-1).sum(-2) / divisor.clamp(min=1)
 
 
 def capture(model: nn.Module, ids: Tensor, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, CapturedLayer]:
@@ -416,12 +390,6 @@ def test_a_bidirectional_forward_is_refused(model_of: Callable[[str], PreTrained
     model = model_of("llama")
     with torch.no_grad(), capture_incoming_attention(model), pytest.raises(RuntimeError, match="is_causal=False"):
         model(sequences()[0][None], use_cache=False, is_causal=False)
-
-
-def test_a_packed_forward_is_refused(model_of: Callable[[str], PreTrainedModel]) -> None:
-    model = model_of("llama")
-    with torch.no_grad(), capture_incoming_attention(model), pytest.raises(RuntimeError, match="one sequence per row"):
-        model(sequences()[0][None], use_cache=False, cu_seq_lens_q=torch.tensor([0, 9, TOKENS], dtype=torch.int32))
 
 
 def test_what_is_not_a_causal_language_model_is_refused() -> None:
