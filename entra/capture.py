@@ -485,7 +485,7 @@ def capture_incoming_attention(
     capture = Capture(
         config=config,
         attend=_attention_function(name, module),
-        index=module.layer_idx,
+        index=_layer_index(model, name, module),
         name=name,
         layer_type=layer_type,
         unpackable=_unpackable(model),
@@ -623,8 +623,14 @@ def scored_layer(model: nn.Module) -> tuple[str, Any, str]:
     scorable = full or ([] if sparse else windowed)
     if not scorable:
         raise ValueError(_refusal(model, text_config, layer_types))
+    if hasattr(scorable[-1][1], "lambda_q1"):
+        raise ValueError(
+            f"{type(scorable[-1][1]).__name__} (model_type={text_config.model_type!r}) weighs values with the difference of "
+            "two softmax maps, which may be negative: there is no attention probability for incoming attention to be a mean of; "
+            "score with another model"
+        )
     # Stable: of two stacks with the same indices (HRM) the one that comes later.
-    return sorted(scorable, key=lambda candidate: candidate[1].layer_idx)[-1]
+    return sorted(scorable, key=lambda candidate: _layer_index(model, candidate[0], candidate[1]))[-1]
 
 
 def attention_layers(model: nn.Module) -> list[tuple[str, Any, str]]:
@@ -639,18 +645,32 @@ def attention_layers(model: nn.Module) -> list[tuple[str, Any, str]]:
     layer_types = getattr(text_config, "layer_types", None)
     candidates: list[tuple[str, Any, str]] = []
     for name, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
         if (
-            not isinstance(index, int)
-            or (depth is not None and index >= depth)
+            not isinstance(getattr(module, "layer_idx", None), int)
+            or (depth is not None and module.layer_idx >= depth)
             or type(getattr(module, "config", None)) is not type(text_config)
             or not getattr(module, "is_causal", True)
             or not getattr(text_config, "is_causal", True)
             or not _uses_attention_interface(module)
         ):
             continue
-        candidates.append((name, module, "full_attention" if layer_types is None else layer_types[index]))
+        kind = "full_attention" if layer_types is None else layer_types[_layer_index(model, name, module)]
+        candidates.append((name, module, kind))
     return candidates
+
+
+def _layer_index(model: nn.Module, name: str, module: Any) -> int:
+    """The decoder layer that an attention module stands in.
+
+    Zamba2's shared blocks all say -1; theirs is the place in the list of layers that their name goes through.
+    """
+    if module.layer_idx >= 0:
+        return int(module.layer_idx)
+    path = name.split(".")
+    for end, part in enumerate(path):
+        if part.isdigit() and isinstance(model.get_submodule(".".join(path[:end])), nn.ModuleList):
+            return int(part)
+    return int(module.layer_idx)
 
 
 def _unpackable(model: nn.Module) -> str | None:

@@ -129,7 +129,7 @@ class _LivePolicy:
         if not self._entra_warned:
             warnings.warn(
                 f"the log-prob pass of {type(self).__name__} does not run the model, in one forward, on the rows as they are "
-                "padded or packed in their order into one row; scores cannot ride on it: a forward of ENTRA's own computes them",
+                "padded or packed in order into one row; scores cannot ride on it: a forward of ENTRA's own computes them",
                 UserWarning,
                 stacklevel=3,
             )

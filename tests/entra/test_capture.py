@@ -185,6 +185,33 @@ def test_all_layers_windowed_takes_the_last_with_its_window(family: str, overrid
     torch.testing.assert_close(incoming[0].double(), reduce_heads(matrix, WINDOW).mean(0), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("last", ["hybrid", "linear_attention"])
+def test_the_index_of_a_shared_block_is_that_of_its_layer(last: str) -> None:
+    """Zamba2: every attention module has layer_idx -1."""
+    types = ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid", last]
+    sizes = {"hidden_size": 48, "attention_hidden_size": 96, "attention_head_dim": 24, "intermediate_size": 64}
+    mamba = {"mamba_d_state": 8, "mamba_headdim": 24, "n_mamba_heads": 4, "mamba_ngroups": 1, "num_mem_blocks": 2}
+    config = AutoConfig.for_model(
+        "zamba2",
+        vocab_size=VOCABULARY,
+        num_hidden_layers=len(types),
+        num_attention_heads=4,
+        layers_block_type=types,
+        **sizes,
+        **mamba,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad(), capture_incoming_attention(model) as captured:
+        matrix = model(sequences()[0][None], use_cache=False, output_attentions=True).attentions[-1]
+    layer = captured.layer
+    index = max(i for i, layer_type in enumerate(types) if layer_type == "hybrid")
+    assert (layer.index, layer.layer_type) == (index, "hybrid")
+    assert layer.name == f"model.layers.{index}.shared_transformer.self_attn"
+    expected = reduce_heads(matrix[0].double(), None).mean(0)
+    torch.testing.assert_close(captured.incoming[0].double(), expected, rtol=0, atol=TOLERANCE)
+
+
 def test_a_window_in_the_config_that_the_model_never_reads_is_ignored() -> None:
     model = build("llama", sliding_window=WINDOW)
     incoming, layer = capture(model, sequences()[0][None])
@@ -362,6 +389,7 @@ def test_decoding_on_a_cache_is_refused(model_of: Callable[[str], PreTrainedMode
         ),
         pytest.param("bloom", {}, "BloomAttention", id="own-attention-code"),
         pytest.param("doge", {"intermediate_size": 64}, "a mask per head", id="dynamic-mask"),
+        pytest.param("diffllama", {"num_key_value_heads": 2}, "softmax maps, which may be negative", id="differential"),
     ],
 )
 def test_models_that_cannot_be_scored_are_refused_by_layer_type(model_type: str, fields: dict[str, Any], named: str) -> None:
