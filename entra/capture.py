@@ -169,9 +169,14 @@ class Capture:
         self._result: tuple[Tensor, CapturedLayer, list[Tensor] | None] | None = None
         self._doubts: list[_Doubt] = []
         self._checked = False
+        self._positions: Any = None
         self.expect()
         self.inspect: Callable[[Tensor, Tensor, dict[str, Any]], None] | None = None
         """Called with q [B, H, N, D], k [B, G, N, D] and the other arguments of `incoming_attention`, for `entra.verify`."""
+
+    def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """The pre-forward hook of the model: some models do not hand `position_ids` on to their attention (GPT-BigCode)."""
+        self._positions = kwargs.get("position_ids")
 
     def expect(self, *, start: Tensor | None = None, length: Tensor | None = None, cu_seqlens: Tensor | None = None) -> None:
         """Where the sequences of the next forward lie, in place of what `capture_incoming_attention` was told."""
@@ -254,11 +259,11 @@ class Capture:
         """cu_seqlens of each row where rows pack several sequences, else None; notes what would make the result wrong."""
         tokens = q.shape[2]
         self._doubts, self._checked = [], False
-        found = separation(self._implementation, mask, arguments, q)
+        found = separation(self._implementation, mask, arguments, q, self._positions)
         if self._cu_seqlens is not None:
             return self._given_rows(module, q, mask, arguments, found)
         if found is None:
-            self._doubt(begins_sequences(arguments, q), _UNREADABLE)
+            self._doubt(begins_sequences(arguments, q, self._positions), _UNREADABLE)
             return None
         if self._start is not None or self._length is not None:
             # A pad at the end goes on from the row's last token, so that only what lies inside the spans counts.
@@ -499,11 +504,16 @@ def capture_incoming_attention(
     # The public setter writes through to sub-configs, which the copy shares with the original.
     swapped._attn_implementation_internal = _registered_name(original)
     swapped._entra_capture = capture
+    # A model compiled in place would trace the hook and keep it.
+    hooked = getattr(model, "_compiled_call_impl", None) is None
+    handle = model.register_forward_pre_hook(capture._before, with_kwargs=True) if hooked else None
     module.config = swapped
     try:
         yield capture
     finally:
         module.config = config
+        if handle is not None:
+            handle.remove()
 
 
 def _whole_numbers(name: str, value: Tensor | Sequence[int] | None) -> Tensor | None:
@@ -626,8 +636,8 @@ def scored_layer(model: nn.Module) -> tuple[str, Any, str]:
     if hasattr(scorable[-1][1], "lambda_q1"):
         raise ValueError(
             f"{type(scorable[-1][1]).__name__} (model_type={text_config.model_type!r}) weighs values with the difference of "
-            "two softmax maps, which may be negative: there is no attention probability for incoming attention to be a mean of; "
-            "score with another model"
+            "two softmax maps, which may be negative: there is no attention probability to take the mean of; score with "
+            "another model"
         )
     # Stable: of two stacks with the same indices (HRM) the one that comes later.
     return sorted(scorable, key=lambda candidate: _layer_index(model, candidate[0], candidate[1]))[-1]

@@ -33,13 +33,16 @@ class Separation(NamedTuple):
     """False where `opens` cannot hold anything, known without waiting for the device."""
 
 
-def separation(implementation: str, mask: Any, arguments: dict[str, Any], q: Tensor) -> Separation | None:
+def separation(
+    implementation: str, mask: Any, arguments: dict[str, Any], q: Tensor, positions: Any = None
+) -> Separation | None:
     """What an attention call over q [B, H, N, D] keeps apart; None where its implementation is not known to us.
 
     Args:
         implementation: the name of the attention function, as transformers has it.
         mask: as it arrives there: [B, 1, N, N], a BlockMask, flash attention's [B, N], or None.
         arguments: the keyword arguments of the call.
+        positions: the `position_ids` of the model's call, for attention that does not get them.
     """
     batch, _, tokens, _ = q.shape
     nothing = torch.zeros(batch, tokens, dtype=torch.bool, device=q.device)
@@ -68,14 +71,14 @@ def separation(implementation: str, mask: Any, arguments: dict[str, Any], q: Ten
         may_open = False
     else:
         return None
-    claimed = (named | _restarts(arguments, nothing) | lost) & ~beside(pads)
+    claimed = (named | _restarts(arguments, positions, nothing) | lost) & ~beside(pads)
     return Separation(opens, pads, claimed & ~opens, may_open)
 
 
-def begins_sequences(arguments: dict[str, Any], q: Tensor) -> Tensor:
-    """bool [B, N], tokens at which the arguments of an attention call over q [B, H, N, D] begin a sequence, the first aside."""
+def begins_sequences(arguments: dict[str, Any], q: Tensor, positions: Any = None) -> Tensor:
+    """bool [B, N], tokens at which the arguments of a call over q [B, H, N, D] begin a sequence, as for `separation`."""
     nothing = torch.zeros(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-    return _named_starts(arguments, nothing) | _restarts(arguments, nothing)
+    return _named_starts(arguments, nothing) | _restarts(arguments, positions, nothing)
 
 
 def beside(pads: Tensor) -> Tensor:
@@ -144,9 +147,9 @@ def starts_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return starts[:tokens]
 
 
-def _restarts(arguments: dict[str, Any], nothing: Tensor) -> Tensor:
-    """bool [B, N], where `position_ids` do not go on but start again."""
-    positions = arguments.get("position_ids")
+def _restarts(arguments: dict[str, Any], positions: Any, nothing: Tensor) -> Tensor:
+    """bool [B, N], where `position_ids` do not go on but start again; those of the model's call where attention gets none."""
+    positions = arguments.get("position_ids", positions)
     if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] != nothing.shape[1]:
         return nothing
     restarts = nothing.clone()

@@ -13,7 +13,13 @@ import torch
 from eager_reference import TOLERANCE, eager_attentions, reduce_heads
 from tiny_models import FAMILIES, VOCABULARY, build
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+)
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
 import entra.capture
@@ -190,6 +196,16 @@ def test_tokens_beyond_the_length_of_a_packed_sequence_count_for_nothing(model_o
 # Attention implementations.
 
 
+def test_the_batches_of_transformers_own_collator(model_of: Callable[[str], PreTrainedModel]) -> None:
+    """It gives position_ids and flash attention's arguments, which SDPA does not look at."""
+    rows = [{"input_ids": row.tolist()} for row in sequences()]
+    batch = dict(DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")(rows))
+    ids, positions = batch.pop("input_ids"), batch.pop("position_ids")
+    batch.pop("labels")
+    assert "cu_seq_lens_q" in batch
+    assert_each_as_alone(capture(model_of("llama"), ids, positions, batch), model_of("llama"))
+
+
 def test_packed_rows_of_eager_attention() -> None:
     model = build("qwen3", attn_implementation="eager")
     assert_each_as_alone(capture(model, *packed()), model)
@@ -307,6 +323,18 @@ def test_sequences_that_see_each_other_are_refused(
             _ = capture(model_of("llama"), ids, positions, call, **options).incoming
         assert "token 9" in str(refusal.value)
         assert "position_ids that start again" in str(refusal.value)
+
+
+def test_positions_that_the_model_does_not_hand_on_to_attention_are_seen() -> None:
+    """GPT-BigCode keeps them to itself."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_bigcode", **sizes)).eval()
+    before = len(model._forward_pre_hooks)
+    ids, positions = packed()
+    assert_each_as_alone(capture(model, ids, positions), model)
+    with pytest.raises(RuntimeError, match=r"token 9 of row 0 .* does not keep it apart"):
+        _ = capture(model, ids, positions, {"use_cache": True}).incoming
+    assert len(model._forward_pre_hooks) == before
 
 
 def test_geometry_that_is_not_that_of_the_call(model_of: Callable[[str], PreTrainedModel]) -> None:
