@@ -4,7 +4,7 @@ Attention modules of transformers look their attention function up by name, in `
 call, and hand it q and k after RoPE and q/k norms. So for the length of a `with` block the *one* module that is scored
 gets a shallow copy of its config that names a function of ours. That function puts the module's own config back, calls
 the function that would have run, and reduces q and k to incoming attention. Everything else (the masks, which are built
-from the model's config, the other layers, the class, the hooks) is untouched: the logits stay bit-identical.
+from the model's config, the other layers, the class) is untouched: the logits stay bit-identical.
 
 Decisions taken here:
 
@@ -172,7 +172,7 @@ class Capture:
         self._positions: Any = None
         self.expect()
         self.inspect: Callable[[Tensor, Tensor, dict[str, Any]], None] | None = None
-        """Called with q [B, H, N, D], k [B, G, N, D] and the other arguments of `incoming_attention`, for `entra.verify`."""
+        """Called with q, k and the other arguments of `incoming_attention`, for `entra.verify`."""
 
     def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """The pre-forward hook of the model: some models do not hand `position_ids` on to their attention (GPT-BigCode)."""
@@ -262,20 +262,19 @@ class Capture:
         found = separation(self._implementation, mask, arguments, q, self._positions)
         if self._cu_seqlens is not None:
             return self._given_rows(module, q, mask, arguments, found)
+        # A sequence that begins outside of the spans, or with them, does not matter.
+        token = torch.arange(tokens, device=q.device)
+        first = 0 if self._start is None else self._start.to(q.device)[:, None]
+        inside = token >= 0 if self._start is None else token > first
+        if self._length is not None:
+            inside = inside & (token < first + self._length.to(q.device)[:, None])
         if found is None:
-            self._doubt(begins_sequences(arguments, q, self._positions), _UNREADABLE)
+            self._doubt(begins_sequences(arguments, q, self._positions) & inside, _UNREADABLE)
             return None
+        self._doubt(found.joined & inside, _JOINED)
         if self._start is not None or self._length is not None:
-            # A pad at the end goes on from the row's last token, so that only what lies inside the spans counts.
-            token = torch.arange(tokens, device=q.device)
-            first = 0 if self._start is None else self._start.to(q.device)[:, None]
-            inside = token > first
-            if self._length is not None:
-                inside = inside & (token < first + self._length.to(q.device)[:, None])
-            self._doubt(found.joined & inside, _JOINED)
             self._doubt(found.opens & inside, _SEVERAL)
             return None
-        self._doubt(found.joined, _JOINED)
         if torch.compiler.is_compiling():
             self._doubt(found.opens, _COMPILED)
             return None

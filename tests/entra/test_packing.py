@@ -358,6 +358,7 @@ def test_attention_functions_that_are_not_known(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match=r"token 9 of row 0 .* function 'another' .* is not known; pass cu_seqlens"):
         _ = capture(model, ids, positions).incoming
     assert capture(model, ids, positions, cu_seqlens=CU_SEQLENS).incoming.any()
+    assert capture(model, ids, positions, length=[9]).incoming.any()  # what lies outside the span does not matter
 
 
 @pytest.mark.parametrize(
