@@ -10,6 +10,8 @@ Decisions taken here:
 - TRL makes such a pass only when generation and optimisation steps are not aligned, or with vLLM and its importance sampling
   correction. Otherwise, and wherever its numbers are not those of `score_batch` (a temperature other than 1, dropout, rows that
   are masked out, an adapter switched off), scoring makes one no-grad forward of its own.
+- A pass may run the model on the rows as they are padded, or packed one after the other into a single row. Which, is read from
+  the token ids that reach the embedding; on anything else scores do not ride, so that none is taken for another row's.
 - That forward is made before the reward functions are called, on every rank alike: what a gate decides cannot make ranks of a
   sharded model run different numbers of forwards.
 """
@@ -19,14 +21,17 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
-from entra.capture import capture_incoming_attention
+from entra.capture import Capture, capture_incoming_attention
 from entra.config import ScoreConfig, check_integer
-from entra.forward import check_scorable
+from entra.forward import check_scorable, unwrapped
 from entra.policy import Policy, bound
 from entra.reward import EntraReward
 from entra.rollout import Rollout
@@ -68,6 +73,7 @@ class _LivePolicy:
         self._entra_calls = 0
         self._entra_rollout: Rollout | None = None
         self._entra_adapters: object = None
+        self._entra_warned = False
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         output: tuple[Any, ...] = super()._generate(prompts)  # type: ignore[misc]
@@ -97,23 +103,37 @@ class _LivePolicy:
         rollout, first = self._entra_rollout, input_ids.shape[1] - logits_to_keep
         start = torch.tensor([first - len(row.prompt) for row in rollout.sequences])
         length = torch.tensor([len(row.prompt) + len(row.completion) for row in rollout.sequences])
+        whole = attention_mask.sum(dim=1).cpu() >= length  # rows that are masked out have no completion
         logprobs, incoming = [], []
         for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            with capture_incoming_attention(
-                model,
-                start=start[part],
-                length=length[part],
-                statistic=config.attention_statistic,
-                head_reduction=config.head_reduction,
-                backend=config.backend,
-            ) as captured:
+            with (
+                capture_incoming_attention(
+                    model,
+                    statistic=config.attention_statistic,
+                    head_reduction=config.head_reduction,
+                    backend=config.backend,
+                ) as captured,
+                _riding(model, captured, input_ids[part], attention_mask[part], start[part], length[part]) as ride,
+            ):
                 logprobs.append(logprobs_of(model, input_ids[part], attention_mask[part], logits_to_keep, **kwargs)[0])
-            incoming.append(captured.incoming)
-        whole = attention_mask.sum(dim=1).cpu() >= length  # rows that are masked out have no completion
+            incoming.append(ride.incoming())
+            if not ride.fits:
+                whole[part] = False
+                self._warn_of_a_pass_of_our_own()
         joined = torch.cat(logprobs)
         rollout.record(config, joined, torch.cat(incoming), first, whole.tolist())
         return joined, None, None
+
+    def _warn_of_a_pass_of_our_own(self) -> None:
+        if not self._entra_warned:
+            warnings.warn(
+                f"the log-prob pass of {type(self).__name__} does not run the model, in one forward, on the rows as they are "
+                "padded or packed in order into one row; scores cannot ride on it: a forward of ENTRA's own computes them",
+                UserWarning,
+                stacklevel=3,
+            )
+        self._entra_warned = True
 
     def _config_to_ride_on(self, model: Any, kwargs: dict[str, Any]) -> ScoreConfig | None:
         """The config whose signals this pass can yield: one of the policy as it generated, over text, at temperature 1."""
@@ -188,6 +208,63 @@ class EntraRLOOTrainer(_LivePolicy, RLOOTrainer):
 
     Arguments, errors and source are those of `EntraGRPOTrainer`.
     """
+
+
+class _Ride:
+    """What one forward of a trainer's log-prob pass ran the model on: B padded rows, or the same rows packed into one."""
+
+    def __init__(self, captured: Capture, input_ids: Tensor, attention_mask: Tensor, start: Tensor, length: Tensor) -> None:
+        self._captured = captured
+        self._input_ids = input_ids
+        self._mask = attention_mask.bool()
+        self._start = start
+        self._length = length
+        self._forwards = 0
+        self._packed = False
+        self.fits = True
+        """Whether the attention that was captured is that of the rows, each by itself."""
+        captured.expect(start=start, length=length)
+
+    def before(self, embedding: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """The pre-forward hook of the embedding: says to the capture where the rows lie in the ids that arrive."""
+        self._forwards += 1
+        self.fits = self._forwards == 1
+        self._packed = False
+        given = args[0].to(self._input_ids.device)
+        if torch.equal(given, self._input_ids):
+            self._captured.expect(start=self._start, length=self._length)
+        elif torch.equal(given, self._input_ids[self._mask][None]):
+            self._packed = True
+            counts = self._mask.sum(dim=1).cpu()
+            ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            self._captured.expect(cu_seqlens=ends, length=torch.minimum(self._length, counts))
+        else:
+            self.fits = False
+            self._captured.expect()
+
+    def incoming(self) -> Tensor:
+        """float32 [B, N] in the places of the padded rows; zeros where it does not fit them."""
+        if not self.fits:
+            return torch.zeros(self._input_ids.shape, device=self._input_ids.device)
+        incoming = self._captured.incoming
+        if not self._packed:
+            return incoming
+        padded = incoming.new_zeros(self._input_ids.shape)
+        padded[self._mask.to(padded.device)] = incoming[0]
+        return padded
+
+
+@contextmanager
+def _riding(
+    model: Any, captured: Capture, input_ids: Tensor, attention_mask: Tensor, start: Tensor, length: Tensor
+) -> Iterator[_Ride]:
+    """Looks at what reaches the embedding inside the block; where a compiled model does not tell, the rows are padded."""
+    ride = _Ride(captured, input_ids, attention_mask, start, length)
+    handle = unwrapped(model).get_input_embeddings().register_forward_pre_hook(ride.before)
+    try:
+        yield ride
+    finally:
+        handle.remove()
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:

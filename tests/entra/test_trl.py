@@ -234,6 +234,96 @@ def test_rloo(tmp_path, own_forwards):
     assert own_forwards == []  # RLOO always makes a log-prob pass
 
 
+class PacksRows(trl.GRPOTrainer):
+    """Stands in for trainers whose log-prob pass packs rows: TRL's coming `padding_free`, Unsloth."""
+
+    use_cache = False
+
+    def arrange(self, rows):
+        """The rows [n] of a batch as the model gets them, and where each row then stands."""
+        return [(torch.cat(rows), torch.cat([torch.arange(len(row)) for row in rows]), range(len(rows)))]
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if torch.is_grad_enabled():
+            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        mask = attention_mask.bool()
+        logps = torch.zeros(input_ids.shape)
+        for ids, positions, order in self.arrange([row[m] for row, m in zip(input_ids, mask, strict=True)]):
+            out = model(input_ids=ids[None], position_ids=positions[None], use_cache=self.use_cache).logits[0]
+            found = out[:-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+            found = torch.cat([found.new_zeros(1), found])  # the first token of a row is not asked for
+            for row, part in zip(order, found.split([int(mask[row].sum()) for row in order]), strict=True):
+                logps[row, mask[row]] = part
+        return logps[:, -logits_to_keep:], None, None
+
+
+class Packed(entra.EntraGRPOTrainer, PacksRows):
+    """Scores on top of its pass."""
+
+
+def test_rewards_of_a_packed_pass_are_those_of_a_padded_one(tmp_path, own_forwards):
+    rewards = {}
+    for kind in (Packed, entra.EntraGRPOTrainer):
+        comparison = Comparison()
+        trainer = trainer_of(
+            tmp_path, kind, [comparison.reward, comparison], num_iterations=2, options={"verify_every": 1}, seed=3
+        )
+        comparison.model = trainer.model
+        logged(trainer)
+        comparison.check()
+        (live,) = comparison.live
+        rewards[kind] = live.rewards
+    assert rewards[Packed] == pytest.approx(rewards[entra.EntraGRPOTrainer], abs=1e-6)
+    assert len(set(rewards[Packed])) > 1
+    assert own_forwards == []
+
+
+def test_masked_out_rows_of_a_packed_pass_fall_back(tmp_path, own_forwards):
+    model = build("qwen3")
+    model.generation_config.eos_token_id = list(range(2, 12))
+    _, (entry,) = compare(tmp_path, Packed, num_iterations=2, mask_truncated_completions=True, model=model)
+    assert own_forwards == [round(8 * entry["completions/clipped_ratio"])]
+    assert 0 < own_forwards[0] < 8
+
+
+class PacksInAnotherOrder(Packed):
+    def arrange(self, rows):
+        ((ids, positions, order),) = super().arrange(rows[::-1])
+        return [(ids, positions, order[::-1])]
+
+
+class RunsRowByRow(Packed):
+    def arrange(self, rows):
+        return [(row, torch.arange(len(row)), [i]) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("kind", [PacksInAnotherOrder, RunsRowByRow])
+def test_another_pass_falls_back_and_warns(tmp_path, own_forwards, kind):
+    with pytest.warns(UserWarning, match=f"log-prob pass of {kind.__name__} .*: a forward of ENTRA's own computes them"):
+        compare(tmp_path, kind, num_iterations=2)
+    assert own_forwards == [8]
+
+
+class PacksWithACache(Packed):
+    use_cache = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "message"),
+    [
+        (PacksWithACache, "qwen3", "cu_seqlens begins a sequence .* pass attention_mask=None, use_cache=False"),
+        (Packed, "qwen3_next", "carries a state from each into the next"),
+        (Packed, "gpt_oss", "does not keep it apart"),
+    ],
+    ids=["cache", "linear layers", "masks"],
+)
+def test_a_packed_pass_whose_rows_see_each_other_ends_the_run(tmp_path, kind, family, message):
+    trainer = trainer_of(tmp_path, kind, [entra.score_batch], build(family), num_iterations=2)
+    with pytest.raises(RuntimeError, match=message):
+        trainer.train()
+    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+
+
 def test_another_temperature_falls_back(tmp_path, own_forwards):
     compare(tmp_path, num_iterations=2, temperature=0.7)
     assert own_forwards == [8]
