@@ -8,6 +8,7 @@ to what the head yields for the last position, it must give the logits that the 
 error and never a silently wrong number.
 
 Rows are padded on the right and run without an attention mask, which is exact for causal models: no token sees a later one.
+Rows whose RoPE would change with a longer one beside them (`entra/rope.py`) do not share its forward.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from entra.capture import capture_incoming_attention, scored_layer
 from entra.config import ScoreConfig
+from entra.rope import RopeGroups, forgetful_rope
 from entra_kernels import linear_token_logprobs, token_logprobs
 
 # Logits of one chunk when the head must be called as a module (LoRA on the head, quantised heads): 2**24 are 64 MiB in float32.
@@ -102,13 +104,15 @@ def token_signals(
     """
     model = unwrapped(model)
     signals = [TokenSignals(torch.zeros(0), torch.zeros(0))] * len(rows)
-    with _lock(model), torch.no_grad(), _evaluation_mode(model):
+    with _lock(model), torch.no_grad(), _evaluation_mode(model), forgetful_rope(model) as forget:
         device = model.get_input_embeddings().weight.device
         budget = config.token_budget or (_CPU_TOKEN_BUDGET if device.type == "cpu" else _DEVICE_TOKEN_BUDGET)
-        batches = _micro_batches([len(row) if n else 0 for row, n in zip(rows, last, strict=True)], budget)
+        lengths = [len(row) if n else 0 for row, n in zip(rows, last, strict=True)]
+        batches = _micro_batches(lengths, budget, RopeGroups(model))
         # Asked before the first forward: a rank that waits here takes part in nobody's forward.
         forwards = _most_forwards(len(batches)) if forwards_are_collective(model) else len(batches)
         for batch in batches:
+            forget()
             results = _forward(model, device, [rows[r] for r in batch], [last[r] for r in batch], config, inspector)
             for r, result in zip(batch, results, strict=True):
                 signals[r] = result
@@ -152,12 +156,13 @@ def unwrapped(model: Any) -> Any:
         model = inner
 
 
-def _micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def _micro_batches(lengths: Sequence[int], token_budget: int, groups: RopeGroups) -> list[list[int]]:
     """Indices of the rows that are not empty, longest first, so that the padded tokens of a batch stay within the budget (one
-    row always fits)."""
+    row always fits) and its rows have the same RoPE as alone."""
     batches: list[list[int]] = []
     for r in sorted((r for r, length in enumerate(lengths) if length), key=lambda r: -lengths[r]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= token_budget:
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= token_budget and groups.of(longest) == groups.of(lengths[r]):
             batches[-1].append(r)
         else:
             batches.append([r])
