@@ -2,11 +2,12 @@
 
 Most RoPE is a function of the position, and attention sees differences of positions only. LongRoPE takes its long factors for
 all rows once one is longer than `original_max_position_embeddings` (and PhiMoE another scale); dynamic NTK stretches its
-frequencies to the longest row beyond `max_position_embeddings`, and keeps them for later forwards. Both are named in the config.
+frequencies to the longest row beyond `max_position_embeddings`, and keeps them for later forwards. The config names both.
 
 Pads before a row shift its positions. That changes nothing where attention sees differences only, but it does for learned
 positions, and for the few models that do more with a position than RoPE: they were found by running each causal model of
-transformers 5.23 that can be built small, with and without pads.
+transformers 5.23 that can be built small, with and without pads. Before 5.15 recurrent layers (Qwen3-Next) read the
+pads of a row that is alone in its forward.
 """
 
 from __future__ import annotations
@@ -61,7 +62,15 @@ def sees_left_pads(model: Any) -> bool:
         not parameters
         or config.model_type in _ABSOLUTE_MODELS
         or any(one.get(_ABSOLUTE_PARAMETER) is not None for one in parameters)
+        or (_reads_pads_of_one_row() and any(isinstance(module, nn.Conv1d) for module in model.modules()))
     )
+
+
+def _reads_pads_of_one_row() -> bool:
+    """Whether this transformers masks pads in recurrent layers, all of which hold a convolution, only with several rows."""
+    import transformers
+
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 15)
 
 
 def has_seen_longer(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny_models import FAMILIES, VOCABULARY, build
 
 import entra
@@ -64,6 +65,9 @@ STRETCHED = {
     "dynamic-llama": ("llama", DYNAMIC),
     "dynamic-qwen3": ("qwen3", DYNAMIC),
 }
+TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+if TRANSFORMERS < (5, 21):  # where transformers itself fails beyond the original length
+    del STRETCHED["longrope-one-kind-of-layer"]
 CASES = [pytest.param(*case, id=name) for name, case in STRETCHED.items()]
 
 
@@ -135,7 +139,10 @@ def test_a_trainers_pass_after_a_longer_row_is_noticed(rows):
 @pytest.mark.parametrize(
     ("family", "overrides", "expected"),
     [
-        *(pytest.param(family, {}, False, id=family) for family in FAMILIES),
+        *(
+            pytest.param(family, {}, TRANSFORMERS < (5, 15) and family in ("qwen3_next", "qwen3_5"), id=family)
+            for family in FAMILIES
+        ),
         pytest.param("llama", {"model_type": "hunyuan_v1_dense"}, True, id="a-norm-after-rope"),
         pytest.param(
             "mistral",
