@@ -120,14 +120,14 @@ def test_a_budget_splits_into_that_many_forwards(rows, llama):
 
 
 def test_only_completion_positions_and_no_full_logits_go_through_the_head(rows, llama):
-    """The largest logits tensor is [B, 1, V], and log-probs are computed for completion tokens only."""
+    """Logits are of a few positions a row, and log-probs are computed for completion tokens only."""
     sizes = []
     handle = llama.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:2]))
     try:
         scores = entra.score_batch([p for p, _ in rows], [c for _, c in rows], model=llama, details=True)
     finally:
         handle.remove()
-    assert [tuple(size) for size in sizes] == [(4, 1)]
+    assert [tuple(size) for size in sizes] == [(4, 4)]
     assert [l.numel() for l in scores.logprobs] == [n for _, n in LENGTHS]
 
 
@@ -269,6 +269,113 @@ def test_a_transform_of_the_logits_that_is_not_known_is_an_error(rows, transform
     model.__class__ = Scaled
     with pytest.raises(RuntimeError, match=r"changes its head's output in a way that is not known"):
         entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+
+
+def transformed(model, transform):
+    """The model with its logits [B, N, V] transformed at the end of its forward, in their own precision."""
+    forward = type(model).forward
+
+    class Transformed(type(model)):
+        def forward(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            output.logits = transform(output.logits)
+            return output
+
+    model.__class__ = Transformed
+    return model
+
+
+HALVES = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dtype", [*HALVES, pytest.param(torch.float32, id="fp32")])
+def test_an_unknown_softcap_is_refused_in_every_precision(dtype, seed):
+    """A cap of 30 changes logits of 3 by 0.3 %, less than bfloat16 rounds."""
+    model = transformed(build("llama").to(dtype), lambda z: 30 * torch.tanh(z / 30))
+    with torch.no_grad():
+        model.lm_head.weight *= 0.2  # logits of about 3
+    row = torch.randint(3, VOCABULARY, (24,), generator=torch.Generator().manual_seed(seed)).tolist()
+    with pytest.raises(RuntimeError, match="changes its head's output in a way that is not known"):
+        entra.score_batch([row[:4]], [row[4:]], model=model)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_an_unknown_transform_on_top_of_a_known_one_is_refused_in_half_precision(dtype, rows):
+    model = transformed(build("cohere2").to(dtype), lambda z: z + 0.01 * z.abs())
+    with pytest.raises(RuntimeError, match="changes its head's output in a way that is not known"):
+        entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+
+
+def test_a_transform_of_other_positions_than_the_last_is_refused(rows):
+    model = transformed(build("llama"), lambda z: torch.cat([z[:, :-1] * 3, z[:, -1:]], dim=1))
+    reversed_order = transformed(build("llama"), lambda z: torch.cat([z[:, :1], z[:, 1:] * 3], dim=1))
+    for one in (model, reversed_order):
+        with pytest.raises(RuntimeError, match="changes its head's output in a way that is not known"):
+            entra.score_batch([rows[0][0]], [rows[0][1]], model=one)
+
+
+def test_logits_that_become_nan_are_refused(rows):
+    model = transformed(build("llama"), lambda z: z.masked_fill(z > 1, math.nan))
+    with pytest.raises(RuntimeError, match="changes its head's output in a way that is not known"):
+        entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+
+
+# torch multiplies groups of experts in float32 at most.
+DOUBLE = [pytest.param(family, torch.float64, id=f"{family}-fp64") for family in ("llama", "gemma2", "cohere2")]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *(pytest.param(f, torch.bfloat16, id=f"{f}-bf16") for f in FAMILIES),
+        *DOUBLE,
+        pytest.param("gemma2", torch.float16, id="gemma2-fp16"),
+    ],
+)
+def test_no_family_is_refused_in_another_precision(family, dtype, rows):
+    model = build(family).to(dtype)
+    assert None not in entra.score_batch([p for p, _ in rows], [c for _, c in rows], model=model)
+    transformed(model, lambda z: z.to(torch.bfloat16))  # as sharding with an output precision does
+    assert None not in entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+
+
+def recurrent_gemma(dtype=torch.float32, **overrides):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 48, "lru_width": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        "recurrent_gemma", vocab_size=VOCABULARY, attention_window_size=64, logits_soft_cap=2.0, **sizes, **overrides
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            model.lm_head.weight.normal_(std=0.5)
+    return model.to(dtype)
+
+
+def minicpm3():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ranks = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("minicpm3", vocab_size=VOCABULARY, dim_model_base=12, **ranks, **sizes)
+    assert config.logits_scaling == 4
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("make", [recurrent_gemma, minicpm3])
+def test_logits_that_are_capped_or_scaled_under_another_name_are_scored(make, rows):
+    model = make()
+    prompt, completion = rows[2]
+    scores = entra.score_batch([prompt], [completion], model=model, details=True)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion]), use_cache=False).logits[0].double()
+    expected = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(prompt + completion)[1:, None])[-len(completion) :, 0]
+    torch.testing.assert_close(scores.logprobs[0].double(), expected, rtol=0, atol=LOGPROB_TOLERANCE)
 
 
 @pytest.mark.parametrize(
