@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entra.capture import transformers_version
+
 _LONG = ("longrope", "su")  # the second is Phi-3's first name for it
 
 # RoPE, but not alone: a norm with weights after it (Hunyuan), attention scaled by the position (Beam, Llama 4; Ministral 3 and
@@ -68,9 +70,7 @@ def sees_left_pads(model: Any) -> bool:
 
 def _reads_pads_of_one_row() -> bool:
     """Whether this transformers masks pads in recurrent layers, all of which hold a convolution, only with several rows."""
-    import transformers
-
-    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 15)
+    return transformers_version() < (5, 15)
 
 
 def has_seen_longer(model: nn.Module) -> bool:

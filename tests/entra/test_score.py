@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, VOCABULARY, build
 from tiny_tokenizer import build_tokenizer
 
 import entra
+from entra.capture import transformers_version
 from entra.score import Scores
 
 # float32 forwards of two attention implementations; measured differences are below 4e-6 on every family.
@@ -367,7 +368,13 @@ def minicpm3():
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("make", [recurrent_gemma, minicpm3])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(recurrent_gemma, marks=pytest.mark.skipif(transformers_version() < (5, 17), reason="cannot be captured")),
+        pytest.param(minicpm3, marks=pytest.mark.skipif(transformers_version() < (5, 17), reason="transformers lacks it")),
+    ],
+)
 def test_logits_that_are_capped_or_scaled_under_another_name_are_scored(make, rows):
     model = make()
     prompt, completion = rows[2]
@@ -399,6 +406,22 @@ def test_known_transforms_matter(family, overrides, rows, monkeypatch):
     monkeypatch.setattr(entra.forward, "_logit_transform", lambda model: entra.forward._LogitTransform(1.0, None))
     with pytest.raises(RuntimeError, match="changes its head's output in a way that is not known"):
         entra.score_batch([prompt], [completion], model=model)
+
+
+def test_gemma_2_whose_sdpa_leaves_out_the_softcap_is_refused_by_name(rows, monkeypatch):
+    """transformers before 5.21 takes SDPA for it by default: log-probs are off by 0.74 without the cap."""
+    monkeypatch.setattr(entra.capture, "transformers_version", lambda: (5, 20))
+    model = build("gemma2")
+    assert entra.score_batch([rows[0][0]], [rows[0][1]], model=model) != [None]
+    model.config._attn_implementation_internal = "sdpa"
+    message = r"Gemma2Attention caps its attention scores \(attn_logit_softcapping=2.0\).*attn_implementation=\"eager\", or use"
+    with pytest.raises(ValueError, match=message):
+        entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+    with pytest.raises(ValueError, match=message):
+        entra.forward.check_scorable(model)
+    without_cap = build("gemma2", attn_logit_softcapping=None)
+    without_cap.config._attn_implementation_internal = "sdpa"
+    assert entra.score_batch([rows[0][0]], [rows[0][1]], model=without_cap) != [None]
 
 
 @pytest.mark.parametrize("hook", [lambda head, args, z: z * 2, lambda head, args, z: z.mul_(2)], ids=["copied", "in place"])
