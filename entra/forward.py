@@ -145,8 +145,9 @@ _LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 
 
 def _lock(model: Any) -> threading.RLock:
-    """One thread at a time runs a model: hooks, mode and the captured module's config belong to its forward."""
-    return _LOCKS.setdefault(model, threading.RLock())
+    """One thread at a time runs a set of weights: hooks, mode and the captured module's config belong to its forward. Models
+    around the same weights (PEFT and its base) have their input embeddings in common."""
+    return _LOCKS.setdefault(model.get_input_embeddings(), threading.RLock())
 
 
 def unwrapped(model: Any) -> Any:

@@ -451,6 +451,31 @@ def test_threads_share_a_model(rows, llama):
         llama(torch.tensor([[5, 6, 7]]))  # runs as before: nothing of ours was left behind
 
 
+@pytest.mark.parametrize("wrap", ["adapter", "compiled", "second model"])
+def test_models_of_the_same_weights_share_a_lock(rows, wrap):
+    """A PEFT model and its base: hooks, mode and the captured module's config are those of the modules that both run."""
+    base = build("llama")
+    if wrap == "adapter":
+        peft = pytest.importorskip("peft")
+        other = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    elif wrap == "compiled":
+        other = torch.compile(base, backend="eager")
+    else:  # a model around the same decoder
+        other = type(base)(base.config).eval()
+        other.model, other.lm_head = base.model, base.lm_head
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    expected = entra.score_batch(prompts, completions, model=base)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: entra.score_batch(prompts, completions, model=(base, other)[i % 2]), range(24)))
+    assert results == [expected] * 24
+    assert all(module.config is base.config for module in base.modules() if hasattr(module, "layer_idx"))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+def test_models_of_their_own_weights_have_their_own_locks(llama):
+    assert entra.forward._lock(llama) is not entra.forward._lock(build("llama"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_a_row_that_is_not_finite_does_not_take_the_others_with_it(dtype, rows):
     model = build("gemma2").to(dtype)  # a softcap: its logits are rounded once more
