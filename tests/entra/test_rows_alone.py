@@ -161,3 +161,16 @@ def test_pads_before_a_row_are_seen_where_positions_are_more_than_rope(family, o
         padded = model(ids, attention_mask=mask, use_cache=False).logits[0, 30:]
         alone = model(torch.tensor([rows[1]]), use_cache=False).logits[0]
     assert bool((padded - alone).abs().max() > 1e-2) == expected
+
+
+def test_ranks_agree_on_the_number_of_forwards_after_the_split(rows, monkeypatch):
+    """A rank with rows on one side of the length runs an empty forward where another has two."""
+    monkeypatch.setattr(entra.forward, "forwards_are_collective", lambda model: True)
+    asked = []
+    monkeypatch.setattr(entra.forward, "_most_forwards", lambda ours: asked.append(ours) or 2)
+    model, shapes = build("llama", **longrope(20)), []
+    model.register_forward_pre_hook(lambda m, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    score(model, rows)
+    score(model, rows[1:3])
+    assert asked == [2, 1]
+    assert shapes == [(4, 40), (2, 16), (2, 16), (1, 2)]
