@@ -464,7 +464,8 @@ def capture_incoming_attention(
 
     Raises:
         ValueError: an unknown statistic or head_reduction; start, length or cu_seqlens that do not fit the batch or each other;
-            a model without a softmax layer that can be scored (only linear, sparse, indexed attention), with its layer types.
+            a model without a softmax layer that can be scored (only linear, sparse, indexed attention), with its layer types; a
+            softcap that the attention implementation leaves out (Gemma 2 with SDPA before transformers 5.21).
         TypeError: start, length or cu_seqlens that are not whole numbers.
         RuntimeError: a forward with a key-value cache in use, or with a position bias or sparse indices; packed rows of a model
             whose layers carry a state from one sequence into the next (linear attention, Mamba). Reading `captured.incoming`
@@ -620,7 +621,7 @@ def _visible_keys(batch: int, tokens: int, start: Tensor | None, window: int | N
 def scored_layer(model: nn.Module) -> tuple[str, Any, str]:
     """Name, attention module, and layer type of the last full-attention layer, else of the last windowed one.
 
-    Raises a ValueError where there is none.
+    Raises a ValueError where there is none, or where its attention implementation leaves out a softcap.
     """
     text_config = _text_config(model)
     layer_types = getattr(text_config, "layer_types", None)
@@ -639,7 +640,29 @@ def scored_layer(model: nn.Module) -> tuple[str, Any, str]:
             "another model"
         )
     # Stable: of two stacks with the same indices (HRM) the one that comes later.
-    return sorted(scorable, key=lambda candidate: _layer_index(model, candidate[0], candidate[1]))[-1]
+    layer = sorted(scorable, key=lambda candidate: _layer_index(model, candidate[0], candidate[1]))[-1]
+    _refuse_dropped_softcap(layer[1])
+    return layer
+
+
+def _refuse_dropped_softcap(module: Any) -> None:
+    """Raise for SDPA with a softcap (Gemma 2): transformers took it and left it out, in every layer, before it refused it."""
+    softcap = getattr(module, "attn_logit_softcapping", None)
+    implementation = (module.config._attn_implementation or "eager").removeprefix(_PREFIX)
+    if softcap is not None and implementation == "sdpa" and transformers_version() < (5, 21):
+        raise ValueError(
+            f"{type(module).__name__} caps its attention scores (attn_logit_softcapping={softcap}), but attn_implementation="
+            "'sdpa' of transformers before 5.21 leaves the cap out, so that logits and attention are not the model's; load it "
+            'with attn_implementation="eager", or use transformers>=5.21'
+        )
+
+
+def transformers_version() -> tuple[int, int]:
+    """Major and minor version of the transformers that is installed."""
+    import transformers
+
+    major, minor = transformers.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def attention_layers(model: nn.Module) -> list[tuple[str, Any, str]]:

@@ -32,7 +32,8 @@ def bind_policy(model: Any, tokenizer: Any | None = None) -> AbstractContextMana
     """Inside the block, `score_batch` and `EntraReward` without a model of their own score with this one.
 
     This is how a reward function, which a trainer hands nothing but text and ids, reaches the live policy: enter it around
-    `trainer.train()`. Blocks nest; each thread and task has its own binding. One model is scored by one thread at a time.
+    `trainer.train()`. Blocks nest; each thread and task has its own binding. One set of weights is scored by one thread
+    at a time.
 
     Args:
         model: a transformers causal LM, or a wrapper around one (PEFT, DDP, FSDP2, torch.compile).

@@ -155,7 +155,7 @@ def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *
         return launch(64, 64, 8, 1)._replace(depth=32 if 16 < head_dim <= 32 else 16)
     if chip.arch == "sm_90":
         if head_dim in (64, 128) and not options:
-            return launch(256, 128, 8, 3)._replace(ring=Ring(stages=4, in_registers=False))
+            return launch(256, 128, 8, 2)._replace(ring=Ring(stages=4, in_registers=False))
         if head_dim == 256 and not options:
             return launch(256, 64, 8, 3)._replace(ring=Ring(stages=3, in_registers=True))
         if depth <= 128:

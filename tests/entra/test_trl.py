@@ -344,6 +344,29 @@ def test_rows_that_are_masked_out_fall_back(tmp_path, own_forwards):
     assert own_forwards == [truncated]
 
 
+def test_rows_whose_rope_the_longest_row_changes_fall_back(tmp_path, own_forwards):
+    """LongRoPE: TRL pads all rows to one length, at which short rows would have the long factors."""
+    factors = {"short_factor": [1.0] * 10, "long_factor": [1.0 + 0.5 * i for i in range(10)]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12, "factor": 4.0, **factors}
+    model = build("llama", rope_parameters=rope, max_position_embeddings=48)
+    model.generation_config.eos_token_id = list(range(2, 12))  # so that some of 12 tokens end
+    compare(tmp_path, num_iterations=2, model=model)
+    assert len(own_forwards) == 1
+    assert 0 < own_forwards[0] < 8
+
+
+def test_rows_of_learned_positions_fall_back_where_they_are_padded_on_the_left(tmp_path, own_forwards):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 101, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=1, eos_token_id=2))
+    compare(tmp_path, num_iterations=2, model=model, shuffle_dataset=False)  # prompts of 2 and of 4 tokens
+    assert own_forwards == [4]
+
+
 @pytest.mark.parametrize("num_iterations", [1, 2])
 def test_the_reference_pass_of_an_adapter_is_not_taken_for_the_policy(tmp_path, own_forwards, num_iterations):
     peft = pytest.importorskip("peft", reason="needs PEFT")
