@@ -46,7 +46,7 @@ DEEPSPEED := deepspeed==0.19.8
 .venv-deepspeed/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-deepspeed
 	$(DEEPSPEED_PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(DEEPSPEED_PIP) install -q -c constraints.txt -e ".[train]" pytest pytest-timeout ninja setuptools wheel
+	$(DEEPSPEED_PIP) install -q -c constraints.txt -e ".[train]" pytest pytest-timeout setuptools wheel
 	DS_BUILD_OPS=0 $(DEEPSPEED_PIP) install -q --no-build-isolation -c constraints.txt "$(DEEPSPEED)"
 	@touch $@
 
@@ -108,4 +108,4 @@ compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	done
 
 clean:
-	rm -rf $(VENV) .venv-triton
+	rm -rf $(VENV) .venv-triton .venv-deepspeed
