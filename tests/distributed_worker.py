@@ -311,7 +311,7 @@ def _accelerate_lets_deepspeed_run_on_a_cpu() -> AbstractContextManager[Any]:
     """Accelerate knows no backend of several processes but those of accelerators, unless it leaves DeepSpeed out."""
     from accelerate.state import DistributedType, PartialState
 
-    return mock.patch.object(PartialState, "_prepare_backend", lambda *args, **kwargs: ("gloo", DistributedType.NO))
+    return mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.NO))
 
 
 def main(task: str, folder: str) -> None:
