@@ -94,6 +94,6 @@ def test_three_steps_ride_on_trls_pass_and_are_verified(run):
 
 
 def test_vllm_generates_from_the_policy_of_the_step(run):
-    """Else its log-probs would be off by what a step at this learning rate changes, some tenths of a nat."""
+    """vLLM runs in bfloat16, whose log-probs are off by 0.01 nats on average; with the weights of the step before by 1.8."""
     for entry in run[0]:
-        assert entry["sampling/sampling_logp_difference/max"] < 1e-2
+        assert entry["sampling/sampling_logp_difference/mean"] < 0.1
