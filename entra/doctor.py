@@ -304,25 +304,24 @@ def _eager_attention(inner: nn.Module) -> Iterator[None]:
 
 
 def _training(inner: Any, args: Any, config: ScoreConfig) -> list[Finding]:
-    """Whether a run is refused, and whether scores ride on TRL's log-prob pass."""
+    """Whether a run is refused, whether scores ride on TRL's log-prob pass, and how the rows of that pass lie."""
+    own = f"padded on the right, without a mask, up to {_budget(inner, config):,} tokens a forward"
     if args is None:
         text = "by TRL's defaults scoring costs one no-grad forward of the generated batch; give the run's arguments to know"
-        return [Finding("training", "note", text)]
+        return [Finding("training", "note", text), Finding("layout", "ok", own)]
     from entra.trl import check_arguments, check_sharding
 
     check_arguments({"args": args, "reward_funcs": []})
     check_sharding((getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version"))
     reasons = _why_a_forward(inner, args, config)
     if reasons:
-        text = f"costs one no-grad forward of the generated batch: {'; '.join(reasons)}"
-    else:
-        text = "scores ride on TRL's own log-prob pass, no forward is added"
-        if getattr(args, "mask_truncated_completions", False):
-            text += " but for completions that are cut off (mask_truncated_completions)"
-    packed = getattr(args, "padding_free", False) and not reasons
-    own = f"padded on the right, without a mask, up to {_budget(inner, config):,} tokens a forward"
-    layout = own if reasons else "packed, as TRL's pass (padding_free)" if packed else "padded on both sides, as TRL's pass"
-    return [Finding("training", "ok", text), Finding("layout", "ok", layout)]
+        text = f"scoring costs one no-grad forward of the generated batch: {'; '.join(reasons)}"
+        return [Finding("training", "ok", text), Finding("layout", "ok", own)]
+    text = "scores ride on TRL's own log-prob pass, no forward is added"
+    if args.mask_truncated_completions:
+        text += " but for completions that are cut off (mask_truncated_completions)"
+    layout = "packed" if getattr(args, "padding_free", False) else "padded on both sides"
+    return [Finding("training", "ok", text), Finding("layout", "ok", f"{layout}, as TRL's pass")]
 
 
 def _why_a_forward(inner: Any, args: Any, config: ScoreConfig) -> list[str]:

@@ -6,8 +6,11 @@ import argparse
 import tempfile
 from typing import Any
 
+import torch
+
 from entra.cli import CommandError
-from entra.cli.scoring import load
+from entra.cli.scoring import load, loading
+from entra.policy import Policy
 
 _USAGE = "entra doctor --model MODEL [any option of entra train]"
 _DESCRIPTION = """\
@@ -38,15 +41,36 @@ def run(options: argparse.Namespace) -> None:
     """
     from entra.doctor import doctor
 
-    arguments = config = None
     if options.rest:
         from entra.cli.train import _parse
 
         with tempfile.TemporaryDirectory() as folder:  # nothing is written, but TRL wants one
             given = _parse([*options.rest, "--model_name_or_path", options.model, "--output_dir", folder])
-        arguments, config = given.arguments, given.config
-    policy = load(options.model)
-    diagnosis = doctor(policy.model, policy.tokenizer, args=arguments, config=config)
+        policy = _as_trained(options.model, given)
+        diagnosis = doctor(policy.model, policy.tokenizer, args=given.arguments, config=given.config)
+    else:
+        policy = load(options.model)
+        diagnosis = doctor(policy.model, policy.tokenizer)
     print(diagnosis)
     if not diagnosis.ok:
         raise CommandError(f"{', '.join(finding.name for finding in diagnosis.wrong)}: wrong, see above", 1)
+
+
+def _as_trained(name: str, given: Any) -> Policy:
+    """The model as `entra train` with the parsed options `given` loads it, but for PEFT and quantization."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    how = given.model
+    if name == "smollm2":
+        policy = load(name)
+        if how.attn_implementation is not None:
+            policy.model.set_attn_implementation(how.attn_implementation)
+        dtype = None if how.dtype in (None, "auto") else getattr(torch, how.dtype)
+        return Policy(policy.model.to(dtype), policy.tokenizer)
+    source = {"revision": how.model_revision, "trust_remote_code": given.arguments.trust_remote_code}
+    with loading(name, "a folder with config, weights and tokenizer"):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=how.dtype, attn_implementation=how.attn_implementation, **source
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    return Policy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)

@@ -58,7 +58,7 @@ def test_a_model_that_works_passes_and_its_layer_is_told(family, dtype, layer):
     assert diagnosis.ok, diagnosis
     assert layer in text_of(diagnosis, "layer")
     assert text_of(diagnosis, "backend").startswith(f"torch on cpu, {str(dtype).removeprefix('torch.')}, ")
-    checked = {"versions", "tokenizer", "capture", "layer", "backend", "log-probs", "attention", "kernels", "cost"}
+    checked = {"versions", "tokenizer", "capture", "layer", "backend", "log-probs", "attention", "kernels", "layout", "cost"}
     assert {name for name, state in states(diagnosis).items() if state == "ok"} == checked
 
 
@@ -133,18 +133,16 @@ def test_an_unknown_logit_transform_is_named():
 
 
 def test_attention_that_is_not_the_models_own_is_found_against_eager():
-    """As under transformers 5.17 to 5.20, where SDPA left Gemma 2's softcap out."""
+    """As where SDPA left Gemma 2's softcap out: q and k are right, what attention does with them is not."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    def without_softcap(*args, softcap=None, **kwargs):
-        return sdpa_attention_forward(*args, **kwargs)
+    def twice_as_sharp(module, query, *args, **kwargs):
+        return sdpa_attention_forward(module, 2 * query, *args, **kwargs)
 
-    AttentionInterface.register("entra_test_sdpa", without_softcap)
-    model = build("gemma2")
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation_internal = "entra_test_sdpa"
+    AttentionInterface.register("entra_test_twice_as_sharp", twice_as_sharp)
+    model = build("qwen3")
+    model.config._attn_implementation_internal = "entra_test_twice_as_sharp"
     diagnosis = entra.doctor(model, build_tokenizer())
     assert "log-probs" in {finding.name for finding in diagnosis.wrong}
     assert "attn_implementation='eager'" in text_of(diagnosis, "log-probs")
@@ -330,6 +328,10 @@ def test_the_command_takes_the_options_of_a_training(folders, capsys, tmp_path, 
     assert "scores ride on TRL's own log-prob pass" in capsys.readouterr().out
     assert main(["doctor", "--model", str(folders / "right"), "--config", "run.yaml", "--temperature", "0.7"]) == 0
     assert "costs one no-grad forward" in capsys.readouterr().out
+    assert main(["doctor", "--model", str(folders / "right"), "--dtype", "bfloat16", "--attn_implementation", "eager"]) == 0
+    out = capsys.readouterr().out
+    assert "LlamaForCausalLM with eager attention" in out
+    assert "torch on cpu, bfloat16" in out
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
