@@ -35,7 +35,7 @@ def bind_policy(model: Any, tokenizer: Any | None = None) -> AbstractContextMana
     `trainer.train()`. Blocks nest; each thread and task has its own binding. One model is scored by one thread at a time.
 
     Args:
-        model: a transformers causal LM, or a wrapper around one (PEFT, DDP, FSDP2, torch.compile).
+        model: a transformers causal LM, or a wrapper around one (PEFT, DDP, FSDP2, DeepSpeed, torch.compile).
         tokenizer: its tokenizer; not needed when prompts and completions are token ids.
 
     Raises:
