@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -165,9 +166,9 @@ def _tokenizer(tokenizer: Any, args: Any) -> list[Finding]:
     if tokenizer is None:
         return [Finding("tokenizer", "note", "none: random ids are scored, and training needs one")]
     if args is not None and tokenizer.eos_token_id is None:
-        from entra.trl import check_tokenizer
+        from entra.trl import _check_tokenizer
 
-        check_tokenizer(tokenizer)
+        _check_tokenizer(tokenizer)
     template = "a chat template" if getattr(tokenizer, "chat_template", None) else "no chat template (prompts must be text)"
     return [Finding("tokenizer", "ok", f"{type(tokenizer).__name__}, EOS {tokenizer.eos_token!r}, {template}")]
 
@@ -309,10 +310,10 @@ def _training(inner: Any, args: Any, config: ScoreConfig) -> list[Finding]:
     if args is None:
         text = "by TRL's defaults scoring costs one no-grad forward of the generated batch; give the run's arguments to know"
         return [Finding("training", "note", text), Finding("layout", "ok", own)]
-    from entra.trl import check_arguments, check_sharding
+    from entra.trl import _check_arguments, _check_sharding
 
-    check_arguments({"args": args, "reward_funcs": []})
-    check_sharding((getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version"))
+    _check_arguments({"args": args, "reward_funcs": []})
+    _check_sharding(SimpleNamespace(**(getattr(args, "fsdp_plugin_args", None) or {})))
     reasons = _why_a_forward(inner, args, config)
     if reasons:
         text = f"scoring costs one no-grad forward of the generated batch: {'; '.join(reasons)}"
@@ -328,7 +329,7 @@ def _why_a_forward(inner: Any, args: Any, config: ScoreConfig) -> list[str]:
     """Why TRL's log-prob pass cannot carry the scores, in words; empty where it does."""
     from trl import RLOOConfig
 
-    from entra.trl import has_dropout
+    from entra.trl import _has_dropout
 
     reasons = []
     if not isinstance(args, RLOOConfig):
@@ -343,7 +344,7 @@ def _why_a_forward(inner: Any, args: Any, config: ScoreConfig) -> list[str]:
         reasons.append(f"temperature={args.temperature:g} divides TRL's log-probs")
     if config.ranking_scope != "completion":
         reasons.append(f"ranking_scope={config.ranking_scope!r} needs the prompt's log-probs")
-    if has_dropout(inner, training=True):
+    if _has_dropout(inner, training=True):
         reasons.append("the model has dropout, which is on in TRL's pass")
     return reasons
 

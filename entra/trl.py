@@ -44,10 +44,10 @@ class _LivePolicy:
         check_integer("verify_every", verify_every, 0, "scoring calls, or 0 for never")
         if verify_on_breach not in ("raise", "warn"):
             raise ValueError(f"verify_on_breach={verify_on_breach!r} must be 'raise' or 'warn'")
-        check_arguments(inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
+        _check_arguments(inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
-        check_tokenizer(self._tokenizer)  # type: ignore[attr-defined]
-        check_sharding(getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "fsdp_version", None))  # type: ignore[attr-defined]
+        _check_tokenizer(self._tokenizer)  # type: ignore[attr-defined]
+        _check_sharding(getattr(self.accelerator.state, "fsdp_plugin", None))  # type: ignore[attr-defined]
         check_scorable(self.model)  # type: ignore[attr-defined]
         self._entra_configs = _live_configs(self.reward_funcs)  # type: ignore[attr-defined]
         if verify_every and not self._entra_configs:
@@ -125,7 +125,7 @@ class _LivePolicy:
             or self.temperature != 1.0  # type: ignore[attr-defined]
             or any(value is not None and value is not False for value in kwargs.values())  # images, entropies, auxiliary loss
             or _adapters(model) != self._entra_adapters
-            or has_dropout(model)
+            or _has_dropout(model)
         ):
             return None
         return next((config for config in self._entra_configs if config.ranking_scope == "completion"), None)
@@ -190,7 +190,7 @@ class EntraRLOOTrainer(_LivePolicy, RLOOTrainer):
     """
 
 
-def check_arguments(arguments: dict[str, Any]) -> None:
+def _check_arguments(arguments: dict[str, Any]) -> None:
     """What TRL would only fail on later, or not at all."""
     args, rewards = arguments.get("args"), arguments.get("reward_funcs")
     weights = getattr(args, "reward_weights", None)
@@ -203,11 +203,10 @@ def check_arguments(arguments: dict[str, Any]) -> None:
                 "takes its keywords for dataset columns; use entra.EntraReward(config=...)"
             )
     if arguments.get("processing_class") is not None:
-        check_tokenizer(getattr(arguments["processing_class"], "tokenizer", arguments["processing_class"]))
+        _check_tokenizer(getattr(arguments["processing_class"], "tokenizer", arguments["processing_class"]))
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """Raises a ValueError for a tokenizer without EOS."""
+def _check_tokenizer(tokenizer: Any) -> None:
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no EOS token, so no completion would ever end and nothing could stand for a pad; "
@@ -222,9 +221,9 @@ def _has_images(prompt: Any) -> bool:
     return any(part.get("type") != "text" for part in parts)
 
 
-def check_sharding(fsdp_version: int | None) -> None:
-    """Raises a ValueError for FSDP1; `fsdp_version` is accelerate's, None without FSDP."""
-    if fsdp_version == 1:
+def _check_sharding(fsdp_plugin: Any) -> None:
+    """`fsdp_plugin` is accelerate's, None without FSDP."""
+    if getattr(fsdp_plugin, "fsdp_version", None) == 1:
         raise ValueError(
             "fsdp_version=1, but ENTRA scores under FSDP2 only: FSDP1 does not tell which weights are in parts, and ranks with "
             "unequal numbers of forwards would wait for each other; set fsdp_version: 2 in accelerate's config (its default "
@@ -258,7 +257,7 @@ def _adapters(model: Any) -> object:
     return [(name, tuple(layer.active_adapters), layer.disable_adapters) for name, layer in layers]
 
 
-def has_dropout(model: Any, training: bool = False) -> bool:
+def _has_dropout(model: Any, training: bool = False) -> bool:
     """Whether a forward in the model's present mode is random, or with `training` in the mode that it is trained in."""
     for module in model.modules():
         p = module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "attention_dropout", 0.0)

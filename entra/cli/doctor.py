@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from entra.cli import CommandError
-from entra.cli.scoring import load, loading
+from entra.cli.scoring import _loading, load
 from entra.policy import Policy
 
 _USAGE = "entra doctor --model MODEL [any option of entra train]"
@@ -68,7 +68,7 @@ def _as_trained(name: str, given: Any) -> Policy:
         dtype = None if how.dtype in (None, "auto") else getattr(torch, how.dtype)
         return Policy(policy.model.to(dtype), policy.tokenizer)
     source = {"revision": how.model_revision, "trust_remote_code": given.arguments.trust_remote_code}
-    with loading(name, "a folder with config, weights and tokenizer"):
+    with _loading(name, "a folder with config, weights and tokenizer"):
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=how.dtype, attn_implementation=how.attn_implementation, **source
         )

@@ -69,19 +69,18 @@ def check_scoring_flags(options: argparse.Namespace, source: Survey) -> None:
 
 def load(model: str) -> Policy:
     """The policy of that name; CommandError when there is none."""
-    with loading(model, "a folder with config, weights and tokenizer"):
+    with _loading(model, "a folder with config, weights and tokenizer"):
         return load_policy(model)
 
 
 def load_tokenizer_of(model: str) -> Any:
     """The tokenizer of the policy of that name; CommandError when there is none."""
-    with loading(model, "a folder with a tokenizer"):
+    with _loading(model, "a folder with a tokenizer"):
         return load_tokenizer(model)
 
 
 @contextmanager
-def loading(model: str, folder: str) -> Iterator[None]:
-    """Inside, whatever goes wrong is a CommandError about --model; `folder` says what would do."""
+def _loading(model: str, folder: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers and the libraries it reads files with raise what they like
