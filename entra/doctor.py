@@ -47,7 +47,7 @@ _RANDOM_TOKENS = 48  # without a tokenizer
 _TIMED_TOKENS = 256
 
 _DISTRIBUTION = "entra-reward"
-_PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "vllm")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "vllm")
 
 
 class Finding(NamedTuple):

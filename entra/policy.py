@@ -99,15 +99,30 @@ def load_policy(name: str) -> Policy:
     """
     import torch
 
-    if name == "smollm2":
-        from entra.smollm2 import load_smollm2
+    with _loaded_whole():
+        if name == "smollm2":
+            from entra.smollm2 import load_smollm2
 
-        model, tokenizer = load_smollm2()
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+            model, tokenizer = load_smollm2()
+        else:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
     return Policy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)
+
+
+@contextmanager
+def _loaded_whole() -> Iterator[None]:
+    """Inside, a model loads whole: while a training under ZeRO-3 is set up or runs, transformers leaves on each rank a part of
+    every model that it loads, and those of a frozen scorer would never be put together."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def load_tokenizer(name: str) -> Any:

@@ -48,7 +48,7 @@ def unequal_rows(rank: int) -> tuple[list[list[int]], list[list[int]]]:
     return [[1, 7, 8, 9]] * len(completions), completions
 
 
-def score_unequal(model: nn.Module, rank: int) -> entra.Scores:
+def score_unequal(model: nn.Module | str, rank: int) -> entra.Scores:
     """Details of a rank's own unequal rows."""
     prompts, completions = unequal_rows(rank)
     return entra.score_batch(prompts, completions, model=model, config=_CONFIG, details=True)
@@ -294,6 +294,8 @@ _ZERO3: dict[str, Any] = {
 def zero3(folder: Path, rank: int) -> None:
     """Scoring and training under DeepSpeed's ZeRO-3, every weight in parts."""
     import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
 
     # Reductions through shared memory, which DeepSpeed would compile here and now; killed while it does, it leaves a lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -304,6 +306,10 @@ def zero3(folder: Path, rank: int) -> None:
     with _accelerate_lets_deepspeed_run_on_a_cpu():
         seen["riding"] = train(folder, build("qwen3"), rank, riding=True, steps=2, deepspeed=_ZERO3)
         seen["own_pass"] = train(folder, build("qwen3"), rank, steps=3, deepspeed=_ZERO3)
+    training = HfDeepSpeedConfig(_ZERO3)  # what a trainer's arguments hold: transformers then parts what it loads
+    seen["frozen"] = score_unequal(str(folder / "model"), rank)
+    seen["parts_of_the_next"] = hasattr(AutoModelForCausalLM.from_pretrained(folder / "model").lm_head.weight, "ds_id")
+    del training
     torch.save(seen, folder / f"zero3.{rank}.pt")
 
 
