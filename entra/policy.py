@@ -75,6 +75,20 @@ def bound_rollout() -> Rollout | None:
     return None if binding is None else binding.rollout
 
 
+@contextmanager
+def _loaded_whole() -> Iterator[None]:
+    """Inside, a model loads whole: while a training under ZeRO-3 is set up or runs, transformers leaves on each rank a part of
+    every model that it loads, and those of a frozen scorer would never be put together."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
 def _check_model(model: Any) -> None:
     import torch
 
@@ -109,20 +123,6 @@ def load_policy(name: str) -> Policy:
 
             model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
     return Policy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)
-
-
-@contextmanager
-def _loaded_whole() -> Iterator[None]:
-    """Inside, a model loads whole: while a training under ZeRO-3 is set up or runs, transformers leaves on each rank a part of
-    every model that it loads, and those of a frozen scorer would never be put together."""
-    from transformers.integrations import deepspeed
-
-    config = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def load_tokenizer(name: str) -> Any:
