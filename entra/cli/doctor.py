@@ -11,6 +11,7 @@ import torch
 from entra.cli import CommandError
 from entra.cli.scoring import _loading, load
 from entra.policy import Policy
+from entra.view.visible import visible
 
 _USAGE = "entra doctor --model MODEL [any option of entra train]"
 _DESCRIPTION = """\
@@ -51,7 +52,8 @@ def run(options: argparse.Namespace) -> None:
     else:
         policy = load(options.model)
         diagnosis = doctor(policy.model, policy.tokenizer)
-    print(diagnosis)
+    for line in str(diagnosis).splitlines():
+        print(visible(line))
     if not diagnosis.ok:
         raise CommandError(f"{', '.join(finding.name for finding in diagnosis.wrong)}: wrong, see above", 1)
 

@@ -338,3 +338,11 @@ def test_the_command_takes_the_options_of_a_training(folders, capsys, tmp_path, 
 def test_the_command_names_a_model_that_cannot_be_loaded(capsys, tmp_path):
     assert main(["doctor", "--model", str(tmp_path / "nothing")]) == 2
     assert "cannot load --model" in capsys.readouterr().err
+
+
+def test_the_command_prints_nothing_that_moves_the_cursor(folders, capsys, monkeypatch):
+    doctor = sys.modules["entra.doctor"]
+    diagnosis = doctor.Diagnosis(findings=(doctor.Finding("layer", "ok", "model.\x1b[2Jlayers"),))
+    monkeypatch.setattr(doctor, "doctor", lambda *args, **kwargs: diagnosis)
+    assert main(["doctor", "--model", str(folders / "right")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
