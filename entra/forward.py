@@ -107,6 +107,7 @@ def token_signals(
         RuntimeError: the model has no head that can be hooked, or changes its logits in a way that is not known.
     """
     model = unwrapped(model)
+    _register_head(model)
     signals = [TokenSignals(torch.zeros(0), torch.zeros(0))] * len(rows)
     with _lock(model), torch.no_grad(), _evaluation_mode(model), forgetful_rope(model) as forget:
         device = model.get_input_embeddings().weight.device
@@ -154,11 +155,27 @@ def unwrapped(model: Any) -> Any:
     """The model inside DDP, DeepSpeed (`.module`) and torch.compile (`._orig_mod`); FSDP2 and PEFT need no unwrapping."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and not hasattr(model, "config"):
+        # DeepSpeed's engine has a `config` too, a dict of its own settings.
+        if inner is None and not hasattr(getattr(model, "config", None), "get_text_config"):
             inner = getattr(model, "module", None)
         if inner is None:
             return model
         model = inner
+
+
+def _register_head(model: Any) -> None:
+    """Tell ZeRO-3 that the model's own forward needs the head's weights whole, as TRL's fused head does, which never calls it.
+
+    DeepSpeed finds that out by itself where the weights are in parts when they are asked for. After a pass of ours, which calls
+    the head, it fetches them ahead: then they are whole in a trainer's forward, and gone in its backward.
+    """
+    weights = [weight for weight in _head_of(model).parameters() if hasattr(weight, "ds_id")]
+    if weights:
+        from deepspeed.runtime.zero import register_external_parameter  # type: ignore[import-not-found]
+
+        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        for weight in weights:
+            register_external_parameter(causal_lm, weight)
 
 
 def _micro_batches(lengths: Sequence[int], token_budget: int, groups: RopeGroups) -> list[list[int]]:

@@ -36,7 +36,7 @@ def bind_policy(model: Any, tokenizer: Any | None = None) -> AbstractContextMana
     at a time.
 
     Args:
-        model: a transformers causal LM, or a wrapper around one (PEFT, DDP, FSDP2, torch.compile).
+        model: a transformers causal LM, or a wrapper around one (PEFT, DDP, FSDP2, DeepSpeed, torch.compile).
         tokenizer: its tokenizer; not needed when prompts and completions are token ids.
 
     Raises:
@@ -76,6 +76,20 @@ def bound_rollout() -> Rollout | None:
     return None if binding is None else binding.rollout
 
 
+@contextmanager
+def _loaded_whole() -> Iterator[None]:
+    """Inside, a model loads whole: while a training under ZeRO-3 is set up or runs, transformers leaves on each rank a part of
+    every model that it loads, and those of a frozen scorer would never be put together."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
 def _check_model(model: Any) -> None:
     import torch
 
@@ -100,14 +114,15 @@ def load_policy(name: str) -> Policy:
     """
     import torch
 
-    if name == "smollm2":
-        from entra.smollm2 import load_smollm2
+    with _loaded_whole():
+        if name == "smollm2":
+            from entra.smollm2 import load_smollm2
 
-        model, tokenizer = load_smollm2()
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+            model, tokenizer = load_smollm2()
+        else:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
     return Policy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)
 
 

@@ -334,10 +334,10 @@ def _adapters(model: Any) -> object:
     return [(name, tuple(layer.active_adapters), layer.disable_adapters) for name, layer in layers]
 
 
-def _has_dropout(model: Any) -> bool:
-    """Whether a forward in the model's present mode is random."""
+def _has_dropout(model: Any, training: bool = False) -> bool:
+    """Whether a forward in the model's present mode is random, or with `training` in the mode that it is trained in."""
     for module in model.modules():
         p = module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-        if module.training and isinstance(p, int | float) and p > 0:
+        if (training or module.training) and isinstance(p, int | float) and p > 0:
             return True
     return False
