@@ -11,7 +11,7 @@ Decisions taken here:
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -203,6 +203,19 @@ def as_ids(value: Any) -> list[int] | None:
         return [operator.index(i) for i in value]
     except TypeError:  # floating-point tensors have an __index__ that refuses
         return None
+
+
+def prompt_value(prompt: Any) -> Hashable:
+    """What two prompts have in common when they are the same: equal for lists, tuples, arrays and tensors of the same ids, and
+    for messages with the same keys and contents, in whatever order the keys stand."""
+    prompt = _as_list(prompt)
+    if isinstance(prompt, str | bytes):
+        return prompt
+    if isinstance(prompt, Mapping):
+        return frozenset((key, prompt_value(value)) for key, value in prompt.items())
+    if isinstance(prompt, Sequence):
+        return tuple(map(prompt_value, prompt))
+    return prompt if isinstance(prompt, Hashable) else repr(prompt)
 
 
 def _as_list(value: Any) -> Any:

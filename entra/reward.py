@@ -4,8 +4,8 @@ r alone can be gamed: five distinct tokens score 1, gibberish never repeats, and
 however small. Hence the options below; docs/method.md argues each.
 
 Under a trainer with several processes the rows of all of them are put together before groups are looked at, because a prompt's
-completions may be spread over ranks. Rows of one prompt are one group: a reward function is told no more than that, so two rows
-of a dataset with the same prompt count as one.
+completions may be spread over ranks. Rows of one prompt, by its value, are one group: a reward function is told no more than
+that, so two rows of a dataset with the same prompt count as one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entra.config import FLOAT32_MAX, ScoreConfig, check_integer, check_number, names_unknown_options
-from entra.encode import Encoder, completion_text
+from entra.encode import Encoder, completion_text, prompt_value
 from entra.forward import unwrapped
 from entra.policy import resolve_policy
 from entra.score import Scores, score_batch
@@ -163,7 +163,7 @@ class EntraReward:
         if self.skip_truncated:
             rewards = self._without_truncated(rewards, completion_ids)
         mine, rows = _from_all_ranks(
-            list(map(_Row, map(_group_key, prompts), lengths, allowed, rewards)), "trainer_state" in columns
+            list(map(_Row, map(prompt_value, prompts), lengths, allowed, rewards)), "trainer_state" in columns
         )
         groups = [row.group for row in rows]
         rewards = group_gated([row.reward for row in rows], [row.gate for row in rows], groups, self.group_gate)
@@ -354,8 +354,3 @@ def _members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
 def _mean(values: Tensor) -> float:
     """NaN for none, and NaN values do not count."""
     return float(values.float().nanmean())
-
-
-def _group_key(prompt: Any) -> Hashable:
-    """Completions of the same prompt are one group."""
-    return prompt if isinstance(prompt, str) else repr(prompt)

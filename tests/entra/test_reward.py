@@ -10,6 +10,7 @@ from tiny_models import build
 from tiny_tokenizer import build_tokenizer
 
 import entra
+from entra.encode import prompt_value
 from entra.reward import correlation, dead_banded, gated, group_gated, group_std, guarded, halved
 
 
@@ -103,6 +104,47 @@ def test_dead_band_groups_by_prompt(model, tokenizer):
     plain = entra.score_batch(PROMPTS, COMPLETIONS, model=model, tokenizer=tokenizer)
     assert wide[0] == wide[1] == pytest.approx((plain[0] + plain[1]) / 2)
     assert wide[2] == plain[2]
+
+
+CHAT = [{"role": "user", "content": "2+2="}]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param([5, 6], (5, 6), id="list and tuple"),
+        pytest.param([5, 6], np.array([5, 6]), id="list and array"),
+        pytest.param([5, 6], torch.tensor([5, 6]), id="list and tensor"),
+        pytest.param(CHAT, np.array(CHAT), id="messages in an array"),
+        pytest.param(CHAT, [{"content": "2+2=", "role": "user"}], id="another order of the keys"),
+    ],
+)
+def test_prompts_of_one_value_are_one_group(one, other, model, tokenizer):
+    rewards = entra.EntraReward(model=model, tokenizer=tokenizer, dead_band=10.0)([one, other], COMPLETIONS[:2])
+    assert rewards[0] == rewards[1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(np.arange(1100) % 90, np.where(np.arange(1100) == 550, 7, np.arange(1100) % 90), id="long arrays"),
+        pytest.param([5, 6], [5, 7], id="ids"),
+        pytest.param(CHAT, [{"role": "user", "content": "2+3="}], id="messages"),
+    ],
+)
+def test_prompts_of_two_values_are_two_groups(one, other, tokenizer):
+    """numpy shortens the text of an array of more than 1,000 numbers, by which groups were told apart."""
+    roomy = build("llama", max_position_embeddings=2048)
+    rewards = entra.EntraReward(model=roomy, tokenizer=tokenizer, dead_band=10.0)([one, other], COMPLETIONS[:2])
+    assert rewards[0] != rewards[1]
+
+
+def test_the_group_of_a_prompt_survives_the_way_to_another_rank():
+    for prompt in ("text", [5, 6], np.arange(3), CHAT, [{"role": "user", "content": [{"type": "text", "text": "a"}]}]):
+        value = prompt_value(prompt)
+        assert pickle.loads(pickle.dumps(value)) == value
+        assert hash(value) == hash(prompt_value(prompt))
+    assert prompt_value("[5, 6]") != prompt_value([5, 6])
 
 
 @pytest.mark.parametrize(

@@ -431,6 +431,13 @@ def test_a_pass_over_other_positions_is_not_recorded():
         rollout.record(entra.ScoreConfig(), torch.zeros(1, 2), torch.zeros(1, 7), 2, [True])
 
 
+def test_a_batch_is_known_again_by_its_values():
+    rollout = entra.rollout.Rollout(build("qwen3"), tokenizer(), ["?"], [[5, 6]], [[7, 8]])
+    for same in ([7, 8], (7, 8), torch.tensor([7, 8])):
+        assert rollout.holds(["?"], [same])
+    assert not rollout.holds(["?"], torch.tensor([[7, 9]]))
+
+
 def test_images_in_a_prompt():
     class Generates:
         def _generate(self, prompts):
