@@ -14,7 +14,7 @@ import inspect
 import math
 import os
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
 
@@ -231,8 +231,8 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 def _checked_gate(values: Any, count: int) -> list[float | None]:
     """The gate's values, one finite number or None for each completion: a list, an array or a tensor."""
-    rule = "it must return one number or None for each"
-    if isinstance(values, str) or not hasattr(values, "__len__"):
+    rule = "it must return a list with one number or None for each"
+    if isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
         raise ValueError(f"gate returned {values!r} for {count} completions; {rule}")
     if len(values) != count:
         raise ValueError(f"gate returned {len(values)} values for {count} completions; {rule}")

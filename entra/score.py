@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import warnings
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from entra.config import ScoreConfig, nearest_of
+from entra.config import ScoreConfig, nearest_of, options_elsewhere
 from entra.encode import EncodedRow, Encoder, as_ids, short
 from entra.forward import TokenSignals, token_signals, unwrapped
 from entra.policy import Policy, bound_rollout, resolve_policy
@@ -165,7 +164,8 @@ def score_batch(
         model = tokenizer = logprobs = incoming = config = None
         details = False
     elif columns:
-        raise TypeError(_unknown_keyword(next(iter(columns))))
+        name = next(iter(columns))
+        raise TypeError(f"score_batch() got an unknown keyword {name!r}; {nearest_of(name, _OPTIONS, options_elsewhere())}")
     config = ScoreConfig() if config is None else config
     if not isinstance(config, ScoreConfig):
         raise TypeError(f"config={config!r} must be an entra.ScoreConfig, not {type(config).__name__}")
@@ -213,17 +213,6 @@ def _listed(name: str, rows: Any, count: int | None = None) -> list[Any] | None:
     if count is not None and len(rows) != count:
         raise ValueError(f"{name} has {len(rows)} rows but prompts has {count}; there must be one per prompt")
     return list(rows)
-
-
-def _unknown_keyword(name: str) -> str:
-    config_fields = [field.name for field in fields(ScoreConfig)]
-    if difflib.get_close_matches(name, [*_OPTIONS, *config_fields], n=1, cutoff=0.5)[:1] in (
-        [field] for field in config_fields
-    ):
-        remedy = f"{nearest_of(name, config_fields)} Pass it as config=entra.ScoreConfig(...)"
-    else:
-        remedy = nearest_of(name, _OPTIONS)
-    return f"score_batch() got an unknown keyword {name!r}; {remedy}"
 
 
 def _encode(

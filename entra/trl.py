@@ -19,13 +19,14 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from dataclasses import fields
 from typing import Any
 
 import torch
-from trl import GRPOTrainer, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from entra.capture import capture_incoming_attention
-from entra.config import ScoreConfig, check_integer
+from entra.config import TRAINER_OPTIONS, ScoreConfig, check_integer, nearest_of
 from entra.forward import check_scorable
 from entra.policy import Policy, bound
 from entra.reward import EntraReward
@@ -44,7 +45,9 @@ class _LivePolicy:
         check_integer("verify_every", verify_every, 0, "scoring calls, or 0 for never")
         if verify_on_breach not in ("raise", "warn"):
             raise ValueError(f"verify_on_breach={verify_on_breach!r} must be 'raise' or 'warn'")
-        _check_arguments(inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
+        signature = inspect.signature(super().__init__)
+        _check_keywords(type(self), signature, kwargs)
+        _check_arguments(signature.bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
         _check_tokenizer(self._tokenizer)  # type: ignore[attr-defined]
         _check_sharding(getattr(self.accelerator.state, "fsdp_plugin", None))  # type: ignore[attr-defined]
@@ -188,6 +191,24 @@ class EntraRLOOTrainer(_LivePolicy, RLOOTrainer):
 
     Arguments, errors and source are those of `EntraGRPOTrainer`.
     """
+
+
+def _check_keywords(trainer: type, signature: inspect.Signature, keywords: dict[str, Any]) -> None:
+    """Raises a TypeError for a keyword that no trainer takes; it names what takes it."""
+    parameters = signature.parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    unknown = next((name for name in keywords if name not in parameters), None)
+    if unknown is None:
+        return
+    config = RLOOConfig if issubclass(trainer, RLOOTrainer) else GRPOConfig
+    elsewhere = {
+        **{field.name: f"entra.EntraReward(config=entra.ScoreConfig({field.name}=...))" for field in fields(ScoreConfig)},
+        **{name: f"entra.EntraReward({name}=...)" for name in inspect.signature(EntraReward).parameters},
+        **{field.name: f"args=trl.{config.__name__}({field.name}=...)" for field in fields(config)},
+    }
+    remedy = nearest_of(unknown, (*parameters, *TRAINER_OPTIONS), elsewhere)
+    raise TypeError(f"{trainer.__name__}() got an unknown keyword {unknown!r}; {remedy}")
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:

@@ -41,6 +41,8 @@ def reward_functions(
         CommandError: an unknown name, a column that a function needs and the dataset lacks, no gate that fits, or an option
             outside its range.
     """
+    if gate == "entra":
+        raise CommandError("--gate entra: a reward cannot be its own gate; name a function that says which completions are right")
     if names is None or "entra" in names:
         gate = _default_gate(columns) if gate is None else gate
     if names is None:

@@ -182,6 +182,7 @@ def test_killed_and_resumed_gives_the_same_model(model, here, capsys):
     ("changes", "message"),
     [
         pytest.param({"reward_funcs": ["acuracy_reward"]}, "unknown reward function 'acuracy_reward'", id="reward-name"),
+        pytest.param({"gate": "entra"}, "--gate entra: a reward cannot be its own gate", id="its-own-gate"),
         pytest.param({"gate": "sums_reward.wrong"}, "cannot import the reward function sums_reward.wrong", id="import"),
         pytest.param({"gate": "sums_reward.NUMBER"}, "sums_reward.NUMBER is a int, not a reward function", id="no-function"),
         pytest.param(

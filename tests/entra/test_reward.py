@@ -157,6 +157,12 @@ def test_the_group_of_a_prompt_survives_the_way_to_another_rank():
         ({"min_length": "3"}, TypeError, r"min_length='3' must be a whole number of tokens, not str"),
         ({"config": {"a": 1}}, TypeError, r"config=.* must be an entra.ScoreConfig, not dict"),
         ({"name": 5}, TypeError, r"name=5 must be text"),
+        (
+            {"protect_fractoin": 1},
+            TypeError,
+            r"'protect_fractoin'; did you mean 'protect_fraction'\? Pass it as config=entra.ScoreConfig\(protect_fraction=...\)$",
+        ),
+        ({"verify_every": 1}, TypeError, r"'verify_every'; pass it as entra.EntraGRPOTrainer\(verify_every=...\)$"),
         ({"gat": 1}, TypeError, r"EntraReward\(\) got an unknown keyword 'gat'; did you mean 'gate'\?"),
     ],
 )
@@ -182,6 +188,9 @@ def test_an_async_gate_is_refused():
         ([1.0, math.nan, 1.0], r"gate returned nan for row 1; it must be a finite number"),
         ([1.0, 1.0, math.inf], r"gate returned inf for row 2"),
         (["x", 1.0, 1.0], r"gate returned 'x' for row 0"),
+        ({0: 1.0, 1: 0.0, 2: 1.0}, r"gate returned \{0: 1.0, 1: 0.0, 2: 1.0\} for 3 completions; it must return a list"),
+        ({1.0, 0.5, 0.0}, r"gate returned \{.*\} for 3 completions; it must return a list"),
+        (b"abc", r"gate returned b'abc' for 3 completions; it must return a list"),
     ],
 )
 def test_a_gate_that_returns_nonsense_is_an_error(values, message, model, tokenizer):

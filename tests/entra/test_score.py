@@ -495,6 +495,12 @@ def test_a_model_by_folder(tmp_path, rows, llama, tokenizer):
             TypeError,
             r"unknown keyword 'attention_wieght'; did you mean 'attention_weight'\? Pass it as config=entra.ScoreConfig",
         ),
+        (
+            {"attention_weight": 1},
+            TypeError,
+            r"unknown keyword 'attention_weight'; pass it as config=entra.ScoreConfig\(attention_weight=...\)$",
+        ),
+        ({"verify_every": 1}, TypeError, r"unknown keyword 'verify_every'; pass it as entra.EntraGRPOTrainer\(verify_every="),
         ({"config": {"tau": 1}}, TypeError, r"must be an entra.ScoreConfig, not dict"),
         (
             {"logprobs": [[0.0]] * 2, "config": entra.ScoreConfig(ranking_scope="sequence")},

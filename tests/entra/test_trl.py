@@ -451,6 +451,20 @@ def test_images_in_a_prompt():
         object.__new__(Trainer)._generate([[message]])
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("verify_evry", r"EntraGRPOTrainer\(\) got an unknown keyword 'verify_evry'; did you mean 'verify_every'\?$"),
+        ("protect_fraction", r"'protect_fraction'; pass it as entra.EntraReward\(config=entra.ScoreConfig\(protect_fraction=...\)\)$"),
+        ("min_length", r"'min_length'; pass it as entra.EntraReward\(min_length=...\)$"),
+        ("num_generation", r"did you mean 'num_generations'\? Pass it as args=trl.GRPOConfig\(num_generations=...\)$"),
+    ],
+)
+def test_an_option_that_belongs_elsewhere_is_named_with_its_place(tmp_path, option, message):
+    with pytest.raises(TypeError, match=message):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [every_second], options={option: 1})
+
+
 def test_nothing_to_verify(tmp_path):
     with pytest.raises(ValueError, match="verify_every=3, but there is nothing to verify"):
         trainer_of(tmp_path, entra.EntraGRPOTrainer, [every_second], options={"verify_every": 3})
