@@ -56,6 +56,7 @@ def options_elsewhere() -> dict[str, str]:
     return {
         **{field.name: f"config=entra.ScoreConfig({field.name}=...)" for field in fields(ScoreConfig)},
         **{name: f"entra.EntraGRPOTrainer({name}=...)" for name in TRAINER_OPTIONS},
+        "prompts": "entra.EntraReward(...)(prompts=...): the class is no reward function, its instances are",
     }
 
 

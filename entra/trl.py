@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import warnings
 from dataclasses import fields
 from typing import Any
@@ -28,8 +29,9 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from entra.capture import capture_incoming_attention
 from entra.config import TRAINER_OPTIONS, ScoreConfig, check_integer, nearest_of
 from entra.forward import check_scorable
-from entra.policy import Policy, bound
-from entra.reward import EntraReward
+from entra.gates import called_once, one_batch
+from entra.policy import Policy, bound, load_policy
+from entra.reward import EntraReward, check_names
 from entra.rollout import Rollout
 from entra.score import score_batch
 from entra.verify import verify
@@ -40,6 +42,7 @@ class _LivePolicy:
 
     # Where `_generate` returns the mask of the tokens that the policy wrote itself.
     _own_position: int | None = None
+    reward_funcs: list[Any]
 
     def __init__(self, *args: Any, verify_every: int = 0, verify_on_breach: str = "raise", **kwargs: Any) -> None:
         check_integer("verify_every", verify_every, 0, "scoring calls, or 0 for never")
@@ -52,7 +55,8 @@ class _LivePolicy:
         _check_tokenizer(self._tokenizer)  # type: ignore[attr-defined]
         _check_sharding(getattr(self.accelerator.state, "fsdp_plugin", None))  # type: ignore[attr-defined]
         check_scorable(self.model)  # type: ignore[attr-defined]
-        self._entra_configs = _live_configs(self.reward_funcs)  # type: ignore[attr-defined]
+        check_names(self.reward_func_names)  # type: ignore[attr-defined]
+        self._entra_configs = _live_configs(self.reward_funcs)
         if verify_every and not self._entra_configs:
             raise ValueError(
                 f"verify_every={verify_every}, but there is nothing to verify: no reward function is entra.score_batch or a "
@@ -143,8 +147,13 @@ class _LivePolicy:
                 rollout.signals(config)
         if rollout is not None:
             self._verify(rollout)
-        with bound(Policy(self.model, self._tokenizer), rollout):  # type: ignore[attr-defined]
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
+        functions = self.reward_funcs
+        self.reward_funcs = _gates_called_once(functions)
+        try:
+            with bound(Policy(self.model, self._tokenizer), rollout), one_batch():  # type: ignore[attr-defined]
+                return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
+        finally:
+            self.reward_funcs = functions
 
     def _verify(self, rollout: Rollout) -> None:
         self._entra_calls += 1
@@ -176,8 +185,11 @@ class EntraGRPOTrainer(_LivePolicy, GRPOTrainer):
         verify_on_breach: what happens when that is beyond the error budget: "raise" a RuntimeError, or "warn".
 
     Raises:
-        ValueError: at construction: reward weights that are all zero, a tokenizer without EOS, a model whose attention cannot
-            be captured (also one with virtual tokens: prompt tuning), FSDP1, an option outside its range, nothing to verify.
+        ValueError: at construction: reward weights that are all zero, two rewards of one name, a tokenizer without EOS, a model
+            whose attention cannot be captured (also one with virtual tokens: prompt tuning), FSDP1, an option outside its
+            range, nothing to verify.
+        TypeError: an unknown keyword (what takes it is named), a class where an instance belongs.
+        OSError: a frozen scorer's weights cannot be loaded.
         RuntimeError: a model without a language-model head; while training, a breach of the error budget.
 
     Source: docs/training.md.
@@ -218,6 +230,10 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     if weights and not any(weights):
         raise ValueError(f"reward_weights={weights} are all zero, so that nothing is trained; give one of them a weight")
     for reward in rewards if isinstance(rewards, list) else [rewards]:
+        if inspect.isclass(reward):
+            raise TypeError(f"reward_funcs holds the class {reward.__name__}, which scores nothing; pass an instance of it")
+        if isinstance(reward, EntraReward) and isinstance(reward.model, str | os.PathLike):
+            check_scorable(load_policy(os.fspath(reward.model)).model)
         if isinstance(reward, functools.partial) and reward.func is score_batch:
             raise ValueError(
                 f"reward_funcs holds functools.partial(score_batch, {', '.join(reward.keywords)}), but under TRL score_batch "
@@ -264,6 +280,12 @@ def _live_configs(rewards: list[Any]) -> list[ScoreConfig]:
         if config is not None and config not in configs:
             configs.append(config)
     return configs
+
+
+def _gates_called_once(rewards: list[Any]) -> list[Any]:
+    """The reward functions, those that are gates as well in the form that is called once for each batch."""
+    gates = [reward.gate for reward in rewards if isinstance(reward, EntraReward) and reward.gate is not None]
+    return [functools.partial(called_once, reward) if any(reward == gate for gate in gates) else reward for reward in rewards]
 
 
 def _is_ungated(reward: Any) -> bool:
