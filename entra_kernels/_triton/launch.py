@@ -34,8 +34,8 @@ def check_products(tensor: Tensor) -> None:
     """Raises a RuntimeError where Triton would multiply wrongly: bfloat16 in its interpreter."""
     if tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16:
         raise RuntimeError(
-            "backend='triton' on a CPU is Triton's interpreter, and the interpreter multiplies bfloat16 wrongly; use float32 or "
-            "float16, or backend='torch'"
+            "backend='triton' on a CPU is Triton's interpreter, and the interpreter multiplies bfloat16 wrongly; use float32 "
+            "or float16, or backend='torch'"
         )
 
 
