@@ -100,6 +100,35 @@ def _check_model(model: Any) -> None:
         )
 
 
+def check_scorer(model: Any) -> None:
+    """Whether `model`, which is to score later, can: without loading it when it is a name.
+
+    Raises:
+        TypeError: neither a torch module nor a name.
+        ValueError: nothing of that name can be found, or no layer of the model can be scored.
+        RuntimeError: a model without a language-model head, or "smollm2" without its packages.
+    """
+    if not isinstance(model, str | os.PathLike):
+        from entra.forward import check_scorable, unwrapped
+
+        _check_model(model)
+        return check_scorable(unwrapped(model))
+    name = os.fspath(model)
+    if name == "smollm2":
+        from entra.smollm2 import find_smollm2
+
+        find_smollm2()
+        return None
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model={name!r} cannot be loaded; give a folder, a hub name or 'smollm2' ({reason})") from error
+    return None
+
+
 @lru_cache(maxsize=2)
 def load_policy(name: str) -> Policy:
     """Model and tokenizer by name, on the GPU where there is one; the last two stay in memory for the next call.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from entra.config import ScoreConfig
-from entra.encode import EncodedRow, Encoder
+from entra.encode import EncodedRow, Encoder, prompt_value
 from entra.forward import TokenSignals, forwards_are_collective, token_signals, unwrapped
 from entra.rope import RopeGroups, has_seen_longer, sees_left_pads
 
@@ -32,6 +32,10 @@ class _Statistic(NamedTuple):
 
 def _statistic(config: ScoreConfig) -> _Statistic:
     return _Statistic(config.attention_statistic, config.head_reduction)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or prompt_value(one) == prompt_value(other)
 
 
 class Rollout:
@@ -90,7 +94,7 @@ class Rollout:
     def holds(self, prompts: Sequence[Any], completion_ids: Sequence[Any] | None) -> bool:
         """Whether these are the rows of this batch, all of them and in order."""
         return completion_ids is not None and all(
-            given is ours or (len(given) == len(ours) and all(a is b or a == b for a, b in zip(given, ours, strict=True)))
+            given is ours or (len(given) == len(ours) and all(map(_same, given, ours)))
             for given, ours in ((prompts, self._prompts), (completion_ids, self._completion_ids))
         )
 

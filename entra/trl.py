@@ -20,20 +20,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from entra.capture import Capture, capture_incoming_attention
-from entra.config import ScoreConfig, check_integer
+from entra.config import TRAINER_OPTIONS, ScoreConfig, check_integer, nearest_of
 from entra.forward import check_scorable, unwrapped
-from entra.policy import Policy, bound
-from entra.reward import EntraReward
+from entra.gates import called_once, one_batch
+from entra.policy import Policy, bound, load_policy
+from entra.reward import EntraReward, check_names
 from entra.rollout import Rollout
 from entra.score import score_batch
 from entra.verify import verify
@@ -44,17 +47,21 @@ class _LivePolicy:
 
     # Where `_generate` returns the mask of the tokens that the policy wrote itself.
     _own_position: int | None = None
+    reward_funcs: list[Any]
 
     def __init__(self, *args: Any, verify_every: int = 0, verify_on_breach: str = "raise", **kwargs: Any) -> None:
         check_integer("verify_every", verify_every, 0, "scoring calls, or 0 for never")
         if verify_on_breach not in ("raise", "warn"):
             raise ValueError(f"verify_on_breach={verify_on_breach!r} must be 'raise' or 'warn'")
-        _check_arguments(inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
+        signature = inspect.signature(super().__init__)
+        _check_keywords(type(self), signature, kwargs)
+        _check_arguments(signature.bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
         _check_tokenizer(self._tokenizer)  # type: ignore[attr-defined]
         _check_sharding(getattr(self.accelerator.state, "fsdp_plugin", None))  # type: ignore[attr-defined]
         check_scorable(self.model)  # type: ignore[attr-defined]
-        self._entra_configs = _live_configs(self.reward_funcs)  # type: ignore[attr-defined]
+        check_names(self.reward_func_names)  # type: ignore[attr-defined]
+        self._entra_configs = _live_configs(self.reward_funcs)
         if verify_every and not self._entra_configs:
             raise ValueError(
                 f"verify_every={verify_every}, but there is nothing to verify: no reward function is entra.score_batch or a "
@@ -160,8 +167,13 @@ class _LivePolicy:
                 rollout.signals(config)
         if rollout is not None:
             self._verify(rollout)
-        with bound(Policy(self.model, self._tokenizer), rollout):  # type: ignore[attr-defined]
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
+        functions = self.reward_funcs
+        self.reward_funcs = _gates_called_once(functions)
+        try:
+            with bound(Policy(self.model, self._tokenizer), rollout), one_batch():  # type: ignore[attr-defined]
+                return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
+        finally:
+            self.reward_funcs = functions
 
     def _verify(self, rollout: Rollout) -> None:
         self._entra_calls += 1
@@ -193,8 +205,11 @@ class EntraGRPOTrainer(_LivePolicy, GRPOTrainer):
         verify_on_breach: what happens when that is beyond the error budget: "raise" a RuntimeError, or "warn".
 
     Raises:
-        ValueError: at construction: reward weights that are all zero, a tokenizer without EOS, a model whose attention cannot
-            be captured (also one with virtual tokens: prompt tuning), FSDP1, an option outside its range, nothing to verify.
+        ValueError: at construction: reward weights that are all zero, two rewards of one name, a tokenizer without EOS, a model
+            whose attention cannot be captured (also one with virtual tokens: prompt tuning), FSDP1, an option outside its
+            range, nothing to verify.
+        TypeError: an unknown keyword (what takes it is named), a class where an instance belongs.
+        OSError: a frozen scorer's weights cannot be loaded.
         RuntimeError: a model without a language-model head; while training, a breach of the error budget.
 
     Source: docs/training.md.
@@ -267,6 +282,24 @@ def _riding(
         handle.remove()
 
 
+def _check_keywords(trainer: type, signature: inspect.Signature, keywords: dict[str, Any]) -> None:
+    """Raises a TypeError for a keyword that no trainer takes; it names what takes it."""
+    parameters = signature.parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    unknown = next((name for name in keywords if name not in parameters), None)
+    if unknown is None:
+        return
+    config = RLOOConfig if issubclass(trainer, RLOOTrainer) else GRPOConfig
+    elsewhere = {
+        **{field.name: f"entra.EntraReward(config=entra.ScoreConfig({field.name}=...))" for field in fields(ScoreConfig)},
+        **{name: f"entra.EntraReward({name}=...)" for name in inspect.signature(EntraReward).parameters},
+        **{field.name: f"args=trl.{config.__name__}({field.name}=...)" for field in fields(config)},
+    }
+    remedy = nearest_of(unknown, (*parameters, *TRAINER_OPTIONS), elsewhere)
+    raise TypeError(f"{trainer.__name__}() got an unknown keyword {unknown!r}; {remedy}")
+
+
 def _check_arguments(arguments: dict[str, Any]) -> None:
     """What TRL would only fail on later, or not at all."""
     args, rewards = arguments.get("args"), arguments.get("reward_funcs")
@@ -274,6 +307,10 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     if weights and not any(weights):
         raise ValueError(f"reward_weights={weights} are all zero, so that nothing is trained; give one of them a weight")
     for reward in rewards if isinstance(rewards, list) else [rewards]:
+        if inspect.isclass(reward):
+            raise TypeError(f"reward_funcs holds the class {reward.__name__}, which scores nothing; pass an instance of it")
+        if isinstance(reward, EntraReward) and isinstance(reward.model, str | os.PathLike):
+            check_scorable(load_policy(os.fspath(reward.model)).model)
         if isinstance(reward, functools.partial) and reward.func is score_batch:
             raise ValueError(
                 f"reward_funcs holds functools.partial(score_batch, {', '.join(reward.keywords)}), but under TRL score_batch "
@@ -320,6 +357,12 @@ def _live_configs(rewards: list[Any]) -> list[ScoreConfig]:
         if config is not None and config not in configs:
             configs.append(config)
     return configs
+
+
+def _gates_called_once(rewards: list[Any]) -> list[Any]:
+    """The reward functions, those that are gates as well in the form that is called once for each batch."""
+    gates = [reward.gate for reward in rewards if isinstance(reward, EntraReward) and reward.gate is not None]
+    return [functools.partial(called_once, reward) if any(reward == gate for gate in gates) else reward for reward in rewards]
 
 
 def _is_ungated(reward: Any) -> bool:

@@ -204,6 +204,9 @@ def linear_token_logprobs(
             temperature=temperature,
             entropy=entropy,
         )
+    if softcap is not None and hidden.shape[-1]:  # which makes a finite logit of one that is not
+        finite = torch.linalg.vector_norm(hidden, math.inf, dim=-1).isfinite()
+        results = [result.masked_fill_(~finite, math.nan) for result in results]
     return results if exist is None else [result.masked_fill_(~exist, math.nan) for result in results]
 
 

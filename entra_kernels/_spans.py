@@ -46,6 +46,12 @@ class Spans:
         end = torch.full_like(first, self.tokens) if self.ends is None else self.ends.long()
         return (end.clamp(0, self.tokens) - first.clamp(0, self.tokens)).clamp(min=0)
 
+    def longest(self, device: torch.device) -> int:
+        """No sequence has more tokens: on a CPU the longest's number, elsewhere, where looking would wait, the row's."""
+        if device.type != "cpu":
+            return self.tokens
+        return max((count for _, _, count in self), default=0)
+
     def _bounds(self) -> Iterator[tuple[int, int]]:
         starts = [0] * self.count if self.starts is None else self.starts.tolist()
         ends = [self.tokens] * self.count if self.ends is None else self.ends.tolist()

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entra_kernels._spans import Spans
-from entra_kernels._triton.launch import AttentionLaunch, Chip, KernelCase, attention_launch, chip_of
+from entra_kernels._triton.launch import AttentionLaunch, Chip, KernelCase, attention_launch, check_products, chip_of
 from entra_kernels._triton.plan import PIECE_FIELDS, TILE_FIELDS, plan
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -414,6 +414,7 @@ def incoming_attention(
     `per_head` for each query head), each sequence rounded up to whole tiles; and the sums of further pieces, `plan._most_cuts`
     tiles of them: for one sequence at most 528 KiB, times G with `per_head`.
     """
+    check_products(q)
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads

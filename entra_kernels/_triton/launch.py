@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Chip(NamedTuple):
@@ -27,6 +28,15 @@ class Chip(NamedTuple):
 
 
 HOPPER = Chip("sm_90", 227 * 1024)
+
+
+def check_products(tensor: Tensor) -> None:
+    """Raises a RuntimeError where Triton would multiply wrongly: bfloat16 in its interpreter."""
+    if tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16:
+        raise RuntimeError(
+            "backend='triton' on a CPU is Triton's interpreter, and the interpreter multiplies bfloat16 wrongly; use float32 "
+            "or float16, or backend='torch'"
+        )
 
 
 @functools.cache

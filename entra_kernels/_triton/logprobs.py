@@ -26,7 +26,7 @@ from torch import Tensor
 
 from entra_kernels._torch.logprobs import factor, product
 from entra_kernels._triton.attention import _tanh
-from entra_kernels._triton.launch import Chip, KernelCase, chip_of
+from entra_kernels._triton.launch import Chip, KernelCase, check_products, chip_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -476,6 +476,7 @@ def _fused(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, parts: Tensor, options: dict[str, Any]
 ) -> None:
     """Fills `parts` in one launch."""
+    check_products(hidden)
     rows, channels = hidden.shape
     size = tiling(hidden.element_size(), chip_of(hidden.device).shared_memory)
     _head_kernel[(triton.cdiv(rows, size.rows) * parts.shape[0],)](

@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import FAMILIES, VOCABULARY, build
@@ -163,6 +164,54 @@ def test_given_signals_need_no_model(rows, llama):
     padded = [torch.cat([value, torch.tensor([-9.0, 0.0])]) for value in computed.logprobs]
     half = entra.score_batch(prompts, with_eos, model=llama, logprobs=padded, details=True)
     assert half.rewards == computed.rewards
+
+
+def padded(rows, value):
+    """[B, N], as trainers hold them."""
+    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray], ids=["tensor", "array"])
+def test_rows_may_come_as_one_tensor_or_array(kind, rows, llama, tokenizer):
+    """The truth of an array was asked for, and that is an error."""
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    expected = entra.score_batch(prompts, completions, model=llama, details=True)
+    ids = kind(padded(completions, 0))
+    assert entra.score_batch(prompts, ids, model=llama) == expected.rewards
+    assert entra.score_batch(prompts, None, ids, model=llama) == expected.rewards
+    assert entra.score_batch(prompts, completions, ids, model=llama) == expected.rewards
+    signals = {"logprobs": kind(padded(expected.logprobs, 0.0)), "incoming": kind(padded(expected.incoming, 0.0))}
+    assert entra.score_batch(kind(padded(prompts, 0)), None, ids, tokenizer=tokenizer, **signals) == expected.rewards
+
+
+def test_rows_may_come_as_a_pandas_series_of_any_index(rows, llama, tokenizer):
+    """Such as what is left of a table after a filter: its labels are not 0, 1, 2."""
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    texts = ["It is four.", "It is four, I am sure of it."]
+    expected = entra.score_batch(["2+2=", "name?"], texts, model=llama, tokenizer=tokenizer, details=True)
+    index = [7, 3]
+    prompts, completions = pandas.Series(["2+2=", "name?"], index=index), pandas.Series(texts, index=index)
+    assert entra.score_batch(prompts, completions, model=llama, tokenizer=tokenizer) == expected.rewards
+    given = {name: pandas.Series(list(getattr(expected, name)), index=index) for name in ("logprobs", "incoming")}
+    ids = pandas.Series([row.tolist() for row in expected.token_ids], index=index)
+    assert entra.score_batch(prompts, None, ids, **given) == expected.rewards
+    assert entra.EntraReward(model=llama, tokenizer=tokenizer, skip_truncated=True)(prompts, completions, ids) == [None, None]
+
+
+def test_log_probs_and_attention_are_held_to_their_range(rows):
+    """Probabilities, or sums that were not divided, gave a reward like any other."""
+    given = {"prompts": [[5], [5]], "completions": None, "completion_ids": [[6], [7, 8]]}
+    good = {"logprobs": [[-1.0], [0.0, -2.0]], "incoming": [[0.0], [1.0, 0.0]]}
+    assert entra.score_batch(**given, **good) == [0.0, 1.0]
+    with pytest.raises(ValueError, match=r"row 1: logprobs holds 0.25 at token 1; .* at most 0: pass natural logarithms"):
+        entra.score_batch(**given, **{**good, "logprobs": [[-1.0], [0.0, 0.25]]})
+    for value in (1.5, -0.5):
+        with pytest.raises(ValueError, match=rf"row 1: incoming holds {value} at token 0; mean attention lies in 0 to 1"):
+            entra.score_batch(**given, **{**good, "incoming": [[0.0], [value, 0.0]]})
+    lift = entra.ScoreConfig(attention_statistic="lift")
+    assert entra.score_batch(**given, **{**good, "incoming": [[0.0], [1.5, 0.0]]}, config=lift) == [0.0, 1.0]
+    with pytest.raises(ValueError, match=r"row 1: incoming holds -0.5 at token 0; lift is at least 0"):
+        entra.score_batch(**given, **{**good, "incoming": [[0.0], [-0.5, 0.0]]}, config=lift)
 
 
 def test_sequence_scope_ranks_the_prompt_too(rows, llama):
@@ -578,6 +627,11 @@ def test_a_model_by_folder(tmp_path, rows, llama, tokenizer):
         ({"completions": [[5]]}, ValueError, r"completions has 1 rows but prompts has 2; there must be one per prompt"),
         ({"completion_ids": [[5]] * 3}, ValueError, r"completion_ids has 3 rows but prompts has 2"),
         ({"logprobs": [[0.0]]}, ValueError, r"logprobs has 1 rows but prompts has 2"),
+        ({"prompts": None}, TypeError, r"prompts=None must be a list with one entry per completion"),
+        ({"completions": {6: 7, 8: 9}}, TypeError, r"completions=\{6: 7, 8: 9\} must be a list .*, not dict"),
+        ({"completion_ids": torch.tensor(3)}, TypeError, r"completion_ids=tensor\(3\) must be a list with one entry per"),
+        ({"completion_ids": (row for row in ([5], [6]))}, TypeError, r"completion_ids=<generator .*, not generator"),
+        ({"logprobs": 0.5}, TypeError, r"logprobs=0.5 must be a list with one entry per completion"),
         ({"completions": None}, ValueError, r"completions=None and completion_ids=None; one of them must be given"),
         ({"completions": [[5], [VOCABULARY + 7]]}, ValueError, rf"row 1: the completion holds token id {VOCABULARY + 7}"),
         ({"completions": [[5], 7]}, TypeError, r"row 1: completion=7 must be text"),
@@ -596,6 +650,12 @@ def test_a_model_by_folder(tmp_path, rows, llama, tokenizer):
             TypeError,
             r"unknown keyword 'attention_wieght'; did you mean 'attention_weight'\? Pass it as config=entra.ScoreConfig",
         ),
+        (
+            {"attention_weight": 1},
+            TypeError,
+            r"unknown keyword 'attention_weight'; pass it as config=entra.ScoreConfig\(attention_weight=...\)$",
+        ),
+        ({"verify_every": 1}, TypeError, r"unknown keyword 'verify_every'; pass it as entra.EntraGRPOTrainer\(verify_every="),
         ({"config": {"tau": 1}}, TypeError, r"must be an entra.ScoreConfig, not dict"),
         (
             {"logprobs": [[0.0]] * 2, "config": entra.ScoreConfig(ranking_scope="sequence")},

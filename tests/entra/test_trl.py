@@ -1,5 +1,6 @@
 """ENTRA in TRL's trainers: as a plain reward function, and scoring the live policy in the trainers of `entra.trl`."""
 
+import asyncio
 import functools
 import json
 import math
@@ -195,6 +196,94 @@ def test_trl_grpo_takes_a_reward_by_its_dotted_name(tmp_path, monkeypatch, capsy
     main(*make_parser().parse_args_and_config(words.split()))
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert "rewards/concise/mean" in capsys.readouterr().out
+
+
+class Judge:
+    """A gate that counts how often it is asked, and never says the same twice."""
+
+    __name__ = "judge"
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, completions, **columns):
+        self.asked.append([float((i + len(self.asked)) % 2) for i in range(len(completions))])
+        return self.asked[-1]
+
+
+class AsyncJudge(Judge):
+    """On whose loop it is asked counts, too: a client stays open between batches."""
+
+    async def __call__(self, completions, **columns):
+        self.loops = {*getattr(self, "loops", ()), asyncio.get_running_loop()}
+        return super().__call__(completions, **columns)
+
+
+@pytest.mark.parametrize("first", ["reward", "gate"])
+@pytest.mark.parametrize("kind", [Judge, AsyncJudge])
+def test_a_gate_that_is_also_a_reward_is_asked_once_for_each_batch(tmp_path, kind, first):
+    judge = kind()
+    concise = entra.EntraReward(gate=judge)
+    also = entra.EntraReward(gate=judge, halve_at=5.0, name="total")
+    functions = [judge, concise, also] if first == "reward" else [concise, also, judge]
+    trainer = trainer_of(tmp_path, entra.EntraGRPOTrainer, functions, max_steps=2)
+    entries = logged(trainer)
+    assert len(judge.asked) == 2
+    assert trainer.reward_funcs == functions
+    assert entries[0]["rewards/judge/mean"] == 0.5
+    assert entries[0]["rewards/entra_reward/mean"] > 0
+    assert entries[0]["entra_reward/stopped/gate"] == 0.5
+    if kind is AsyncJudge:
+        assert judge.loops == {trainer.async_loop}
+
+
+def test_a_gate_is_asked_again_about_other_rows(tmp_path):
+    judge = Judge()
+    concise = entra.EntraReward(gate=judge)
+
+    def halves(prompts, completions, completion_ids, **columns):
+        parts = (slice(0, 4), slice(4, 8))
+        return [r for p in parts for r in concise(prompts[p], completions[p], completion_ids[p], log_metric=None)]
+
+    logged(trainer_of(tmp_path, entra.EntraGRPOTrainer, [concise, halves]))
+    assert [len(values) for values in judge.asked] == [8, 4, 4]
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path):
+    """TRL averages what two functions of one name return, and logs it as one."""
+    rewards = [entra.EntraReward(gate=every_second), entra.EntraReward(gate=every_second, halve_at=5.0)]
+    with pytest.raises(ValueError, match=r"2 functions called 'entra_reward', .* entra.EntraReward\(name=...\)"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, rewards)
+    frozen = [entra.EntraReward(model=build("qwen3"), tokenizer=build_tokenizer()) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"reward_funcs holds 2 functions called 'entra_reward'"):
+        trainer_of(tmp_path, trl.GRPOTrainer, frozen).train()
+
+
+def test_a_class_where_an_instance_belongs(tmp_path):
+    with pytest.raises(TypeError, match=r"reward_funcs holds the class EntraReward, which scores nothing; pass an instance"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.EntraReward])
+
+
+def test_a_scorer_whose_weights_cannot_be_loaded_fails_at_construction(tmp_path):
+    build("qwen3").config.save_pretrained(tmp_path / "scorer")  # without weights
+    reward = entra.EntraReward(model=tmp_path / "scorer")
+    with pytest.raises(OSError, match=r"no file named model.safetensors"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [reward])
+
+
+def test_a_frozen_scorer_without_a_tokenizer_takes_the_trainers_ids(tmp_path):
+    """The prompts, too: it raised that text must be tokenised."""
+    seen = []
+
+    def look(prompts, completions, completion_ids, **columns):
+        ids = [tokenizer()(prompt)["input_ids"] for prompt in prompts]
+        seen.append(entra.score_batch(ids, None, completion_ids, model=frozen, tokenizer=tokenizer()))
+        return seen[-1]
+
+    frozen = build("llama")
+    reward = entra.EntraReward(model=frozen, name="frozen")
+    (entry,) = logged(trainer_of(tmp_path, entra.EntraGRPOTrainer, [reward, look]))
+    assert entry["rewards/frozen/mean"] == entry["rewards/look/mean"] > 0
 
 
 # Riding on TRL's pass, or a pass of one's own.
@@ -544,6 +633,13 @@ def test_a_pass_over_other_positions_is_not_recorded():
         rollout.record(entra.ScoreConfig(), torch.zeros(1, 2), torch.zeros(1, 7), 2, [True])
 
 
+def test_a_batch_is_known_again_by_its_values():
+    rollout = entra.rollout.Rollout(build("qwen3"), tokenizer(), ["?"], [[5, 6]], [[7, 8]])
+    for same in ([7, 8], (7, 8), torch.tensor([7, 8])):
+        assert rollout.holds(["?"], [same])
+    assert not rollout.holds(["?"], torch.tensor([[7, 9]]))
+
+
 def test_images_in_a_prompt():
     class Generates:
         def _generate(self, prompts):
@@ -555,6 +651,20 @@ def test_images_in_a_prompt():
     message = {"role": "user", "content": [{"type": "image", "image": None}, {"type": "text", "text": "1+1="}]}
     with pytest.raises(ValueError, match="has images, but ENTRA scores text only"):
         object.__new__(Trainer)._generate([[message]])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("verify_evry", r"EntraGRPOTrainer\(\) got an unknown keyword 'verify_evry'; did you mean 'verify_every'\?$"),
+        ("protect_fraction", r"; pass it as entra.EntraReward\(config=entra.ScoreConfig\(protect_fraction=...\)\)$"),
+        ("min_length", r"'min_length'; pass it as entra.EntraReward\(min_length=...\)$"),
+        ("num_generation", r"did you mean 'num_generations'\? Pass it as args=trl.GRPOConfig\(num_generations=...\)$"),
+    ],
+)
+def test_an_option_that_belongs_elsewhere_is_named_with_its_place(tmp_path, option, message):
+    with pytest.raises(TypeError, match=message):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [every_second], options={option: 1})
 
 
 def test_nothing_to_verify(tmp_path):
