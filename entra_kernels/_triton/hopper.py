@@ -13,8 +13,8 @@ move exponentials across; the shuffles of a sum, or the maximum, keep them from 
 
 On an H100 at N = 32,768 with 32 query and 8 kv heads the two passes take 0.78 (D = 128), 0.83 (D = 64) and 0.63 (D = 256) of
 the time of those in `attention.py` (measured in one run, benchmarks/README.md). Tiles, pieces, and what goes in and out are
-those of `attention.py`, and so is the order of the sums: the results are the same bit for bit. `Views.of` says which tensors these kernels
-take; others, and calls with options, run there.
+those of `attention.py`, and so is the order of the sums: the results are the same bit for bit. `Views.of` says which tensors
+these kernels take; others, and calls with options, run there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -143,7 +142,8 @@ def _scan_queries(
     upper_sums, lower_sums, scores, slot, phase, upper, lower, ring, lse_ring, filled, free, key, begin, end, tokens, scale,
     STREAMED: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """Adds what the tiles begin ... end - 1 of queries give. `scores` are the upper ones of the tile in `slot`, before and after."""
+    """Adds what the tiles begin ... end - 1 of queries give. `scores` are the upper ones of the tile in `slot`, before and
+    after."""
     for tile in range(begin, end):
         product = _start_product(lower, ring, slot, STREAMED, mma)
         mbarrier.wait(filled.index(slot), phase)  # completed: see the module's docstring
@@ -182,7 +182,7 @@ def _sum_columns(
     slot = 0
     phase = 0
     for _ in range(group):
-        # Tiles of queries on the diagonal are masked, then come those which see every key, then one that the sequence does not fill.
+        # Tiles of queries on the diagonal are masked, then come those which see every key, then the one that ends the sequence.
         upper_sums, lower_sums, scores, slot, phase = _scan_queries(
             upper_sums, lower_sums, scores, slot, phase, upper, lower, ring, lse_ring, filled, free, key,
             first, diagonal_end, tokens, scale, STREAMED, STAGES, True, mma,
@@ -238,12 +238,12 @@ def _column_sum_kernel(
     out = partial_out + gl.program_id(0).to(gl.int64) * 256 * (group if PER_HEAD else 1)
     gl.warp_specialize(
         [
-            (_sum_columns, (keys.index(0), keys.index(1), ring, lse_ring, filled, free, out, begin, first, diagonal_end, full_end,
-                            stop, tokens, scale, group, STREAMED, STAGES, PER_HEAD, IN_REGISTERS, 0)),
-            (_sum_columns, (keys.index(2), keys.index(3), ring, lse_ring, filled, free, out, begin, first, diagonal_end, full_end,
-                            stop, tokens, scale, group, STREAMED, STAGES, PER_HEAD, IN_REGISTERS, 1)),
-            (_copy_tiles, (q_desc, ring, lse_desc, lse_ring, filled, free, q_row, q_row_head, head * q_column_head, q_column_head,
-                           lse_row, slots * (256 // STREAMED), group, first, stop, STREAMED, STAGES, True)),
+            (_sum_columns, (keys.index(0), keys.index(1), ring, lse_ring, filled, free, out, begin, first, diagonal_end,
+                            full_end, stop, tokens, scale, group, STREAMED, STAGES, PER_HEAD, IN_REGISTERS, 0)),
+            (_sum_columns, (keys.index(2), keys.index(3), ring, lse_ring, filled, free, out, begin, first, diagonal_end,
+                            full_end, stop, tokens, scale, group, STREAMED, STAGES, PER_HEAD, IN_REGISTERS, 1)),
+            (_copy_tiles, (q_desc, ring, lse_desc, lse_ring, filled, free, q_row, q_row_head, head * q_column_head,
+                           q_column_head, lse_row, slots * (256 // STREAMED), group, first, stop, STREAMED, STAGES, True)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -251,10 +251,9 @@ def _column_sum_kernel(
 
 
 @gluon.jit
-def _add_summands(
-    highest, total, scores, query, tile, scale, STREAMED: gl.constexpr, MASKED: gl.constexpr, mma: gl.constexpr
-):
-    """The online log-sum-exp with one tile of keys: the highest score so far, in log2 units, and the sum of exp2(score - highest)."""
+def _add_summands(highest, total, scores, query, tile, scale, STREAMED: gl.constexpr, MASKED: gl.constexpr, mma: gl.constexpr):
+    """The online log-sum-exp with one tile of keys: the highest score so far, in log2 units, and the sum of
+    exp2(score - highest)."""
     if MASKED:
         key = tile * STREAMED + gl.arange(0, STREAMED, layout=gl.SliceLayout(0, mma))
         visible = gl.expand_dims(key, 0) <= gl.expand_dims(query, 1)
@@ -375,10 +374,10 @@ def _row_lse_kernel(
     out = negative_lse + (head.to(gl.int64) * slots + first_slot) * 256
     gl.warp_specialize(
         [
-            (_sum_rows, (queries.index(0), queries.index(1), ring, filled, free, out, sinks, sinks_stride, head, begin, diagonal,
-                         stop, tokens, scale, STREAMED, STAGES, IN_REGISTERS, 0)),
-            (_sum_rows, (queries.index(2), queries.index(3), ring, filled, free, out, sinks, sinks_stride, head, begin, diagonal,
-                         stop, tokens, scale, STREAMED, STAGES, IN_REGISTERS, 1)),
+            (_sum_rows, (queries.index(0), queries.index(1), ring, filled, free, out, sinks, sinks_stride, head, begin,
+                         diagonal, stop, tokens, scale, STREAMED, STAGES, IN_REGISTERS, 0)),
+            (_sum_rows, (queries.index(2), queries.index(3), ring, filled, free, out, sinks, sinks_stride, head, begin,
+                         diagonal, stop, tokens, scale, STREAMED, STAGES, IN_REGISTERS, 1)),
             (_copy_tiles, (k_desc, ring, k_desc, ring, filled, free, k_row, 0, kv_head * k_column_head, 0, 0, 0, 1, 0, stop,
                            STREAMED, STAGES, False)),
         ],
@@ -444,7 +443,15 @@ class Views(NamedTuple):
 
 
 def row_lse(
-    views: Views, ring: Ring, streamed: int, sinks: Tensor | None, negative_lse: Tensor, tables: Plan, *, packed: bool, scale: float
+    views: Views,
+    ring: Ring,
+    streamed: int,
+    sinks: Tensor | None,
+    negative_lse: Tensor,
+    tables: Plan,
+    *,
+    packed: bool,
+    scale: float,
 ) -> None:
     """Fills `negative_lse` [H, slots, 256]; `scale` in log2 units."""
     heads, head_dim = views.q.shape[1], views.q.shape[3]
@@ -485,7 +492,9 @@ def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
             rows = kernel is _row_lse_kernel
             types = {"q_desc": part if rows else streamed, "k_desc": streamed if rows else part}
             types |= {"lse_desc": f"tensordesc<fp32[1, {size.streamed}],{LSE_LAYOUT!r}>", "sinks": "*bf16", "scale": "fp32"}
-            types |= dict.fromkeys(("negative_lse", "partial_out"), "*fp32") | dict.fromkeys(("tiles", "pieces", "spans"), "*i32")
+            types |= dict.fromkeys(("negative_lse", "partial_out"), "*fp32") | dict.fromkeys(
+                ("tiles", "pieces", "spans"), "*i32"
+            )
             values: dict[str, object] = {
                 "HEAD_DIM": head_dim,
                 "STREAMED": size.streamed,

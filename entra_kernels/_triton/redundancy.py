@@ -138,9 +138,7 @@ def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fr
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _count_kernel(
-    token_ids, stride, protected, cu_seqlens, keys, counts, tokens, BLOCK: tl.constexpr, COUNTERS: tl.constexpr
-):
+def _count_kernel(token_ids, stride, protected, cu_seqlens, keys, counts, tokens, BLOCK: tl.constexpr, COUNTERS: tl.constexpr):
     """Counts the unprotected tokens of one sequence in its part of the hash table, 2 * start to 2 * (start + length)."""
     sequence = tl.program_id(0)
     first, length = _bounds(cu_seqlens, sequence, tokens)
@@ -238,7 +236,9 @@ def redundancy(
 def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
     """What this module launches, whatever the inputs' dtype; see `KernelCase`."""
     types = dict.fromkeys(("logprobs", "incoming", "importance", "importance_out", "reward"), "*fp32")
-    types |= dict.fromkeys(("protected", "protected_out"), "*i1") | dict.fromkeys(("counts", "counts_out", "broken", "broken_out"), "*i32")
+    types |= dict.fromkeys(("protected", "protected_out"), "*i1") | dict.fromkeys(
+        ("counts", "counts_out", "broken", "broken_out"), "*i32"
+    )
     types |= dict.fromkeys(("token_ids", "cu_seqlens", "keys", "keys_out"), "*i64") | {"tokens": "i32", "fraction_bits": "i64"}
     types |= dict.fromkeys(("attention_weight", "degenerate_reward"), "fp32")
     ones = dict.fromkeys(("stride_logprobs", "stride_incoming", "stride"), 1)

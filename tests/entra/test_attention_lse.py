@@ -409,7 +409,8 @@ def test_one_pass_agrees_with_two(family: str, dtype: torch.dtype, monkeypatch: 
         assert torch.equal(captured.incoming, own)
         return
     # Budget: twice what the same formula loses against float64 on the same q and k, in float32 with probabilities rounded to
-    # this dtype, and two roundings of the result.
+    # this dtype, two roundings of the result, and what the log-sum-exp that is taken is off by. Another processor's SDPA rounds
+    # otherwise; `test_lse_of_the_fused_cpu_kernel` holds that to a budget of its own.
     assert q.dtype == dtype
     exact = incoming_attention(q.double(), k.double(), scale=reusing["scale"], length=reusing["length"])
     scores = masked_scores(q.float(), k.float(), reusing["scale"])
@@ -419,7 +420,8 @@ def test_one_pass_agrees_with_two(family: str, dtype: torch.dtype, monkeypatch: 
     divisor = (reusing["length"][:, None] - 1 - rows).clamp(min=1)
     budget = 2 * (eager / divisor - exact).abs().max() + 2 * torch.finfo(torch.float32).eps * exact.max()
     assert (own - exact).abs().max() <= budget
-    assert (captured.incoming - exact).abs().max() <= budget
+    off = (reusing["lse"] - exact_lse(q, k, reusing["scale"])).abs().max()
+    assert (captured.incoming - exact).abs().max() <= budget + off * exact.max()
 
 
 def test_when_the_lse_is_not_that_of_the_scored_rows() -> None:

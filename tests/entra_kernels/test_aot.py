@@ -48,9 +48,10 @@ def test_representative_kernels_compile_for_every_chip():
             "bf16 logprobs head",
         ):
             assert f"\n{chip} {kernel}" in "\n" + done.stdout
-    assert set(BUDGETS) == {f"{kernel} d={head_dim}" for kernel in ("row_lse", "column_sum") for head_dim in (64, 128, 256)}
+    kernels = ("row_lse", "column_sum", "ring_row_lse", "ring_column_sum")
+    assert set(BUDGETS) == {f"{kernel} d={head_dim}" for kernel in kernels for head_dim in (64, 128, 256)}
     for label in BUDGETS:
-        assert re.search(rf"\nsm_90 bf16 attention {label} +\d+ registers .* instructions a score\n", done.stdout), label
+        assert re.search(rf"\nsm_90 bf16 \w+ {label} +\d+ registers .* instructions a score\n", done.stdout), label
 
 
 def test_the_subset_holds_every_kernel():
@@ -58,11 +59,12 @@ def test_the_subset_holds_every_kernel():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "sm_90 attention _add_kernel _column_sum_kernel _lay_out_kernel _row_lse_kernel" in lines
+    assert "sm_90 hopper _column_sum_kernel _row_lse_kernel" in lines
     assert "sm_90 plan _count_tiles_kernel _place_tiles_kernel" in lines
     assert "sm_90 sampled _sampled_columns_kernel _sampled_lse_kernel" in lines
     assert "sm_90 logprobs _head_kernel _reduce_kernel _row_kernel _stretch_kernel" in lines
-    assert "sm_90 redundancy _count_kernel _reward_kernel _select_kernel" in lines
-    assert "gfx942 redundancy _count_kernel _reward_kernel _select_kernel" in lines
+    assert "sm_90 redundancy _count_kernel _importance_kernel _reward_kernel _select_kernel" in lines
+    assert "gfx942 redundancy _count_kernel _importance_kernel _reward_kernel _select_kernel" in lines
 
 
 @pytest.mark.parametrize(

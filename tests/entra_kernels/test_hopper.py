@@ -1,5 +1,7 @@
 """The Gluon passes for sm_90: which q and k they take, and on such a GPU, the same bits as the plain passes."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -127,7 +129,7 @@ def test_packed_sequences_are_their_own(head_dim):
     broken_q[2401:], broken_k[2401:] = float("nan"), float("nan")
     broken = incoming_attention(broken_q, broken_k, cu_seqlens=torch.tensor(bounds, device="cuda"))
     assert torch.equal(broken[:2401], packed[:2401])
-    for first, end in zip(bounds[:3], bounds[1:4], strict=True):
+    for first, end in pairwise(bounds[:4]):
         rows = [x[first:end].transpose(0, 1)[None] for x in (q, k)]
         assert torch.equal(packed[first:end], incoming_attention(*rows)[0])
         exact = incoming_attention(*(x.double() for x in rows), backend="reference")[0]
