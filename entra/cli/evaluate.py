@@ -43,7 +43,7 @@ _DESCRIPTION = """\
 Compare the completions of two files, problem by problem: accuracy, tokens, length reduction, share truncated and compression
 effectiveness, with 95 % intervals. With one file alone, its own numbers. JSON Lines or Parquet; what is in which column is
 found, or named with the options, and the output says what was used. Bad rows are counted and stop nothing. A column `entry` is
-scored by reasoning-gym, some of whose scorers evaluate the answer as Python: use it on files that you trust."""
+scored as by reasoning-gym. Nothing in a file is run as code; rows that cannot be scored otherwise are bad rows."""
 
 _CE = (
     "min(1, accuracy / base accuracy) - tokens / base tokens. This formula is ours: the paper's was not available to us. It is "

@@ -221,7 +221,9 @@ def _scored_before(options: argparse.Namespace, config: ScoreConfig, prefix: str
         raise CommandError(
             f"{options.traces} holds scores but nothing beside it says of which model; give --model: its tokenizer is needed"
         )
-    traces = _Traces(load_tokenizer_of(model), options)
+    # A name on the command line was chosen by who typed it; the one on record comes with the file, and so would its code.
+    tokenizer = load_tokenizer_of(model, trust_remote_code=None if options.model else False)
+    traces = _Traces(tokenizer, options)
     hidden = [prefix + name for name in (*SCORE_COLUMNS, *DETAIL_COLUMNS, ERROR_COLUMN)]
     with progress_bar(total, 0, "rows") as bar:
         for row in islice(source.rows, total):

@@ -12,7 +12,7 @@ from typing import Any
 
 from entra.cli import CommandError, one_line
 from entra.config import ScoreConfig, nearest_of
-from entra.problems import reasoning_gym_reward
+from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
 from entra.reward import EntraReward
 
 RewardFunction = Callable[..., Any]
@@ -26,7 +26,13 @@ _FROM_TRAINER = {"prompts", "completions", "completion_ids", "trainer_state", "l
 
 
 def reward_functions(
-    names: Sequence[str] | None, gate: str | None, columns: Sequence[str] | None, config: ScoreConfig, guards: dict[str, Any]
+    names: Sequence[str] | None,
+    gate: str | None,
+    columns: Sequence[str] | None,
+    config: ScoreConfig,
+    guards: dict[str, Any],
+    *,
+    run_answers_as_code: bool = False,
 ) -> list[RewardFunction]:
     """The reward functions of a run.
 
@@ -36,6 +42,7 @@ def reward_functions(
         columns: of the dataset; None: not known (streamed).
         config: of "entra".
         guards: the other options of EntraReward.
+        run_answers_as_code: whether "reasoning_gym" scores tasks that do.
 
     Raises:
         CommandError: an unknown name, a column that a function needs and the dataset lacks, no gate that fits, or an option
@@ -48,9 +55,9 @@ def reward_functions(
     functions: list[RewardFunction] = []
     for name in names:
         if name != "entra":
-            functions.append(_function(name, columns))
+            functions.append(_function(name, columns, run_answers_as_code))
             continue
-        allowed = None if gate in (None, "none") else _function(str(gate), columns)
+        allowed = None if gate in (None, "none") else _function(str(gate), columns, run_answers_as_code)
         try:
             functions.append(EntraReward(config=config, gate=allowed, **guards))
         except (TypeError, ValueError) as error:
@@ -70,9 +77,9 @@ def _default_gate(columns: Sequence[str] | None) -> str:
     )
 
 
-def _function(name: str, columns: Sequence[str] | None) -> RewardFunction:
+def _function(name: str, columns: Sequence[str] | None, run_answers_as_code: bool) -> RewardFunction:
     if name == "reasoning_gym":
-        function: Any = reasoning_gym_reward
+        function: Any = unsafe_reasoning_gym_reward if run_answers_as_code else reasoning_gym_reward
     elif name in _TRL_REWARDS:
         function = _trl_reward(name)
     elif "." in name:

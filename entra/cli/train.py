@@ -31,8 +31,9 @@ from entra.cli import CommandError, one_line, refuse
 from entra.cli.checkpoints import checkpoint_to_resume, is_finished, last_checkpoint, record
 from entra.cli.flags import add_flags
 from entra.cli.rewards import reward_functions
-from entra.cli.training_data import Problems, load_data
+from entra.cli.training_data import Problems, check_entries, load_data
 from entra.config import ScoreConfig, nearest_of
+from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -96,6 +97,10 @@ class TrainOptions:
 
     problem_seed: int = 0
     """For --dataset_name reasoning_gym: another seed, other problems."""
+
+    run_answers_as_code: bool = False
+    """Train also on tasks of reasoning-gym whose scorers run the answer, text of the policy, as Python code: in a child process
+    with limits that are no sandbox. Default: such tasks are refused."""
 
 
 _GUARDS = ("halve_at", "group_gate", "min_length", "min_mean_logprob", "dead_band", "skip_truncated")
@@ -279,11 +284,16 @@ def _trainer(command: _Run) -> Any:
     arguments, options = command.arguments, command.options
     with arguments.main_process_first(desc="making the model folder"):
         name = _model_folder(command.model.model_name_or_path, Path(arguments.output_dir))
+    run_code = options.run_answers_as_code
     chat = _has_chat_template(name, command.model.model_revision, arguments.trust_remote_code)
-    problems = Problems(options.tasks, options.problems, options.eval_problems, options.problem_seed, chat)
+    problems = Problems(options.tasks, options.problems, options.eval_problems, options.problem_seed, chat, run_code)
     data = load_data(command.script, command.mixture, problems, arguments.eval_strategy != "no")
     guards = {guard: getattr(options, guard) for guard in _GUARDS}
-    functions = reward_functions(options.reward_funcs, options.gate, data.columns, command.config, guards)
+    functions = reward_functions(
+        options.reward_funcs, options.gate, data.columns, command.config, guards, run_answers_as_code=run_code
+    )
+    if any(getattr(f, "gate", f) in (reasoning_gym_reward, unsafe_reasoning_gym_reward) for f in functions):
+        check_entries(data, run_code)
     with _told():
         from trl import get_peft_config, get_quantization_config
 

@@ -243,3 +243,25 @@ def test_bad_usage_is_one_line(words, message, tmp_path, capsys):
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("entra inspect: "))
     assert message in line
     assert not (tmp_path / "report.html").exists()
+
+
+def test_code_in_a_file_and_beside_it_is_not_run(model, shown, tmp_path, monkeypatch, capsys):
+    """The model on record comes with the file: code of its tokenizer was offered to run, with y as the way to say so."""
+    code = f"open({str(tmp_path / 'executed')!r}, 'w').close()"
+    entry = json.dumps({"answer": "7", "metadata": {"source_dataset": "n_queens", "valid_answers": []}})
+    traces = write_rows(tmp_path / "t.jsonl", [{**GOOD, "completion": f"<answer>{code}</answer>", "entry": entry}])
+    assert main(["score", traces, "--model", str(model), "--output", "s.jsonl", "--details"]) == 0
+    assert main(["inspect", "s.jsonl", "-o", "out.html"]) == 0
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "config.json").write_text(json.dumps({"model_type": "none", "auto_map": {"AutoConfig": "code.Config"}}))
+    (evil / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", None]}})
+    )
+    (evil / "code.py").write_text(code)
+    record = json.loads((tmp_path / "s.jsonl.meta.json").read_text())
+    (tmp_path / "s.jsonl.meta.json").write_text(json.dumps({**record, "model": str(evil)}))
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    assert main(["inspect", "s.jsonl", "-o", "out.html"]) == 2
+    assert "cannot load --model" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()

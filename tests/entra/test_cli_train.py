@@ -19,7 +19,9 @@ from tiny_tokenizer import build_tokenizer
 import entra
 from entra.cli import main
 from entra.cli.checkpoints import last_checkpoint
-from entra.cli.train import _GUARDS, RECIPES, TrainOptions, _summary
+from entra.cli.rewards import reward_functions
+from entra.cli.train import _GUARDS, RECIPES, TrainOptions, _parse, _summary
+from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
 
 for package in ("trl", "datasets", "accelerate"):
     pytest.importorskip(package, reason=f"needs {package}: pip install 'entra[train]'")
@@ -216,6 +218,38 @@ def test_bad_input_is_one_line(changes, message, model, here, capsys):
     assert not Path("out/entra_train.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param(
+            {"dataset_name": "code.jsonl", "gate": "reasoning_gym"}, "'simple_integration' runs the answer", id="file"
+        ),
+        pytest.param(
+            {"dataset_name": "code.jsonl", "gate": None}, "'simple_integration' runs the answer", id="gate-by-default"
+        ),
+        pytest.param({"dataset_name": "reasoning_gym", "tasks": ["simple_integration"]}, "runs the answer", id="tasks"),
+        pytest.param({"dataset_name": "foreign.jsonl", "gate": "reasoning_gym"}, "row 1 of the dataset: entry", id="foreign"),
+    ],
+)
+def test_problems_whose_answers_run_as_code_are_refused_before_training(changes, message, model, here, capsys):
+    """Answers are text of the policy; the scorer of such a task evaluated them in the trainer's process."""
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
+    entry = json.dumps({"answer": "", "metadata": {"source_dataset": "simple_integration"}})
+    Path("code.jsonl").write_text(json.dumps({"prompt": "1", "entry": entry}) + "\n")
+    Path("foreign.jsonl").write_text(json.dumps({"prompt": "1", "entry": "{}"}) + "\n")
+    test_bad_input_is_one_line(changes, message, model, here, capsys)
+    command = ["--reward_funcs", "reasoning_gym", "--run_answers_as_code", "true"]
+    assert _reward_functions(command) == [unsafe_reasoning_gym_reward]
+    assert _reward_functions(command[:2]) == [reasoning_gym_reward]
+
+
+def _reward_functions(command):
+    options = _parse(["--model_name_or_path", "m", "--output_dir", "o", *command]).options
+    return reward_functions(
+        options.reward_funcs, None, ["entry"], entra.ScoreConfig(), {}, run_answers_as_code=options.run_answers_as_code
+    )
+
+
 def test_no_gate_fits_the_dataset(model, here, capsys):
     Path("other.jsonl").write_text('{"prompt": "1+1=", "result": 2}\n')
     assert train(model, gate=None, dataset_name="other.jsonl") == 2
@@ -296,7 +330,6 @@ def test_defaults_are_those_of_the_reward():
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_parse_and_their_problems_exist(recipe, here, monkeypatch):
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
-    from entra.cli.train import _parse
     from entra.problems import load_problems
 
     command = _parse(["--config", recipe.stem, "--bf16", "false", "--problems", "40"])
