@@ -71,7 +71,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("base", type=Path, help="completions: *.parquet, anything else is read as JSON Lines")
     parser.add_argument("new", type=Path, nargs="?", help="other completions of the same problems")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE, too; replaced when it exists")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE, too; an earlier one is replaced")
     add_reading_flags(parser)
     parser.add_argument("--draws", type=int, default=10_000, help="how often the bootstrap draws (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     if options.seed < 0:
         raise CommandError(f"--seed {options.seed} must be at least 0")
     if options.json is not None:
-        check_destination("--json", options.json, [path for path in paths if path.exists()])
+        check_destination("--json", options.json, paths, _is_ours, "entra eval")
     reading = read_outcomes(options, paths)
     grouped = [_by_problem(file.outcomes) for file in reading.files]
     shared = [problem for problem in grouped[0] if all(problem in groups for groups in grouped)]
@@ -304,6 +304,11 @@ def _write_json(
     except OSError as error:
         raise CommandError(f"cannot write --json {options.json}: {error.strerror or error}; choose another", 1) from error
     print(f"{options.json}: all numbers", file=sys.stderr)
+
+
+def _is_ours(path: Path) -> bool:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(content, dict) and {"entra", "bootstrap", "read_as", "base"} <= content.keys()
 
 
 def _json_value(value: Any) -> Any:

@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> None:
         survey(options.traces)
         options.rows = read_rows(options.traces, 0)
     try:
+        results.check_folder(options.output, options.experiment)
         result = results.read(options.redraw) if options.redraw else experiment.run(options)
         markdown = results.write(result, options.output, experiment.tables(result), experiment.figures(result))
     except (OSError, ImportError, ValueError, RuntimeError) as error:

@@ -4,8 +4,8 @@ Decisions taken here:
 
 - What `entra score --details` wrote is shown as it is: nothing is scored again and no weights are loaded. The tokenizer is that
   of the model on record beside the file, or of `--model`; the method's options are those on record, or the command line's.
-- A report is made again when it is asked for again, so an existing one is replaced. Its name must end in .html, so that a
-  slip of the finger replaces no file of traces.
+- A report is made again when it is asked for again, so an existing one is replaced; no other file is. Its name must end in
+  .html.
 - A row is named by its `id`, else its `name`, where every row that could be read has one and all differ; else by its number,
   from 1. A bad row is in the report with what is wrong, and stops nothing.
 """
@@ -49,6 +49,7 @@ from entra.config import ScoreConfig
 from entra.encode import as_ids
 from entra.progress import progress_bar
 from entra.traces import load_traces
+from entra.view.page import is_page
 from entra.view.traces import Trace, pieces_of
 
 _DESCRIPTION = """\
@@ -79,7 +80,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="HTML",
-        help=f"the page; replaced when it exists (default: {_DEFAULT_OUTPUT}, none with --terminal)",
+        help=f"the page; replaced when entra inspect wrote it (default: {_DEFAULT_OUTPUT}, none with --terminal)",
     )
     parser.add_argument("--terminal", action="store_true", help="show the traces here; plain text when this is no terminal")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
@@ -139,7 +140,7 @@ def _check_options(options: argparse.Namespace, output: Path | None) -> None:
     if output is not None:
         if output.suffix.lower() not in (".html", ".htm"):
             raise CommandError(f"--output {output} must end in .html: it is a page for the browser")
-        check_destination("--output", output, [] if options.traces is None else [options.traces])
+        check_destination("--output", output, [] if options.traces is None else [options.traces], is_page, "entra inspect")
     needed = "textual" if _interactive() else "rich"
     if options.terminal and importlib.util.find_spec(needed) is None:
         raise CommandError(f"--terminal needs {needed}; get it with: pip install 'entra[inspect]'")

@@ -13,7 +13,6 @@ Decisions taken here:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import sys
 import time
@@ -28,7 +27,8 @@ import torch
 
 from entra import __version__
 from entra.cli import CommandError
-from entra.cli.output import Output, check, check_destination, recorded
+from entra.cli.fingerprint import fingerprint
+from entra.cli.output import Output, check, check_output, recorded_threads
 from entra.cli.rows import Survey, read_rows, survey
 from entra.cli.scoring import (
     DETAIL_COLUMNS,
@@ -44,7 +44,6 @@ from entra.cli.scoring import (
     listed,
     load,
 )
-from entra.policy import Policy
 from entra.progress import progress_bar
 
 _DESCRIPTION = """\
@@ -52,7 +51,8 @@ Score the completions in a file of traces, JSON Lines or Parquet. The output has
 with its columns and: reward, tokens (of the completion), mean_logprob, mean_incoming (attention from future tokens) and
 protected_tokens (how many), or error (kind and message) when the row cannot be scored. Bad rows stop nothing and leave the
 exit code at 0. A run that was stopped, in whatever way, goes on when the same command is given again; OUTPUT.meta.json
-records what the rows belong to, and a command with another input, model or option is refused."""
+records what the rows belong to, and a command with another input, model or option is refused. Files that entra score did not
+write are never replaced, with --overwrite neither."""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -89,16 +89,18 @@ def run(options: argparse.Namespace) -> None:
     }
     if not options.overwrite:
         check(options.output, identity)  # before the model is loaded, which takes long
-        before = recorded(options.output)
-        if before is not None:
+        threads = recorded_threads(options.output)
+        if threads is not None:
             # The last digits of a CPU's sums depend on the number of threads.
-            torch.set_num_threads(int(before["threads"]))
+            torch.set_num_threads(threads)
     policy = load(options.model)
-    identity |= {"device": device_name(policy), "weights": fingerprint(policy)}
+    identity |= {"device": device_name(policy), "model_files": fingerprint(options.model)}
     summary = _Summary(options.prefix)
     facts = {"model": options.model, "threads": torch.get_num_threads()}
     with Output(options.output, identity, facts, options.overwrite) as output:
-        for row in output.finished(options.prefix + ERROR_COLUMN, [options.prefix + name for name in ("reward", "tokens")]):
+        given = (row.columns for row in read_rows(options.traces, 0))
+        numbers = [options.prefix + name for name in SCORE_COLUMNS]
+        for row in output.finished(given, options.prefix + ERROR_COLUMN, numbers, _added_columns(options)):
             summary.add(row)
         summary.earlier = summary.rows
         try:
@@ -115,27 +117,16 @@ def versions() -> dict[str, str]:
     return {"entra": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
 
 
-def fingerprint(policy: Policy) -> str:
-    """A hash that changes when model or tokenizer do: every weight's name, shape and 64 of its values, and the vocabulary."""
-    digest = hashlib.sha256()
-    for name, weight in policy.model.state_dict().items():
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
-        values = weight.reshape(-1)
-        digest.update(values[:: max(1, values.numel() // 64)].double().cpu().numpy().tobytes())
-    tokenizer = policy.tokenizer
-    template = getattr(tokenizer, "chat_template", None)
-    vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else None
-    digest.update(repr((vocabulary, template)).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
 def _check_options(options: argparse.Namespace, source: Survey) -> None:
-    check_destination("--output", options.output, [options.traces])
+    check_output(options.output, [options.traces])
     check_scoring_flags(options, source)
-    added = [options.prefix + name for name in (*SCORE_COLUMNS, *(DETAIL_COLUMNS if options.details else ()), ERROR_COLUMN)]
-    taken = [name for name in added if name in source.columns]
+    taken = [name for name in _added_columns(options) if name in source.columns]
     if taken:
         raise CommandError(f"the input has columns that would be added: {', '.join(taken)}; use --prefix, e.g. --prefix entra_")
+
+
+def _added_columns(options: argparse.Namespace) -> list[str]:
+    return [options.prefix + name for name in (*SCORE_COLUMNS, *(DETAIL_COLUMNS if options.details else ()), ERROR_COLUMN)]
 
 
 def _score_missing(options: argparse.Namespace, source: Survey, scorer: Scorer, output: Output, summary: _Summary) -> None:

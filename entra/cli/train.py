@@ -28,9 +28,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from entra.cli import CommandError, one_line, refuse
-from entra.cli.checkpoints import checkpoint_to_resume, is_finished, last_checkpoint, record
+from entra.cli.checkpoints import check_folder, checkpoint_to_resume, is_finished, last_checkpoint, record
 from entra.cli.flags import add_flags
 from entra.cli.rewards import reward_functions
+from entra.cli.rows import check_readable_again
 from entra.cli.training_data import Problems, check_entries, load_data
 from entra.config import ScoreConfig, nearest_of
 from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
@@ -153,6 +154,8 @@ def run(options: argparse.Namespace) -> None:
     arguments, settings = command.arguments, command.settings()
     folder = Path(arguments.output_dir)
     checkpoint = checkpoint_to_resume(folder, arguments.resume_from_checkpoint, settings)
+    if checkpoint is None:
+        check_folder(folder, command.model.model_name_or_path)
     if checkpoint is not None and is_finished(checkpoint, arguments.max_steps, arguments.num_train_epochs):
         print(f"{folder} is finished: all steps are done, the model is in {checkpoint}", file=sys.stderr)
         return
@@ -265,6 +268,7 @@ def _config_file(name: str) -> Path:
 def _yaml(path: Path) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped]
 
+    check_readable_again(path, "--config ")  # TRL reads it, too
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from entra.cli import CommandError, one_line
+from entra.cli.rows import check_readable_again
 from entra.scorer_process import ProcessError
 
 _FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -129,6 +130,7 @@ def _splits(script: Any, mixture: Any) -> Any:
         kind = _FILES.get(Path(name).suffix.lower())
         if kind is None:
             return datasets.load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+        check_readable_again(Path(name), "the dataset ")
         with open(name, "rb"):  # datasets' own error about a missing file names a pattern
             pass
         return datasets.load_dataset(kind, data_files=glob.escape(name), streaming=script.dataset_streaming)

@@ -341,6 +341,8 @@ def test_interval_that_is_undefined_in_some_draws_is_left_out_with_a_word(capsys
         pytest.param(["base.jsonl", "--seed", "-1"], "--seed -1 must be at least 0", id="seed"),
         pytest.param(["base.jsonl", "--max-tokens", "0"], "--max-tokens 0 must be at least 1 token", id="max-tokens"),
         pytest.param(["base.jsonl", "--json", "base.jsonl"], "--json base.jsonl is the input", id="json-is-input"),
+        pytest.param(["base.jsonl", "--json", "mine.json"], "--json mine.json exists, and entra eval did not", id="not-ours"),
+        pytest.param(["pipe"], "cannot read pipe: it is a pipe or a device, which can be read only once", id="pipe"),
         pytest.param(["base.jsonl", "--json", "no/x.json"], "there is no folder no; make it first", id="no-folder"),
     ],
 )
@@ -349,6 +351,8 @@ def test_bad_usage_is_one_line(words, message, capsys):
     write_rows("other.jsonl", [{**row, "id": "other"} for row in BASE])
     write_rows("bad.jsonl", ["{"])
     write_rows("empty.jsonl", [])
+    write_rows("mine.json", [{"entra": 1}])
+    os.mkfifo("pipe")
     assert main(["eval", *words]) == 2
     captured = capsys.readouterr()
     (line,) = (line for line in captured.err.splitlines() if line.startswith("entra eval: "))

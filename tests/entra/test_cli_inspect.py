@@ -228,6 +228,7 @@ def test_shipped_traces_without_a_file(model, shown):
         pytest.param(["t.html", "-o", "t.html"], "--output t.html is the input; choose another file", id="output-is-input"),
         pytest.param(["t.jsonl", "-o", "scores.jsonl"], "--output scores.jsonl must end in .html", id="not-html"),
         pytest.param(["t.jsonl", "-o", "folder.html"], "cannot write --output folder.html: it is no ordinary", id="folder"),
+        pytest.param(["t.jsonl", "-o", "t.html"], "--output t.html exists, and entra inspect did not write it", id="not-ours"),
         pytest.param(["t.jsonl", "--limit", "0"], "--limit 0 must be at least 1 row", id="limit"),
         pytest.param(["t.jsonl", "--batch-size", "0"], "--batch-size 0 must be at least 1 row", id="batch-size"),
         pytest.param(["t.jsonl", "--prompt-column", "q"], "no row has a column 'q'; there are prompt, completion", id="column"),

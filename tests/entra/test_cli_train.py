@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,6 +249,28 @@ def _reward_functions(command):
     return reward_functions(
         options.reward_funcs, None, ["entry"], entra.ScoreConfig(), {}, run_answers_as_code=options.run_answers_as_code
     )
+
+
+def test_model_of_somebody_else_is_not_replaced(model, here, capsys):
+    """The trained model's files would take the place of those of the folder."""
+    shutil.copytree(model, here / "mine")
+    before = {path.name: path.read_bytes() for path in (here / "mine").iterdir()}
+    Path("out").mkdir()
+    Path("out/entra_train.json").write_text('{"mine": 1}')
+    for changes, message in [
+        ({"model_name_or_path": "mine", "output_dir": "mine"}, "--output_dir mine is the model that is trained; choose"),
+        ({"output_dir": "mine"}, "mine/config.json exists, and entra train did not write it; use another --output_dir"),
+        ({}, "out/entra_train.json exists, and entra train did not write it"),
+        ({"output_dir": "other"}, "cannot read --config pipe: it is a pipe or a device"),
+    ]:
+        command = ["train", "--config", "config.yaml"]
+        Path("config.yaml").write_text(yaml.safe_dump(settings(model, **changes)))
+        if "pipe" in message:
+            os.mkfifo("pipe")
+            command[-1] = "pipe"
+        assert main(command) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in (here / "mine").iterdir()} == before
 
 
 def test_no_gate_fits_the_dataset(model, here, capsys):
