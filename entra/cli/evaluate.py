@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from entra import __version__
-from entra.cli import CommandError
+from entra.cli import CommandError, say
 from entra.cli.outcomes import Outcome, Outcomes, Reading, add_reading_flags, read_outcomes
 from entra.cli.output import check_destination, write_whole
 from entra.cli.scoring import kind_of, listed
@@ -38,6 +38,7 @@ from entra.metrics import (
     quantile,
     wilson_interval,
 )
+from entra.view.visible import visible
 
 _DESCRIPTION = """\
 Compare the completions of two files, problem by problem: accuracy, tokens, length reduction, share truncated and compression
@@ -102,9 +103,7 @@ def run(options: argparse.Namespace) -> None:
     unpaired = [len(groups) - len(shared) for groups in grouped]
     if options.json is not None:
         _write_json(options, reading, numbers, changes, unpaired)
-    print(_table(reading, numbers, changes))
-    print()
-    print("\n".join(_notes(options, reading, unpaired, changes)))
+    say(*_table(reading, numbers, changes), "", *_notes(options, reading, unpaired, changes), file=sys.stdout)
 
 
 def _by_problem(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -191,9 +190,9 @@ def _changes(
     return changes
 
 
-def _table(reading: Reading, numbers: Sequence[_Numbers], changes: dict[str, Interval]) -> str:
+def _table(reading: Reading, numbers: Sequence[_Numbers], changes: dict[str, Interval]) -> list[str]:
     unit = reading.unit
-    names = [str(file.path) for file in reading.files]
+    names = [visible(str(file.path)) for file in reading.files]
     lines = [["", *names, *(["change"] if changes else [])]]
 
     def line(label: str, own: Callable[[_Numbers], str | None], change: str = "") -> None:
@@ -215,13 +214,13 @@ def _table(reading: Reading, numbers: Sequence[_Numbers], changes: dict[str, Int
         _shown(changes.get("compression_effectiveness"), sign=True, digits=3),
     )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
+    return [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
         for cells in lines
-    )
+    ]
 
 
 def _shown(value: Interval | None, scale: float = 1, *, sign: bool = False, digits: int = 1) -> str:
@@ -303,7 +302,7 @@ def _write_json(
         write_whole(options.json, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise CommandError(f"cannot write --json {options.json}: {error.strerror or error}; choose another", 1) from error
-    print(f"{options.json}: all numbers", file=sys.stderr)
+    say(f"{options.json}: all numbers")
 
 
 def _is_ours(path: Path) -> bool:

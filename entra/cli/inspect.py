@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from entra import __version__
-from entra.cli import CommandError
+from entra.cli import CommandError, say
 from entra.cli.output import check_destination, recorded
 from entra.cli.rows import Row, Survey, is_finite, read_rows, survey
 from entra.cli.scoring import (
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
     if output is not None:
         _write(output, shown, source.title, facts)
     found = f"{total:,} traces" + (f", {errors.total():,} of them with an error ({listed(errors)})" if errors else "")
-    print(f"{output or source.title}: {found}", file=sys.stderr)
+    say(f"{output or source.title}: {found}")
     if options.terminal:
         from entra.view import terminal
 

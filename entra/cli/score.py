@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 
 from entra import __version__
-from entra.cli import CommandError
+from entra.cli import CommandError, say
 from entra.cli.fingerprint import fingerprint
 from entra.cli.output import Output, check, check_output, recorded_threads
 from entra.cli.rows import Survey, read_rows, survey
@@ -109,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
             raise CommandError(
                 f"interrupted after {summary.rows} of {source.rows} rows; the same command goes on from there", exit_code=130
             ) from None
-    print(summary.text(options.output, time.monotonic() - started), file=sys.stderr)
+    say(*summary.lines(options.output, time.monotonic() - started))
 
 
 def versions() -> dict[str, str]:
@@ -187,10 +186,10 @@ class _Summary:
             self.tokens += row[self._prefix + "tokens"]
             self.rewards += row[self._prefix + "reward"]
 
-    def text(self, path: Path, seconds: float) -> str:
+    def lines(self, path: Path, seconds: float) -> list[str]:
         """The summary in a few lines."""
         good = self.rows - self.errors.total()
-        lines = [
+        return [
             f"{path}: {self.rows:,} rows" + (f", {self.earlier:,} of them from earlier runs" if self.earlier else ""),
             f"  scored       {good:,}",
             f"  errors       {self.errors.total():,}" + (f" ({listed(self.errors)})" if self.errors else ""),
@@ -198,4 +197,3 @@ class _Summary:
             f"  tokens       {self.tokens:,}",
             f"  time         {seconds:.1f} s, model loading included",
         ]
-        return "\n".join(lines)

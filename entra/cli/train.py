@@ -16,7 +16,6 @@ import argparse
 import copy
 import importlib.util
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from entra.cli import CommandError, one_line, refuse
+from entra.cli import CommandError, Parser, one_line, refuse, say
 from entra.cli.checkpoints import check_folder, checkpoint_to_resume, is_finished, last_checkpoint, record
 from entra.cli.flags import add_flags
 from entra.cli.rewards import reward_functions
@@ -157,14 +156,14 @@ def run(options: argparse.Namespace) -> None:
     if checkpoint is None:
         check_folder(folder, command.model.model_name_or_path)
     if checkpoint is not None and is_finished(checkpoint, arguments.max_steps, arguments.num_train_epochs):
-        print(f"{folder} is finished: all steps are done, the model is in {checkpoint}", file=sys.stderr)
+        say(f"{folder} is finished: all steps are done, the model is in {checkpoint}")
         return
     trainer = _trainer(command)
     if trainer.accelerator.is_main_process:
         if checkpoint is None:
             record(folder, settings)
         else:
-            print(f"going on from {checkpoint}", file=sys.stderr)
+            say(f"going on from {checkpoint}")
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
@@ -173,7 +172,7 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"interrupted after {trainer.state.global_step} steps; {remedy}", exit_code=130) from None
     trainer.save_model(arguments.output_dir)
     if trainer.accelerator.is_main_process:
-        print(_summary(trainer.state, folder, time.monotonic() - started), file=sys.stderr)
+        say(*_summary(trainer.state, folder, time.monotonic() - started))
     if arguments.push_to_hub:
         trainer.push_to_hub(dataset_name=command.script.dataset_name)
     _let_go(trainer)
@@ -196,7 +195,7 @@ def _let_go(trainer: Any) -> None:
 
 def _parse(words: Sequence[str]) -> _Run:
     """The command line and the YAML file that it names."""
-    first = argparse.ArgumentParser(prog="entra train", usage=_USAGE, add_help=False, allow_abbrev=False)
+    first = Parser(prog="entra train", usage=_USAGE, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--trainer")
     early, flags = first.parse_known_args(words)
@@ -233,7 +232,7 @@ def _parser(trainer: str) -> Any:
     configs = {"grpo": GRPOConfig, "rloo": RLOOConfig}
     if trainer not in configs:
         raise CommandError(f"--trainer {trainer} must be one of {', '.join(configs)}")
-    parser = TrlParser(
+    parser = type("_Parser", (Parser, TrlParser), {})(
         (ScriptArguments, configs[trainer], ModelConfig, DatasetMixtureConfig),
         prog="entra train",
         usage=_USAGE,
@@ -372,7 +371,7 @@ def _told(what: str = "") -> Iterator[None]:
         raise CommandError(what + one_line(error)) from error
 
 
-def _summary(state: Any, folder: Path, seconds: float) -> str:
+def _summary(state: Any, folder: Path, seconds: float) -> list[str]:
     """The run in a few lines: what was logged first and last."""
     logged = [entry for entry in state.log_history if "reward" in entry]
     lines = [f"{folder}: {state.global_step:,} steps, model saved, {seconds:.0f} s"]
@@ -381,7 +380,7 @@ def _summary(state: Any, folder: Path, seconds: float) -> str:
         for name in (*names, "completions/mean_length"):
             before, after = (entry.get(name) for entry in (logged[0], logged[-1]))  # None: no completion was scored
             lines.append(f"  {name:<36} {_number(before):>10} -> {_number(after)}")
-    return "\n".join(lines)
+    return lines
 
 
 def _number(value: float | None) -> str:

@@ -329,7 +329,7 @@ def test_interrupted_says_how_to_go_on(model, here, capsys, monkeypatch):
 def test_summary_where_no_completion_was_scored():
     """Found with the recipe: where every completion is cut off, skip_truncated leaves none to average, and None is logged."""
     logged = [{"reward": 0.5, "rewards/entra_reward/mean": value} for value in (None, 0.25)]
-    text = _summary(SimpleNamespace(log_history=logged, global_step=2), Path("out"), 3.0)
+    text = "\n".join(_summary(SimpleNamespace(log_history=logged, global_step=2), Path("out"), 3.0))
     assert "rewards/entra_reward/mean" in text
     assert " none -> 0.25" in text
 
