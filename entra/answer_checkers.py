@@ -126,7 +126,7 @@ _TOKEN = re.compile(r"\s*(?:(0[xX][0-9a-fA-F]+)|(\d+\.?\d*|\.\d+)|(<<|>>|//|[-+*
 _DEEPEST = 50
 """Brackets and signs within each other."""
 _WIDEST = 100_000
-"""Bits of a shifted number."""
+"""Bits of a number that is shifted or multiplied."""
 
 
 class _Expression:
@@ -177,7 +177,10 @@ class _Expression:
     def _product(self, depth: int) -> _Number:
         value = self._factor(depth)
         while self._tokens[0] in (("*",) if self._hexadecimal else ("*", "/")):
-            value = value * self._factor(depth) if self._tokens.pop(0) == "*" else Fraction(value) / self._factor(depth)
+            times, other = self._tokens.pop(0) == "*", self._factor(depth)
+            if max(number.numerator.bit_length() for number in (value, other)) > _WIDEST:
+                raise ValueError("a number is too large to multiply")
+            value = value * other if times else Fraction(value) / other
         return value
 
     def _factor(self, depth: int) -> _Number:
@@ -211,6 +214,7 @@ def _few_repeats(answer: str, entry: Mapping[str, Any]) -> bool:
         not re.search(r"\d{4}", answer)
         and sum(map(int, re.findall(r"\d+", answer))) <= 10_000
         and entry["metadata"].get("cube_size", 0) <= 20
+        and len(entry["metadata"].get("scramble_moves", "")) <= 10_000
     )
 
 
@@ -225,7 +229,7 @@ def _small_exponents(answer: str, entry: Mapping[str, Any]) -> bool:
 def _few_variables(answer: str, entry: Mapping[str, Any]) -> bool:
     """The scorer goes through all truth values of all names, of which the answer may bring new ones."""
     names = re.split(r"[\s()\u2227\u2228\u00ac\u2192\u2194]+", " ".join([answer, *entry["metadata"]["premises"]]))
-    return len(set(names)) <= 12 and max(map(len, [answer, *entry["metadata"]["premises"]])) <= 1000
+    return len(set(names)) <= 12 and max(map(len, [answer, *entry["metadata"]["premises"]])) <= 300
 
 
 def _known_signs(answer: str, entry: Mapping[str, Any]) -> bool:
@@ -240,7 +244,13 @@ def _small_buttons(answer: str, entry: Mapping[str, Any]) -> bool:
     )
 
 
+def _few_commas(answer: str, entry: Mapping[str, Any]) -> bool:
+    """The scorer's search for a place goes on from each comma to the end."""
+    return answer.count(",") <= 5000
+
+
 _GUARDS: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {
+    "boxnet": _few_commas,
     "coin_flip": _small_exponents,
     "propositional_logic": _few_variables,
     "quantum_lock": _small_buttons,

@@ -173,6 +173,8 @@ def _or_0(score, answer, entry):
         pytest.param("rush_hour", "A+" + "9" * 18, id="steps-without-end"),
         pytest.param("coin_flip", "1e999999999", id="digits-without-end"),
         pytest.param("propositional_logic", "\u2228".join(f"p{i}" for i in range(40)), id="truth-values-without-end"),
+        pytest.param("propositional_logic", "\u00ac" * 5000 + "P", id="signs-within-signs"),
+        pytest.param("boxnet", '[{"a":"move(' + ", " * 50000 + '"}]', id="commas"),
         pytest.param("countdown", "(" * 4000, id="brackets"),
         pytest.param("n_queens", "[" * 9000, id="lists"),
         pytest.param("puzzle24", "-" * 9000 + "1", id="signs"),
