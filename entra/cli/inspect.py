@@ -213,12 +213,12 @@ def _scored_now(options: argparse.Namespace, config: ScoreConfig, source: _Sourc
 def _scored_before(options: argparse.Namespace, config: ScoreConfig, prefix: str, source: _Source, total: int) -> _Shown:
     before = _sidecar(options.traces)
     scored_with = None
-    with suppress(KeyError, TypeError, ValueError):  # not there, or of another version of entra
+    with suppress(KeyError, TypeError, ValueError, OverflowError):  # not there, or of another version of entra
         scored_with = ScoreConfig(**before["config"])
     if config not in (ScoreConfig(), scored_with):
         raise CommandError(f"{options.traces} holds scores, which the method's flags do not change; leave them out")
     model = options.model or before.get("model")
-    if model is None:
+    if not isinstance(model, str):
         raise CommandError(
             f"{options.traces} holds scores but nothing beside it says of which model; give --model: its tokenizer is needed"
         )

@@ -266,3 +266,24 @@ def test_code_in_a_file_and_beside_it_is_not_run(model, shown, tmp_path, monkeyp
     assert main(["inspect", "s.jsonl", "-o", "out.html"]) == 2
     assert "cannot load --model" in capsys.readouterr().err
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("config", {"attention_weight": 10**400}, 0),
+        ("config", [1], 0),
+        ("model", ["m"], 2),
+        ("model", 10**400, 2),
+        ("versions", None, 2),
+    ],
+    ids=["config", "config-is-a-list", "model-is-a-list", "model-is-a-number", "of-something-else"],
+)
+def test_absurd_values_beside_a_scored_file_end_in_no_traceback(name, value, code, model, shown, tmp_path, capsys):
+    ids = [5, 6]
+    columns = {key: [0.5, 0.5] for key in ("logprobs", "incoming", "importance")}
+    write_rows(tmp_path / "s.jsonl", [{**GOOD, **columns, "token_ids": ids, "protected": [True, False], "reward": 0.5}])
+    record = {"versions": {"entra": "0"}, "input": {}, "config": {}, "model": str(model), name: value}
+    (tmp_path / "s.jsonl.meta.json").write_text(json.dumps(record))
+    assert main(["inspect", "s.jsonl", "-o", "out.html"]) == code
+    assert code == 0 or "give --model: its tokenizer is needed" in capsys.readouterr().err
