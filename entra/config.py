@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
 Class = TypeVar("Class", bound=type)
@@ -21,17 +21,43 @@ def names_unknown_options(cls: Class) -> Class:
     def __init__(self: Any, **options: Any) -> None:
         unknown = next((name for name in options if name not in known), None)
         if unknown is not None:
-            raise TypeError(f"{cls.__name__}() got an unknown keyword {unknown!r}; {nearest_of(unknown, known)}")
+            remedy = nearest_of(unknown, known, options_elsewhere())
+            raise TypeError(f"{cls.__name__}() got an unknown keyword {unknown!r}; {remedy}")
         original(self, **options)
 
     cls.__init__ = __init__  # type: ignore[misc]
     return cls
 
 
-def nearest_of(name: str, known: Sequence[str]) -> str:
-    """The end of an error message: the known name that is meant, or all of them."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
+def nearest_of(name: str, known: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """The end of an error message: the name that is meant, or all that are known.
+
+    Args:
+        name: what was typed, which is none of `known`.
+        known: what would be right here.
+        elsewhere: what would be right in another place, and how it is passed there.
+    """
+    elsewhere = {other: place for other, place in (elsewhere or {}).items() if other not in known}
+    if name in elsewhere:
+        return f"pass it as {elsewhere[name]}"
+    nearest = difflib.get_close_matches(name, [other for other in (*known, *elsewhere) if other != name], n=1, cutoff=0.5)
+    if not nearest:
+        return f"known are {', '.join(known)}"
+    place = elsewhere.get(nearest[0])
+    return f"did you mean {nearest[0]!r}?" + (f" Pass it as {place}" if place else "")
+
+
+TRAINER_OPTIONS = ("verify_every", "verify_on_breach")
+"""Options of ENTRA's trainers that are not TRL's."""
+
+
+def options_elsewhere() -> dict[str, str]:
+    """Options that are easily passed to the wrong function, and how they are passed."""
+    return {
+        **{field.name: f"config=entra.ScoreConfig({field.name}=...)" for field in fields(ScoreConfig)},
+        **{name: f"entra.EntraGRPOTrainer({name}=...)" for name in TRAINER_OPTIONS},
+        "prompts": "entra.EntraReward(...)(prompts=...): the class is no reward function, its instances are",
+    }
 
 
 # What scoring itself passes to apply_chat_template.

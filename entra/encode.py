@@ -11,7 +11,7 @@ Decisions taken here:
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -128,7 +128,7 @@ class Encoder:
         elif _is_chat(prompt):
             ids = self._chat_ids(_as_list(prompt))
         else:
-            raise TypeError(f"prompt={_short(prompt)} must be text, a list of chat messages, or a list of token ids")
+            raise TypeError(f"prompt={short(prompt)} must be text, a list of chat messages, or a list of token ids")
         if not ids:
             if self._bos_id is None:
                 raise ValueError(
@@ -142,7 +142,7 @@ class Encoder:
         tokenizer = self._tokenizer_for("chat messages")
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
-                f"prompt={_short(messages)} holds chat messages but the tokenizer has no chat template; "
+                f"prompt={short(messages)} holds chat messages but the tokenizer has no chat template; "
                 "set tokenizer.chat_template or pass the prompt as text"
             )
         continued = messages[-1].get("role") == "assistant"
@@ -156,7 +156,7 @@ class Encoder:
                 **self._chat_template_kwargs,
             )
         except Exception as error:  # a template is a program: it raises what it likes, such as jinja2's TemplateError
-            raise ValueError(f"the chat template refuses prompt={_short(messages)}: {error}; change the messages") from error
+            raise ValueError(f"the chat template refuses prompt={short(messages)}: {error}; change the messages") from error
         return list(ids)
 
     def _tokenizer_for(self, what: str) -> Any:
@@ -175,20 +175,20 @@ def completion_text(completion: Any) -> str:
     if isinstance(completion, str):
         return completion
     if not _is_chat(completion):
-        raise TypeError(f"completion={_short(completion)} must be text, a list of assistant messages, or a list of token ids")
+        raise TypeError(f"completion={short(completion)} must be text, a list of assistant messages, or a list of token ids")
     for message in completion:
         if message.get("role") != "assistant":
             raise ValueError(
-                f"completion={_short(completion)} holds a message of role {message.get('role')!r}; only the assistant's can be "
+                f"completion={short(completion)} holds a message of role {message.get('role')!r}; only the assistant's can be "
                 "scored: pass completion_ids for tool-using rollouts"
             )
         if message.get("reasoning_content"):
             raise ValueError(
-                f"completion={_short(completion)} holds reasoning_content, which would go unscored; put the reasoning into "
+                f"completion={short(completion)} holds reasoning_content, which would go unscored; put the reasoning into "
                 "content as the model wrote it, or pass completion_ids"
             )
         if not isinstance(message.get("content"), str):
-            raise TypeError(f"completion={_short(completion)} holds a message whose content is not text")
+            raise TypeError(f"completion={short(completion)} holds a message whose content is not text")
     return "".join(message["content"] for message in completion)
 
 
@@ -203,6 +203,19 @@ def as_ids(value: Any) -> list[int] | None:
         return [operator.index(i) for i in value]
     except TypeError:  # floating-point tensors have an __index__ that refuses
         return None
+
+
+def prompt_value(prompt: Any) -> Hashable:
+    """What two prompts have in common when they are the same: equal for lists, tuples, arrays and tensors of the same ids, and
+    for messages with the same keys and contents, in whatever order the keys stand."""
+    prompt = _as_list(prompt)
+    if isinstance(prompt, str | bytes):
+        return prompt
+    if isinstance(prompt, Mapping):
+        return frozenset((key, prompt_value(value)) for key, value in prompt.items())
+    if isinstance(prompt, Sequence):
+        return tuple(map(prompt_value, prompt))
+    return prompt if isinstance(prompt, Hashable) else repr(prompt)
 
 
 def _as_list(value: Any) -> Any:
@@ -231,6 +244,7 @@ def _text_config(model: Any) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """`value` as an error message shows it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,13 +1,14 @@
 """One forward of the policy that yields log-probabilities and incoming attention of chosen tokens, and no logits.
 
 A hook on the language-model head takes the hidden states on their way in, turns those of the wanted positions into
-log-probabilities in chunks, and lets only the last position through. So the model computes [B, 1, vocabulary] logits instead of
+log-probabilities in chunks, and lets only a few positions through. So the model computes logits of those instead of
 [B, N, vocabulary], whatever its class, and the work happens while the head's weight is whole (FSDP2 and ZeRO-3 gather it only
-for the head's own forward). What the model does to its logits after the head (scaling, softcap) is read from its config; done
-to what the head yields for the last position, it must give the logits that the model returns, so an unknown transform is an
-error and never a silently wrong number.
+for the head's own forward). What the model does to its logits after the head (scaling, softcap) is read from its config. The
+model goes on with what the head yields in float32, whatever its own precision, and must return exactly that with the known
+transform: so an unknown one is an error and never a silently wrong number.
 
 Rows are padded on the right and run without an attention mask, which is exact for causal models: no token sees a later one.
+Rows whose RoPE would change with a longer one beside them (`entra/rope.py`) do not share its forward.
 """
 
 from __future__ import annotations
@@ -24,10 +25,15 @@ from torch import Tensor, nn
 
 from entra.capture import capture_incoming_attention, scored_layer
 from entra.config import ScoreConfig
+from entra.rope import RopeGroups, forgetful_rope
 from entra_kernels import linear_token_logprobs, token_logprobs
 
 # Logits of one chunk when the head must be called as a module (LoRA on the head, quantised heads): 2**24 are 64 MiB in float32.
 _CHUNK_LOGITS = 2**24
+
+# Rows of logits that the model computes itself, to be compared with ours: this many, and at least one of each sequence.
+_CHECKED_ROWS = 16
+_CHECKED_POSITIONS = 4
 
 # Padded tokens of one forward when the config leaves it open. A CPU is busy with a single row, and padding only adds to it.
 _CPU_TOKEN_BUDGET, _DEVICE_TOKEN_BUDGET = 1_024, 16_384
@@ -101,14 +107,17 @@ def token_signals(
         RuntimeError: the model has no head that can be hooked, or changes its logits in a way that is not known.
     """
     model = unwrapped(model)
+    _register_head(model)
     signals = [TokenSignals(torch.zeros(0), torch.zeros(0))] * len(rows)
-    with _lock(model), torch.no_grad(), _evaluation_mode(model):
+    with _lock(model), torch.no_grad(), _evaluation_mode(model), forgetful_rope(model) as forget:
         device = model.get_input_embeddings().weight.device
         budget = config.token_budget or (_CPU_TOKEN_BUDGET if device.type == "cpu" else _DEVICE_TOKEN_BUDGET)
-        batches = _micro_batches([len(row) if n else 0 for row, n in zip(rows, last, strict=True)], budget)
+        lengths = [len(row) if n else 0 for row, n in zip(rows, last, strict=True)]
+        batches = _micro_batches(lengths, budget, RopeGroups(model))
         # Asked before the first forward: a rank that waits here takes part in nobody's forward.
         forwards = _most_forwards(len(batches)) if forwards_are_collective(model) else len(batches)
         for batch in batches:
+            forget()
             results = _forward(model, device, [rows[r] for r in batch], [last[r] for r in batch], config, inspector)
             for r, result in zip(batch, results, strict=True):
                 signals[r] = result
@@ -137,27 +146,45 @@ _LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 
 
 def _lock(model: Any) -> threading.RLock:
-    """One thread at a time runs a model: hooks, mode and the captured module's config belong to its forward."""
-    return _LOCKS.setdefault(model, threading.RLock())
+    """One thread at a time runs a set of weights: hooks, mode and the captured module's config belong to its forward. Models
+    around the same weights (PEFT and its base) have their input embeddings in common."""
+    return _LOCKS.setdefault(model.get_input_embeddings(), threading.RLock())
 
 
 def unwrapped(model: Any) -> Any:
     """The model inside DDP, DeepSpeed (`.module`) and torch.compile (`._orig_mod`); FSDP2 and PEFT need no unwrapping."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and not hasattr(model, "config"):
+        # DeepSpeed's engine has a `config` too, a dict of its own settings.
+        if inner is None and not hasattr(getattr(model, "config", None), "get_text_config"):
             inner = getattr(model, "module", None)
         if inner is None:
             return model
         model = inner
 
 
-def _micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def _register_head(model: Any) -> None:
+    """Tell ZeRO-3 that the model's own forward needs the head's weights whole, as TRL's fused head does, which never calls it.
+
+    DeepSpeed finds that out by itself where the weights are in parts when they are asked for. After a pass of ours, which calls
+    the head, it fetches them ahead: then they are whole in a trainer's forward, and gone in its backward.
+    """
+    weights = [weight for weight in _head_of(model).parameters() if hasattr(weight, "ds_id")]
+    if weights:
+        from deepspeed.runtime.zero import register_external_parameter  # type: ignore[import-not-found]
+
+        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        for weight in weights:
+            register_external_parameter(causal_lm, weight)
+
+
+def _micro_batches(lengths: Sequence[int], token_budget: int, groups: RopeGroups) -> list[list[int]]:
     """Indices of the rows that are not empty, longest first, so that the padded tokens of a batch stay within the budget (one
-    row always fits)."""
+    row always fits) and its rows have the same RoPE as alone."""
     batches: list[list[int]] = []
     for r in sorted((r for r, length in enumerate(lengths) if length), key=lambda r: -lengths[r]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= token_budget:
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= token_budget and groups.of(longest) == groups.of(lengths[r]):
             batches[-1].append(r)
         else:
             batches.append([r])
@@ -205,7 +232,7 @@ def _forward(
 
 
 class _HeadLogprobs:
-    """Hooks on the language-model head: log-probabilities of the wanted positions, logits of the last one only."""
+    """Hooks on the language-model head: log-probabilities of the wanted positions, logits of a few, of the last one always."""
 
     def __init__(
         self, transform: _LogitTransform, vocabulary: int, shape: torch.Size, positions: Tensor, targets: Tensor, backend: str
@@ -218,7 +245,7 @@ class _HeadLogprobs:
         self._backend = backend
         self._busy = False
         self._logprobs: Tensor | None = None
-        self._last: Tensor | None = None
+        self._yielded: Tensor | None = None
         self.inspect: Callable[[LogprobsBy, Tensor | None, Tensor, Tensor], None] | None = None
 
     @property
@@ -227,15 +254,15 @@ class _HeadLogprobs:
         return self._finished()[0]
 
     def _finished(self) -> tuple[Tensor, Tensor]:
-        """The log-probs, and what the head yielded for the last position, [B, 1, V]."""
-        if self._logprobs is None or self._last is None:
+        """The log-probs, and what the head yielded for the positions let through, [B, P, V]."""
+        if self._logprobs is None or self._yielded is None:
             raise RuntimeError(
                 "the model's forward did not call the head that get_output_embeddings() names; pass another model"
             )
-        return self._logprobs, self._last
+        return self._logprobs, self._yielded
 
     def before(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The pre-forward hook: takes hidden [B, N, C], lets [B, 1, C] through."""
+        """The pre-forward hook: takes hidden [B, N, C], lets [B, P, C] through."""
         if self._busy:
             return None
         hidden = args[0]
@@ -249,12 +276,18 @@ class _HeadLogprobs:
             self._logprobs = self._compute(head, hidden)
         finally:
             self._busy = False
-        return (hidden[:, -1:], *args[1:])
+        sequences, tokens = self._shape
+        count = min(max(1, min(_CHECKED_POSITIONS, _CHECKED_ROWS // sequences)), tokens)
+        through = torch.linspace(tokens - 1, 0, count, device=hidden.device).round().long()
+        return (hidden[:, through], *args[1:])
 
-    def after(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """The forward hook, ahead of all others: keeps the head's own output."""
-        if not self._busy:
-            self._last = output.clone()  # what the model does to it may happen in place
+    def after(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """The forward hook, ahead of all others: keeps the head's own output, and has the model go on with it in float32."""
+        if self._busy:
+            return None
+        precise = output.to(torch.promote_types(output.dtype, torch.float32))
+        self._yielded = precise.clone()  # what the model does to it may happen in place
+        return precise
 
     def _compute(self, head: nn.Module, hidden: Tensor) -> Tensor:
         """Log-probs of the wanted positions."""
@@ -284,17 +317,17 @@ class _HeadLogprobs:
         return logprobs_by(self._backend, wanted, targets)
 
     def check(self, logits: Tensor) -> None:
-        """Raises a RuntimeError when the model's own logits [B, 1, V] are not what the log-probs were computed from."""
-        _, last = self._finished()
-        expected = self._transform(last.float())
-        got = logits.float().to(expected.device)
-        # The model transforms in its own precision, which under a trainer's autocast is the head's and not that of the logits
-        # it returns; a wrong transform is off by far more than one rounding. Rows that are not finite are not compared: they
-        # become None, and must not take the others with them.
-        rounding = max(torch.finfo(last.dtype).eps, torch.finfo(logits.dtype).eps)
-        largest = expected.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=-1, keepdim=True)
-        tolerance = 4 * rounding * largest + 1e-6
-        if got.shape != expected.shape or bool(((got - expected).abs() > tolerance).any()):
+        """Raises a RuntimeError when the model's own logits [B, P, V] are not what the log-probs were computed from."""
+        _, yielded = self._finished()
+        expected = self._transform(yielded)
+        got = logits.to(expected)
+        # Each logit by itself: a few roundings of the transform, and one more where the model returns another precision. Those
+        # that are not finite are not compared: their rows become None, and must not take the others with them.
+        rounding = 8 * torch.finfo(expected.dtype).eps
+        if logits.dtype != expected.dtype:
+            rounding += torch.finfo(logits.dtype).eps
+        tolerance = rounding * expected.abs() + torch.finfo(logits.dtype).smallest_normal
+        if got.shape != expected.shape or bool((~((got - expected).abs() <= tolerance) & expected.isfinite()).any()):
             raise RuntimeError(
                 f"the model changes its head's output in a way that is not known (known: logit_scale={self._transform.scale}, "
                 f"softcap={self._transform.softcap}, no hooks on the head); score with your own logprobs=..., or another model"
@@ -335,13 +368,15 @@ def _head_logprobs(model: Any, shape: torch.Size, positions: Tensor, targets: Te
 
 
 def _logit_transform(model: Any) -> _LogitTransform:
-    """From the config: Cohere multiplies by logit_scale, Granite divides by logits_scaling, Falcon-H1 multiplies by
-    lm_head_multiplier, Gemma 2 to 4 cap at final_logit_softcapping."""
+    """From the config: Cohere multiplies by logit_scale, Falcon-H1 by lm_head_multiplier, Granite divides by logits_scaling,
+    Gemma 2 to 4 cap at final_logit_softcapping, RecurrentGemma at logits_soft_cap."""
     config = model.config.get_text_config(decoder=True)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+    # HyperCLOVA X multiplies by it, and MiniCPM3 divides the hidden states, before the head.
+    scale *= {"hyperclovax": scaling, "minicpm3": 1.0}.get(config.model_type, 1 / scaling)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return _LogitTransform(scale, float(softcap) if softcap else None)
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from entra.problems import extract_answer
 
@@ -28,6 +29,26 @@ def answer_checker() -> tuple[str, Callable[[str, str], bool]]:
     if importlib.util.find_spec("math_verify") is None:
         return "exact match after normalisation", exact_match
     return "math-verify, exact match for answers in words", math_verify_match
+
+
+def answer_reward(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float | None]:
+    """A TRL reward function: 1.0 where a completion's final answer is the one in the column `answer`, else 0.0.
+
+    Compared by `answer_checker()`.
+
+    Args:
+        completions: text or chat messages, of which the last one answers.
+        answer: the right answers, text or numbers; None: not scored, None.
+    """
+    _, is_right = answer_checker()
+    return [
+        None if right is None else float(is_right(_last_text(completion), str(right)))
+        for completion, right in zip(completions, answer, strict=True)
+    ]
+
+
+def _last_text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else str(completion[-1]["content"] or "") if completion else ""
 
 
 def exact_match(completion: str, answer: str) -> bool:

@@ -32,10 +32,11 @@ def bind_policy(model: Any, tokenizer: Any | None = None) -> AbstractContextMana
     """Inside the block, `score_batch` and `EntraReward` without a model of their own score with this one.
 
     This is how a reward function, which a trainer hands nothing but text and ids, reaches the live policy: enter it around
-    `trainer.train()`. Blocks nest; each thread and task has its own binding. One model is scored by one thread at a time.
+    `trainer.train()`. Blocks nest; each thread and task has its own binding. One set of weights is scored by one thread
+    at a time.
 
     Args:
-        model: a transformers causal LM, or a wrapper around one (PEFT, DDP, FSDP2, torch.compile).
+        model: a transformers causal LM, or a wrapper around one (PEFT, DDP, FSDP2, DeepSpeed, torch.compile).
         tokenizer: its tokenizer; not needed when prompts and completions are token ids.
 
     Raises:
@@ -75,6 +76,20 @@ def bound_rollout() -> Rollout | None:
     return None if binding is None else binding.rollout
 
 
+@contextmanager
+def _loaded_whole() -> Iterator[None]:
+    """Inside, a model loads whole: while a training under ZeRO-3 is set up or runs, transformers leaves on each rank a part of
+    every model that it loads, and those of a frozen scorer would never be put together."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
 def _check_model(model: Any) -> None:
     import torch
 
@@ -83,6 +98,35 @@ def _check_model(model: Any) -> None:
             f"model={model!r} must be a transformers causal LM, or for score_batch a folder, a hub name or 'smollm2'; "
             f"not {type(model).__name__}"
         )
+
+
+def check_scorer(model: Any) -> None:
+    """Whether `model`, which is to score later, can: without loading it when it is a name.
+
+    Raises:
+        TypeError: neither a torch module nor a name.
+        ValueError: nothing of that name can be found, or no layer of the model can be scored.
+        RuntimeError: a model without a language-model head, or "smollm2" without its packages.
+    """
+    if not isinstance(model, str | os.PathLike):
+        from entra.forward import check_scorable, unwrapped
+
+        _check_model(model)
+        return check_scorable(unwrapped(model))
+    name = os.fspath(model)
+    if name == "smollm2":
+        from entra.smollm2 import find_smollm2
+
+        find_smollm2()
+        return None
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model={name!r} cannot be loaded; give a folder, a hub name or 'smollm2' ({reason})") from error
+    return None
 
 
 @lru_cache(maxsize=2)
@@ -99,14 +143,15 @@ def load_policy(name: str) -> Policy:
     """
     import torch
 
-    if name == "smollm2":
-        from entra.smollm2 import load_smollm2
+    with _loaded_whole():
+        if name == "smollm2":
+            from entra.smollm2 import load_smollm2
 
-        model, tokenizer = load_smollm2()
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+            model, tokenizer = load_smollm2()
+        else:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
     return Policy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)
 
 

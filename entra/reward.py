@@ -4,8 +4,8 @@ r alone can be gamed: five distinct tokens score 1, gibberish never repeats, and
 however small. Hence the options below; docs/method.md argues each.
 
 Under a trainer with several processes the rows of all of them are put together before groups are looked at, because a prompt's
-completions may be spread over ranks. Rows of one prompt are one group: a reward function is told no more than that, so two rows
-of a dataset with the same prompt count as one.
+completions may be spread over ranks. Rows of one prompt, by its value, are one group: a reward function is told no more than
+that, so two rows of a dataset with the same prompt count as one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import inspect
 import math
 import os
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
 
@@ -23,9 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entra.config import FLOAT32_MAX, ScoreConfig, check_integer, check_number, names_unknown_options
-from entra.encode import Encoder, completion_text
+from entra.encode import Encoder, completion_text, prompt_value
 from entra.forward import unwrapped
-from entra.policy import resolve_policy
+from entra.gates import called_once
+from entra.policy import bound_rollout, check_scorer, resolve_policy
 from entra.score import Scores, score_batch
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -42,11 +43,13 @@ class EntraReward:
 
     Args:
         model: a frozen scorer, as for `score_batch`; None: the live policy. With a tokenizer it scores the text, as the ids of
-            the policy may be others; without one, the ids that the trainer gives.
+            the policy may be others; without one, the ids that the trainer gives. TRL's trainers give none of prompts: there
+            prompts must be ids, or the trainer `entra.EntraGRPOTrainer` or `entra.EntraRLOOTrainer`, which knows them.
         tokenizer: its tokenizer.
         config: the options of the method; None: the defaults.
         gate: any TRL reward function, such as an accuracy reward. Each reward is multiplied by what it returns (at least 0), so
-            only right answers are paid for being concise; None from the gate gives None. Must not be async.
+            only right answers are paid for being concise; None from the gate gives None. An asynchronous one is awaited. In
+            ENTRA's trainers a gate that is also a reward, or the gate of another, is called once for each batch.
         min_length: completions of fewer tokens get 0, because few tokens never repeat.
         min_mean_logprob: completions whose mean log P is lower get 0, because gibberish never repeats either; None: no floor.
         halve_at: h in tokens; the reward is then 1 / (1 + D / h) instead of r, with D = M (1 - r) redundant tokens among the M
@@ -60,8 +63,9 @@ class EntraReward:
         name: how the trainer logs it.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option outside its range, or a model that cannot be found or scored.
         TypeError: an option of another type, or an unknown one (the nearest right one is named).
+        RuntimeError: a model without a language-model head.
 
     Source: docs/method.md, "The reward as an objective".
     """
@@ -81,10 +85,8 @@ class EntraReward:
         skip_truncated: bool = False,
         name: str = "entra_reward",
     ) -> None:
-        if gate is not None and (not callable(gate) or isinstance(gate, torch.nn.Module) or _is_async(gate)):
-            raise TypeError(
-                f"gate={gate!r} must be a synchronous reward function: called with prompts, completions and columns"
-            )
+        if gate is not None and (not callable(gate) or isinstance(gate, torch.nn.Module) or inspect.isclass(gate)):
+            raise TypeError(f"gate={gate!r} must be a reward function: called with prompts, completions and columns")
         if config is not None and not isinstance(config, ScoreConfig):
             raise TypeError(f"config={config!r} must be an entra.ScoreConfig, not {type(config).__name__}")
         if not isinstance(name, str):
@@ -105,6 +107,8 @@ class EntraReward:
         if min_mean_logprob is not None:
             check_number("min_mean_logprob", min_mean_logprob, -FLOAT32_MAX, 0.0, "it is a mean log-probability")
         check_number("dead_band", dead_band, 0.0, FLOAT32_MAX, "rewards lie in 0 to 1")
+        if model is not None:
+            check_scorer(model)
         self.model = model
         self.tokenizer = tokenizer
         self.config = ScoreConfig() if config is None else config
@@ -128,17 +132,22 @@ class EntraReward:
 
         Under TRL it logs, as metrics and as columns of the completions table (all under its name): `score` (r before gate and
         guards), `redundant_tokens` (M (1 - r)), `protected_share`, `incoming` (mean incoming attention of a token); and as
-        metrics alone `group_std` (mean over prompts of the standard deviation of the rewards of one prompt) and
-        `length_correlation` (of reward and tokens).
+        metrics alone `group_std` (mean over prompts of the standard deviation of the rewards of one prompt),
+        `length_correlation` (of reward and tokens), and for each guard that is on `stopped/gate`, `stopped/group_gate`,
+        `stopped/min_length`, `stopped/min_mean_logprob`, `stopped/dead_band`: the share of the scored completions that it
+        stops, whatever the others do (the dead band: that it levels).
 
         Raises:
-            ValueError: `skip_truncated` without completion ids or EOS id, or a gate that does not return one finite number or
-                None for each completion.
+            ValueError: `skip_truncated` without completion ids or EOS id, a gate that does not return one finite number or
+                None for each completion, or another reward of the same name in the trainer.
         """
+        trainer = _trainer(columns)
+        check_names(getattr(trainer, "reward_func_names", ()))
+        scored_prompts, scored_ids = self._read(prompts, completions, completion_ids)
         scores = score_batch(
-            prompts,
+            scored_prompts,
             completions,
-            None if self._reads_text(completions) else completion_ids,
+            scored_ids,
             model=self.model,
             tokenizer=self.tokenizer,
             config=self.config,
@@ -157,19 +166,49 @@ class EntraReward:
         rewards = guarded(values, lengths, mean_logprobs, self.min_length, self.min_mean_logprob)
         allowed: list[float | None] = [1.0] * len(rewards)
         if self.gate is not None:
-            told = self.gate(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-            allowed = _checked_gate(told, len(rewards))
+            arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+            allowed = _checked_gate(called_once(self.gate, **arguments), len(rewards))
             rewards = gated(rewards, allowed)
         if self.skip_truncated:
             rewards = self._without_truncated(rewards, completion_ids)
         mine, rows = _from_all_ranks(
-            list(map(_Row, map(_group_key, prompts), lengths, allowed, rewards)), "trainer_state" in columns
+            list(map(_Row, map(prompt_value, prompts), lengths, mean_logprobs, allowed, rewards)), "trainer_state" in columns
         )
-        groups = [row.group for row in rows]
-        rewards = group_gated([row.reward for row in rows], [row.gate for row in rows], groups, self.group_gate)
-        rewards = dead_banded(rewards, groups, self.dead_band)
-        self._log(scores, redundant, rewards, rows, columns.get("log_metric"), columns.get("log_extra"))
+        groups, gate = [row.group for row in rows], [row.gate for row in rows]
+        open_rewards = group_gated([row.reward for row in rows], gate, groups, self.group_gate)
+        rewards = dead_banded(open_rewards, groups, self.dead_band)
+        stopped = self._stopped(rows, open_rewards)
+        self._log(scores, redundant, rewards, rows, stopped, columns.get("log_metric"), columns.get("log_extra"))
         return rewards[mine]
+
+    def _stopped(self, rows: Sequence[_Row], open_rewards: Sequence[float | None]) -> dict[str, float]:
+        """By guard that is on: the share of the scored completions that it stops. `open_rewards` go into the dead band."""
+        groups, gate = [row.group for row in rows], [row.gate for row in rows]
+        floor = -math.inf if self.min_mean_logprob is None else self.min_mean_logprob
+        found = {
+            "gate": [row.gate is not None and row.gate <= 0 for row in rows] if self.gate is not None else None,
+            "group_gate": _below_share(gate, groups, self.group_gate) if self.group_gate > 0 else None,
+            "min_length": [row.length < self.min_length for row in rows] if self.min_length > 0 else None,
+            "min_mean_logprob": [row.mean_logprob < floor for row in rows] if self.min_mean_logprob is not None else None,
+            "dead_band": _within(open_rewards, groups, self.dead_band) if self.dead_band > 0 else None,
+        }
+        return {
+            name: statistics.fmean(hits)
+            for name, stops in found.items()
+            if stops is not None and (hits := [s for s, row in zip(stops, rows, strict=True) if row.reward is not None])
+        }
+
+    def _read(
+        self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Any] | None
+    ) -> tuple[Sequence[Any], Sequence[Any] | None]:
+        """Prompts and completion ids as they are scored: no ids where text is read; a frozen scorer without a tokenizer takes
+        the ids that the policy generated from."""
+        if self._reads_text(completions):
+            return prompts, None
+        rollout = bound_rollout()
+        if self.model is None or self._can_read() or rollout is None or not rollout.holds(prompts, completion_ids):
+            return prompts, completion_ids
+        return [row.prompt for row in rollout.sequences], completion_ids
 
     def _log(
         self,
@@ -177,10 +216,11 @@ class EntraReward:
         redundant: Sequence[float | None],
         rewards: Sequence[float | None],
         rows: Sequence[_Row],
+        stopped: dict[str, float],
         log_metric: Callable[[str, float], None] | None,
         log_extra: Callable[[str, list[float]], None] | None,
     ) -> None:
-        """`scores` and `redundant` tokens of this rank's completions, `rewards` and `rows` of all ranks'."""
+        """`scores` and `redundant` tokens of this rank's completions, `rewards`, `rows` and `stopped` of all ranks'."""
         per_completion = {
             "score": [math.nan if reward is None else reward for reward in scores.rewards],
             "redundant_tokens": [math.nan if tokens is None else tokens for tokens in redundant],
@@ -190,6 +230,7 @@ class EntraReward:
         metrics = {name: _mean(torch.tensor(values)) for name, values in per_completion.items()}
         metrics["group_std"] = group_std(rewards, [row.group for row in rows])
         metrics["length_correlation"] = correlation(rewards, [row.length for row in rows])
+        metrics |= {f"stopped/{name}": share for name, share in stopped.items()}
         if log_extra is not None:
             for name, values in per_completion.items():
                 log_extra(f"{self.__name__}/{name}", values)
@@ -207,9 +248,13 @@ class EntraReward:
             )
         return vars(self)
 
+    def _can_read(self) -> bool:
+        """Whether the scorer is a frozen one with a tokenizer of its own."""
+        return self.model is not None and (self.tokenizer is not None or isinstance(self.model, str | os.PathLike))
+
     def _reads_text(self, completions: Sequence[Any] | None) -> bool:
         """Whether a scorer with a tokenizer of its own has text to read."""
-        if self.model is None or (self.tokenizer is None and not isinstance(self.model, str | os.PathLike)):
+        if not self._can_read():
             return False
         try:
             return completions is not None and all(completion_text(completion) is not None for completion in completions)
@@ -225,14 +270,25 @@ class EntraReward:
         return [reward if encoder.has_ended(ids) else None for reward, ids in zip(rewards, completion_ids, strict=True)]
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+def check_names(names: Sequence[str]) -> None:
+    """Raises a ValueError when two reward functions of a trainer have one name: it would log the mean of the two as one."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"reward_funcs holds {names.count(name)} functions called {name!r}, whose metrics would be averaged; give them "
+                "different names: entra.EntraReward(name=...), or the function's __name__"
+            )
+
+
+def _trainer(columns: dict[str, Any]) -> Any | None:
+    """The trainer of TRL's that calls: all that it tells of itself is the owner of the function that logs."""
+    return getattr(columns.get("log_metric"), "__self__", None)
 
 
 def _checked_gate(values: Any, count: int) -> list[float | None]:
     """The gate's values, one finite number or None for each completion: a list, an array or a tensor."""
-    rule = "it must return one number or None for each"
-    if isinstance(values, str) or not hasattr(values, "__len__"):
+    rule = "it must return a list with one number or None for each"
+    if isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
         raise ValueError(f"gate returned {values!r} for {count} completions; {rule}")
     if len(values) != count:
         raise ValueError(f"gate returned {len(values)} values for {count} completions; {rule}")
@@ -280,24 +336,40 @@ def group_gated(
     rewards: Sequence[float | None], gate: Sequence[float | None], groups: Sequence[Hashable], share: float
 ) -> list[float | None]:
     """0.0 in groups whose mean gate, cut to 0..1, is below `share`; None stays None, and a gate of None does not count."""
-    result = list(rewards)
+    closed = _below_share(gate, groups, share)
+    return [0.0 if below and reward is not None else reward for reward, below in zip(rewards, closed, strict=True)]
+
+
+def _below_share(gate: Sequence[float | None], groups: Sequence[Hashable], share: float) -> list[bool]:
+    """Whose group has a mean gate, cut to 0..1, below `share`."""
+    below = [False] * len(gate)
     for indices in _members(groups).values() if share > 0 else ():
         values = [min(max(value, 0.0), 1.0) for i in indices if (value := gate[i]) is not None]
-        if not values or sum(values) / len(values) < share:
-            for i in indices:
-                result[i] = None if rewards[i] is None else 0.0
-    return result
+        for i in indices:
+            below[i] = not values or sum(values) / len(values) < share
+    return below
 
 
 def dead_banded(rewards: Sequence[float | None], groups: Sequence[Hashable], width: float) -> list[float | None]:
     """Rewards of one group that lie within less than `width` become their mean: no spread, no advantage."""
     result = list(rewards)
-    for indices in _members(groups).values() if width > 0 else ():
+    levelled = _within(rewards, groups, width)
+    for indices in _members(groups).values():
         values = [value for i in indices if (value := rewards[i]) is not None]
-        if values and max(values) - min(values) < width:
-            for i in indices:
-                result[i] = None if rewards[i] is None else sum(values) / len(values)
+        for i in indices:
+            if levelled[i] and rewards[i] is not None:
+                result[i] = sum(values) / len(values)
     return result
+
+
+def _within(rewards: Sequence[float | None], groups: Sequence[Hashable], width: float) -> list[bool]:
+    """Whose group has rewards that differ, but by less than `width` in all."""
+    within = [False] * len(rewards)
+    for indices in _members(groups).values():
+        values = [value for i in indices if (value := rewards[i]) is not None]
+        for i in indices:
+            within[i] = bool(values) and 0 < max(values) - min(values) < width
+    return within
 
 
 def group_std(rewards: Sequence[float | None], groups: Sequence[Hashable]) -> float:
@@ -324,6 +396,7 @@ class _Row(NamedTuple):
 
     group: Hashable
     length: int
+    mean_logprob: float
     gate: float | None
     reward: float | None
 
@@ -354,8 +427,3 @@ def _members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
 def _mean(values: Tensor) -> float:
     """NaN for none, and NaN values do not count."""
     return float(values.float().nanmean())
-
-
-def _group_key(prompt: Any) -> Hashable:
-    """Completions of the same prompt are one group."""
-    return prompt if isinstance(prompt, str) else repr(prompt)

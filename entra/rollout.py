@@ -5,6 +5,7 @@ Decisions taken here:
 - A reward function gets text and completion ids from a trainer; prompts are taken as the ids that the trainer generated from,
   so that no template or truncation can come out differently a second time.
 - Signals that a pass of the trainer yielded anyway are recorded; rows without any get a forward of their own when asked for.
+  So do rows whose numbers the pass's padding changes (`entra/rope.py`): they are not those of the row alone.
 - Tokens that a tool wrote attend and are attended to, but they are not the policy's: they are neither ranked nor counted.
 """
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from entra.config import ScoreConfig
-from entra.encode import EncodedRow, Encoder
+from entra.encode import EncodedRow, Encoder, prompt_value
 from entra.forward import TokenSignals, forwards_are_collective, token_signals, unwrapped
+from entra.rope import RopeGroups, has_seen_longer, sees_left_pads
 
 
 class _Statistic(NamedTuple):
@@ -30,6 +32,10 @@ class _Statistic(NamedTuple):
 
 def _statistic(config: ScoreConfig) -> _Statistic:
     return _Statistic(config.attention_statistic, config.head_reduction)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or prompt_value(one) == prompt_value(other)
 
 
 class Rollout:
@@ -88,7 +94,7 @@ class Rollout:
     def holds(self, prompts: Sequence[Any], completion_ids: Sequence[Any] | None) -> bool:
         """Whether these are the rows of this batch, all of them and in order."""
         return completion_ids is not None and all(
-            given is ours or (len(given) == len(ours) and all(a is b or a == b for a, b in zip(given, ours, strict=True)))
+            given is ours or (len(given) == len(ours) and all(map(_same, given, ours)))
             for given, ours in ((prompts, self._prompts), (completion_ids, self._completion_ids))
         )
 
@@ -100,7 +106,8 @@ class Rollout:
             logprobs: float [R, C], of the tokens from position `first` on.
             incoming: float [R, N], of all positions.
             first: the position of the first completion token in every row.
-            complete: [R], False for rows that the pass did not see whole (masked out); they are computed when asked for.
+            complete: [R], False for rows that the pass did not see whole (masked out); they are computed when asked for, and so
+                are rows whose numbers the padding changes.
 
         Raises:
             RuntimeError: the pass saw other positions than those of the batch.
@@ -110,9 +117,21 @@ class Rollout:
                 f"attention of {incoming.shape[1]} positions for {first + logprobs.shape[1]} tokens: the model adds tokens of "
                 "its own, and scores would belong to others; use a model that does not"
             )
+        alike = self._as_alone(first, incoming.shape[1])
         self._recorded[_statistic(config)] = [
-            TokenSignals(logprobs[r, :n].float(), incoming[r, first : first + n].float()) if whole else None
-            for r, (whole, n) in enumerate(zip(complete, (len(row.completion) for row in self._sequences), strict=True))
+            TokenSignals(logprobs[r, :n].float(), incoming[r, first : first + n].float()) if complete[r] and alike[r] else None
+            for r, n in enumerate(len(row.completion) for row in self._sequences)
+        ]
+
+    def _as_alone(self, first: int, width: int) -> list[bool]:
+        """Whether a pass padded to `width` positions, completions at `first`, yields the numbers that each row has alone."""
+        model = unwrapped(self._model)
+        groups, padded_ok = RopeGroups(model), not sees_left_pads(model)
+        if has_seen_longer(model):
+            return [False] * len(self._sequences)
+        return [
+            groups.of(len(row.prompt) + len(row.completion)) == groups.of(width) and (padded_ok or len(row.prompt) == first)
+            for row in self._sequences
         ]
 
     def rows(self) -> list[EncodedRow]:

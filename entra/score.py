@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from entra.config import ScoreConfig, nearest_of
-from entra.encode import EncodedRow, Encoder, as_ids
+from entra.config import ScoreConfig, nearest_of, options_elsewhere
+from entra.encode import EncodedRow, Encoder, as_ids, short
 from entra.forward import TokenSignals, token_signals, unwrapped
 from entra.policy import Policy, bound_rollout, resolve_policy
 from entra.rarefaction import rarefied_redundancy
@@ -135,15 +134,17 @@ def score_batch(
     policy is then the bound one (`entra.EntraGRPOTrainer`, `entra.bind_policy`). For options under TRL use `entra.EntraReward`.
 
     Args:
-        prompts: one per completion: text, chat messages, or token ids.
+        prompts: one per completion: text, chat messages, or token ids. Rows may come as a list, a Series, or an array or tensor
+            [B, N]; so may those of the next arguments.
         completions: text, assistant messages, or token ids; may be None when `completion_ids` is given.
         completion_ids: token ids that are scored instead of tokenising `completions`; pads and trailing EOS are dropped.
         model: a transformers causal LM (also wrapped by PEFT, DDP, FSDP2 or torch.compile), a folder or hub name, or "smollm2".
             None: the policy bound by `entra.bind_policy`.
         tokenizer: the model's; not needed for token ids, nor for a model given by name.
-        logprobs: float [n] per completion, log P of its tokens, from a trainer's own pass. With `incoming` given too, no
-            forward runs.
-        incoming: float [n] per completion, its tokens' mean incoming attention (`entra.capture_incoming_attention`).
+        logprobs: float [n] per completion, log P of its tokens (natural log, at most 0), from a trainer's own pass. With
+            `incoming` given too, no forward runs.
+        incoming: float [n] per completion, its tokens' mean incoming attention, in 0 to 1 (lift: at least 0), from
+            `entra.capture_incoming_attention`.
         config: the options of the method; None: the defaults.
         details: return `Scores` instead of the rewards alone.
 
@@ -152,8 +153,9 @@ def score_batch(
 
     Raises:
         ValueError: numbers of rows that differ, a row that cannot be encoded (see `entra.encode`), logprobs or incoming that do
-            not fit the tokens, a model that cannot be scored.
-        TypeError: an unknown keyword (the nearest right one is named), or a row that is neither text nor messages nor ids.
+            not fit the tokens or are out of their range, a model that cannot be scored.
+        TypeError: an unknown keyword (the nearest right one is named), an argument that does not hold rows, or a row that is
+            neither text nor messages nor ids.
         RuntimeError: no model at all; logprobs or incoming that require grad; a model whose logits cannot be reproduced.
 
     Source: arXiv 2601.07123; docs/method.md.
@@ -162,25 +164,17 @@ def score_batch(
         model = tokenizer = logprobs = incoming = config = None
         details = False
     elif columns:
-        raise TypeError(_unknown_keyword(next(iter(columns))))
+        name = next(iter(columns))
+        raise TypeError(f"score_batch() got an unknown keyword {name!r}; {nearest_of(name, _OPTIONS, options_elsewhere())}")
     config = ScoreConfig() if config is None else config
     if not isinstance(config, ScoreConfig):
         raise TypeError(f"config={config!r} must be an entra.ScoreConfig, not {type(config).__name__}")
-    for name, rows in (("prompts", prompts), ("completions", completions), ("completion_ids", completion_ids)):
-        if isinstance(rows, str | bytes):
-            raise TypeError(
-                f"{name}={rows[:40]!r} must be a list with one entry per completion, not a single text; use [{name}]"
-            )
+    prompts = _listed("prompts", prompts)
     count = len(prompts)
-    for name, rows in (
-        ("completions", completions),
-        ("completion_ids", completion_ids),
-        ("logprobs", logprobs),
-        ("incoming", incoming),
-    ):
-        if rows is not None and len(rows) != count:
-            raise ValueError(f"{name} has {len(rows)} rows but prompts has {count}; there must be one per prompt")
-    if completions is None and completion_ids is None:
+    completions, completion_ids = _listed("completions", completions, count), _listed("completion_ids", completion_ids, count)
+    logprobs, incoming = _listed("logprobs", logprobs, count), _listed("incoming", incoming, count)
+    given = completions if completion_ids is None else completion_ids
+    if given is None:
         raise ValueError("completions=None and completion_ids=None; one of them must be given")
 
     policy = resolve_policy(model, tokenizer)
@@ -194,27 +188,36 @@ def score_batch(
     if rollout is not None and rollout.holds(prompts, completion_ids):
         rows, signals = rollout.rows(), rollout.signals(config)
     else:
-        given = completions if completion_ids is None else completion_ids
         rows = _encode(prompts, given, policy, tokenizer, config, forward=logprobs is None or incoming is None)
         signals = _signals(rows, policy, logprobs, incoming, config, given)
     scores = _assemble(rows, signals, config, tokenizer if policy is None else policy.tokenizer)
     return scores if details else scores.rewards
 
 
-def _unknown_keyword(name: str) -> str:
-    config_fields = [field.name for field in fields(ScoreConfig)]
-    if difflib.get_close_matches(name, [*_OPTIONS, *config_fields], n=1, cutoff=0.5)[:1] in (
-        [field] for field in config_fields
-    ):
-        remedy = f"{nearest_of(name, config_fields)} Pass it as config=entra.ScoreConfig(...)"
-    else:
-        remedy = nearest_of(name, _OPTIONS)
-    return f"score_batch() got an unknown keyword {name!r}; {remedy}"
+@overload
+def _listed(name: str, rows: Sequence[Any], count: None = ...) -> list[Any]: ...
+@overload
+def _listed(name: str, rows: Sequence[Any] | None, count: int) -> list[Any] | None: ...
+def _listed(name: str, rows: Any, count: int | None = None) -> list[Any] | None:
+    """The rows of an argument, `count` of them; None stays None where there is a count. Also those of an array or a tensor
+    [B, N], and those of a pandas Series, which looks its labels up where a list counts."""
+    if rows is None and count is not None:
+        return None
+    if isinstance(rows, str | bytes):
+        raise TypeError(f"{name}={rows[:40]!r} must be a list with one entry per completion, not a single text; use [{name}]")
+    if isinstance(rows, Mapping | Set) or not hasattr(rows, "__len__") or getattr(rows, "ndim", 1) == 0:
+        raise TypeError(
+            f"{name}={short(rows)} must be a list with one entry per completion (or an array, a tensor or a Series), not "
+            f"{type(rows).__name__}"
+        )
+    if count is not None and len(rows) != count:
+        raise ValueError(f"{name} has {len(rows)} rows but prompts has {count}; there must be one per prompt")
+    return list(rows)
 
 
 def _encode(
     prompts: Sequence[Any],
-    completions: Sequence[Any] | None,
+    completions: Sequence[Any],
     policy: Policy | None,
     tokenizer: Any | None,
     config: ScoreConfig,
@@ -224,7 +227,7 @@ def _encode(
     model = None if policy is None else unwrapped(policy.model)
     encoder = Encoder(tokenizer if policy is None else policy.tokenizer, model, config.chat_template_kwargs)
     rows = []
-    for i, (prompt, completion) in enumerate(zip(prompts, completions or (), strict=True)):
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         try:
             rows.append(
                 encoder.encode(prompt, completion) if forward else EncodedRow([], encoder.encode_completion(completion))
@@ -240,7 +243,7 @@ def _signals(
     logprobs: Sequence[Any] | None,
     incoming: Sequence[Any] | None,
     config: ScoreConfig,
-    given: Sequence[Any] | None,
+    given: Sequence[Any],
 ) -> list[TokenSignals]:
     """Log-probs and incoming attention of each row's ranked tokens: those given, else those of a forward."""
     if (logprobs is not None or incoming is not None) and config.ranking_scope != "completion":
@@ -254,12 +257,12 @@ def _signals(
     signals = []
     for i, row in enumerate(rows):
         ranked = len(row.ranked(config.ranking_scope))
-        ids = None if given is None else as_ids(given[i])
+        ids = as_ids(given[i])
         length = None if ids is None else len(ids)
         signals.append(
             TokenSignals(
-                computed[i].logprobs if logprobs is None else _given("logprobs", i, logprobs[i], ranked, length),
-                computed[i].incoming if incoming is None else _given("incoming", i, incoming[i], ranked, length),
+                computed[i].logprobs if logprobs is None else _given("logprobs", i, logprobs[i], ranked, length, config),
+                computed[i].incoming if incoming is None else _given("incoming", i, incoming[i], ranked, length, config),
             )
         )
     return signals
@@ -272,7 +275,7 @@ def _run(rows: list[EncodedRow], policy: Policy | None, config: ScoreConfig) -> 
     return token_signals(policy.model, [row.prompt + row.completion for row in rows], wanted, config)
 
 
-def _given(name: str, i: int, value: Any, tokens: int, untrimmed: int | None) -> Tensor:
+def _given(name: str, i: int, value: Any, tokens: int, untrimmed: int | None, config: ScoreConfig) -> Tensor:
     """One row of values that were passed in: [n], or with values for the trailing EOS and pads that were dropped."""
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"row {i}: {name} requires grad, but scores have no gradient; pass {name} detached")
@@ -287,7 +290,26 @@ def _given(name: str, i: int, value: Any, tokens: int, untrimmed: int | None) ->
             f"row {i}: {name} has shape {list(tensor.shape)} but the completion has {tokens} tokens without pads and trailing "
             "EOS; give one number per completion token"
         )
+    _check_range(name, i, tensor[:tokens], config)
     return tensor[:tokens]
+
+
+_ROUNDING = 1e-3
+"""How far a value that was computed in some other precision may stick out of its range."""
+
+
+def _check_range(name: str, i: int, values: Tensor, config: ScoreConfig) -> None:
+    """Raises a ValueError for a value that no model can yield. What is not finite is left alone: its row gets no reward."""
+    low, high = -math.inf, 0.0
+    rule = "log-probabilities are at most 0: pass natural logarithms"
+    if name == "incoming" and config.attention_statistic == "lift":
+        low, high, rule = 0.0, math.inf, "lift is at least 0: pass what entra.capture_incoming_attention yields"
+    elif name == "incoming":
+        low, high, rule = 0.0, 1.0, "mean attention lies in 0 to 1: divide sums by the number of future queries"
+    outside = ((values < low - _ROUNDING) | (values > high + _ROUNDING)) & values.isfinite()
+    if bool(outside.any()):
+        token = int(outside.nonzero()[0])
+        raise ValueError(f"row {i}: {name} holds {float(values[token]):g} at token {token}; {rule}")
 
 
 def _assemble(rows: list[EncodedRow], signals: list[TokenSignals], config: ScoreConfig, tokenizer: Any) -> Scores:

@@ -10,6 +10,8 @@ Decisions taken here:
 - TRL makes such a pass only when generation and optimisation steps are not aligned, or with vLLM and its importance sampling
   correction. Otherwise, and wherever its numbers are not those of `score_batch` (a temperature other than 1, dropout, rows that
   are masked out, an adapter switched off), scoring makes one no-grad forward of its own.
+- A pass may run the model on the rows as they are padded, or packed one after the other into a single row. Which, is read from
+  the token ids that reach the embedding; on anything else scores do not ride, so that none is taken for another row's.
 - That forward is made before the reward functions are called, on every rank alike: what a gate decides cannot make ranks of a
   sharded model run different numbers of forwards.
 """
@@ -18,17 +20,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
-from trl import GRPOTrainer, RLOOTrainer
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from entra.capture import capture_incoming_attention
-from entra.config import ScoreConfig, check_integer
-from entra.forward import check_scorable
-from entra.policy import Policy, bound
-from entra.reward import EntraReward
+from entra.capture import Capture, capture_incoming_attention
+from entra.config import TRAINER_OPTIONS, ScoreConfig, check_integer, nearest_of
+from entra.forward import check_scorable, unwrapped
+from entra.gates import called_once, one_batch
+from entra.policy import Policy, bound, load_policy
+from entra.reward import EntraReward, check_names
 from entra.rollout import Rollout
 from entra.score import score_batch
 from entra.verify import verify
@@ -39,17 +47,21 @@ class _LivePolicy:
 
     # Where `_generate` returns the mask of the tokens that the policy wrote itself.
     _own_position: int | None = None
+    reward_funcs: list[Any]
 
     def __init__(self, *args: Any, verify_every: int = 0, verify_on_breach: str = "raise", **kwargs: Any) -> None:
         check_integer("verify_every", verify_every, 0, "scoring calls, or 0 for never")
         if verify_on_breach not in ("raise", "warn"):
             raise ValueError(f"verify_on_breach={verify_on_breach!r} must be 'raise' or 'warn'")
-        _check_arguments(inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
+        signature = inspect.signature(super().__init__)
+        _check_keywords(type(self), signature, kwargs)
+        _check_arguments(signature.bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
         _check_tokenizer(self._tokenizer)  # type: ignore[attr-defined]
         _check_sharding(getattr(self.accelerator.state, "fsdp_plugin", None))  # type: ignore[attr-defined]
         check_scorable(self.model)  # type: ignore[attr-defined]
-        self._entra_configs = _live_configs(self.reward_funcs)  # type: ignore[attr-defined]
+        check_names(self.reward_func_names)  # type: ignore[attr-defined]
+        self._entra_configs = _live_configs(self.reward_funcs)
         if verify_every and not self._entra_configs:
             raise ValueError(
                 f"verify_every={verify_every}, but there is nothing to verify: no reward function is entra.score_batch or a "
@@ -68,6 +80,7 @@ class _LivePolicy:
         self._entra_calls = 0
         self._entra_rollout: Rollout | None = None
         self._entra_adapters: object = None
+        self._entra_warned = False
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         output: tuple[Any, ...] = super()._generate(prompts)  # type: ignore[misc]
@@ -97,23 +110,37 @@ class _LivePolicy:
         rollout, first = self._entra_rollout, input_ids.shape[1] - logits_to_keep
         start = torch.tensor([first - len(row.prompt) for row in rollout.sequences])
         length = torch.tensor([len(row.prompt) + len(row.completion) for row in rollout.sequences])
+        whole = attention_mask.sum(dim=1).cpu() >= length  # rows that are masked out have no completion
         logprobs, incoming = [], []
         for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            with capture_incoming_attention(
-                model,
-                start=start[part],
-                length=length[part],
-                statistic=config.attention_statistic,
-                head_reduction=config.head_reduction,
-                backend=config.backend,
-            ) as captured:
+            with (
+                capture_incoming_attention(
+                    model,
+                    statistic=config.attention_statistic,
+                    head_reduction=config.head_reduction,
+                    backend=config.backend,
+                ) as captured,
+                _riding(model, captured, input_ids[part], attention_mask[part], start[part], length[part]) as ride,
+            ):
                 logprobs.append(logprobs_of(model, input_ids[part], attention_mask[part], logits_to_keep, **kwargs)[0])
-            incoming.append(captured.incoming)
-        whole = attention_mask.sum(dim=1).cpu() >= length  # rows that are masked out have no completion
+            incoming.append(ride.incoming())
+            if not ride.fits:
+                whole[part] = False
+                self._warn_of_a_pass_of_our_own()
         joined = torch.cat(logprobs)
         rollout.record(config, joined, torch.cat(incoming), first, whole.tolist())
         return joined, None, None
+
+    def _warn_of_a_pass_of_our_own(self) -> None:
+        if not self._entra_warned:
+            warnings.warn(
+                f"the log-prob pass of {type(self).__name__} does not run the model, in one forward, on the rows as they are "
+                "padded or packed in order into one row; scores cannot ride on it: a forward of ENTRA's own computes them",
+                UserWarning,
+                stacklevel=3,
+            )
+        self._entra_warned = True
 
     def _config_to_ride_on(self, model: Any, kwargs: dict[str, Any]) -> ScoreConfig | None:
         """The config whose signals this pass can yield: one of the policy as it generated, over text, at temperature 1."""
@@ -140,8 +167,13 @@ class _LivePolicy:
                 rollout.signals(config)
         if rollout is not None:
             self._verify(rollout)
-        with bound(Policy(self.model, self._tokenizer), rollout):  # type: ignore[attr-defined]
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
+        functions = self.reward_funcs
+        self.reward_funcs = _gates_called_once(functions)
+        try:
+            with bound(Policy(self.model, self._tokenizer), rollout), one_batch():  # type: ignore[attr-defined]
+                return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
+        finally:
+            self.reward_funcs = functions
 
     def _verify(self, rollout: Rollout) -> None:
         self._entra_calls += 1
@@ -173,8 +205,11 @@ class EntraGRPOTrainer(_LivePolicy, GRPOTrainer):
         verify_on_breach: what happens when that is beyond the error budget: "raise" a RuntimeError, or "warn".
 
     Raises:
-        ValueError: at construction: reward weights that are all zero, a tokenizer without EOS, a model whose attention cannot
-            be captured (also one with virtual tokens: prompt tuning), FSDP1, an option outside its range, nothing to verify.
+        ValueError: at construction: reward weights that are all zero, two rewards of one name, a tokenizer without EOS, a model
+            whose attention cannot be captured (also one with virtual tokens: prompt tuning), FSDP1, an option outside its
+            range, nothing to verify.
+        TypeError: an unknown keyword (what takes it is named), a class where an instance belongs.
+        OSError: a frozen scorer's weights cannot be loaded.
         RuntimeError: a model without a language-model head; while training, a breach of the error budget.
 
     Source: docs/training.md.
@@ -190,6 +225,81 @@ class EntraRLOOTrainer(_LivePolicy, RLOOTrainer):
     """
 
 
+class _Ride:
+    """What one forward of a trainer's log-prob pass ran the model on: B padded rows, or the same rows packed into one."""
+
+    def __init__(self, captured: Capture, input_ids: Tensor, attention_mask: Tensor, start: Tensor, length: Tensor) -> None:
+        self._captured = captured
+        self._input_ids = input_ids
+        self._mask = attention_mask.bool()
+        self._start = start
+        self._length = length
+        self._forwards = 0
+        self._packed = False
+        self.fits = True
+        """Whether the attention that was captured is that of the rows, each by itself."""
+        captured.expect(start=start, length=length)
+
+    def before(self, embedding: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """The pre-forward hook of the embedding: says to the capture where the rows lie in the ids that arrive."""
+        self._forwards += 1
+        self.fits = self._forwards == 1
+        self._packed = False
+        given = args[0].to(self._input_ids.device)
+        if torch.equal(given, self._input_ids):
+            self._captured.expect(start=self._start, length=self._length)
+        elif torch.equal(given, self._input_ids[self._mask][None]):
+            self._packed = True
+            counts = self._mask.sum(dim=1).cpu()
+            ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            self._captured.expect(cu_seqlens=ends, length=torch.minimum(self._length, counts))
+        else:
+            self.fits = False
+            self._captured.expect()
+
+    def incoming(self) -> Tensor:
+        """float32 [B, N] in the places of the padded rows; zeros where it does not fit them."""
+        if not self.fits:
+            return torch.zeros(self._input_ids.shape, device=self._input_ids.device)
+        incoming = self._captured.incoming
+        if not self._packed:
+            return incoming
+        padded = incoming.new_zeros(self._input_ids.shape)
+        padded[self._mask.to(padded.device)] = incoming[0]
+        return padded
+
+
+@contextmanager
+def _riding(
+    model: Any, captured: Capture, input_ids: Tensor, attention_mask: Tensor, start: Tensor, length: Tensor
+) -> Iterator[_Ride]:
+    """Looks at what reaches the embedding inside the block; where a compiled model does not tell, the rows are padded."""
+    ride = _Ride(captured, input_ids, attention_mask, start, length)
+    handle = unwrapped(model).get_input_embeddings().register_forward_pre_hook(ride.before)
+    try:
+        yield ride
+    finally:
+        handle.remove()
+
+
+def _check_keywords(trainer: type, signature: inspect.Signature, keywords: dict[str, Any]) -> None:
+    """Raises a TypeError for a keyword that no trainer takes; it names what takes it."""
+    parameters = signature.parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    unknown = next((name for name in keywords if name not in parameters), None)
+    if unknown is None:
+        return
+    config = RLOOConfig if issubclass(trainer, RLOOTrainer) else GRPOConfig
+    elsewhere = {
+        **{field.name: f"entra.EntraReward(config=entra.ScoreConfig({field.name}=...))" for field in fields(ScoreConfig)},
+        **{name: f"entra.EntraReward({name}=...)" for name in inspect.signature(EntraReward).parameters},
+        **{field.name: f"args=trl.{config.__name__}({field.name}=...)" for field in fields(config)},
+    }
+    remedy = nearest_of(unknown, (*parameters, *TRAINER_OPTIONS), elsewhere)
+    raise TypeError(f"{trainer.__name__}() got an unknown keyword {unknown!r}; {remedy}")
+
+
 def _check_arguments(arguments: dict[str, Any]) -> None:
     """What TRL would only fail on later, or not at all."""
     args, rewards = arguments.get("args"), arguments.get("reward_funcs")
@@ -197,6 +307,10 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     if weights and not any(weights):
         raise ValueError(f"reward_weights={weights} are all zero, so that nothing is trained; give one of them a weight")
     for reward in rewards if isinstance(rewards, list) else [rewards]:
+        if inspect.isclass(reward):
+            raise TypeError(f"reward_funcs holds the class {reward.__name__}, which scores nothing; pass an instance of it")
+        if isinstance(reward, EntraReward) and isinstance(reward.model, str | os.PathLike):
+            check_scorable(load_policy(os.fspath(reward.model)).model)
         if isinstance(reward, functools.partial) and reward.func is score_batch:
             raise ValueError(
                 f"reward_funcs holds functools.partial(score_batch, {', '.join(reward.keywords)}), but under TRL score_batch "
@@ -245,6 +359,12 @@ def _live_configs(rewards: list[Any]) -> list[ScoreConfig]:
     return configs
 
 
+def _gates_called_once(rewards: list[Any]) -> list[Any]:
+    """The reward functions, those that are gates as well in the form that is called once for each batch."""
+    gates = [reward.gate for reward in rewards if isinstance(reward, EntraReward) and reward.gate is not None]
+    return [functools.partial(called_once, reward) if any(reward == gate for gate in gates) else reward for reward in rewards]
+
+
 def _is_ungated(reward: Any) -> bool:
     return reward is score_batch or (isinstance(reward, EntraReward) and reward.model is None and reward.gate is None)
 
@@ -257,10 +377,10 @@ def _adapters(model: Any) -> object:
     return [(name, tuple(layer.active_adapters), layer.disable_adapters) for name, layer in layers]
 
 
-def _has_dropout(model: Any) -> bool:
-    """Whether a forward in the model's present mode is random."""
+def _has_dropout(model: Any, training: bool = False) -> bool:
+    """Whether a forward in the model's present mode is random, or with `training` in the mode that it is trained in."""
     for module in model.modules():
         p = module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-        if module.training and isinstance(p, int | float) and p > 0:
+        if (training or module.training) and isinstance(p, int | float) and p > 0:
             return True
     return False

@@ -30,7 +30,7 @@ LEADING_TOKENS = 2_048
 _ROUNDINGS = 16 * torch.finfo(torch.float32).eps
 _LOGIT_ROWS = 128  # of the reference at a time: 80 MB of float32 logits with a vocabulary of 150,000
 
-# Two forwards of one sequence, in mean |delta log P| and in sum |delta mu| / sum mu; a shift by one token gives about 1.
+# Two forwards of one sequence; a shift by one token gives about 1.
 _FORWARD_BUDGET = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_PRECISION_BUDGET = 0.1
 
@@ -92,13 +92,18 @@ def verify(rollout: Rollout, row: int, config: ScoreConfig) -> Deviation:
         scored = rollout.signals(config)[row]
         mine = rollout.own_mask(row).to(incoming.device)
         if bool(mine.any()):
-            budget = _FORWARD_BUDGET.get(reference.dtype, _HALF_PRECISION_BUDGET)
+            budget = forward_budget(reference.dtype)
             l, mu = reference.logprobs[mine], incoming[mine]
             checks += [
                 Check("scored_incoming", float((scored.incoming.to(mu) - mu).abs().sum() / mu.sum().clamp(min=1e-20)), budget),
                 Check("scored_logprobs", float((scored.logprobs.to(l) - l).abs().mean()), budget),
             ]
     return Deviation(tuple(checks))
+
+
+def forward_budget(dtype: torch.dtype) -> float:
+    """What two forwards of one sequence in `dtype` may differ by, in mean |delta log P| and in sum |delta mu| / sum mu."""
+    return _FORWARD_BUDGET.get(dtype, _HALF_PRECISION_BUDGET)
 
 
 class _Reference:

@@ -130,7 +130,8 @@ def incoming_attention(
         normalize: False returns the sums over j, not divided.
         sample_rows: m >= 4 takes m query rows of each sequence instead of all, in time O(N m), and returns a
             `SampledAttention`. A quarter are the last rows, the others two from each of equal strata of neighbouring rows. The
-            estimate is unbiased; a sequence of up to m tokens is exact. These rows of q are copied. Not with `per_head`.
+            estimate is unbiased; a sequence of up to m tokens is exact, at no more memory. These rows of q are copied. Not with
+            `per_head`.
         seed: of the draw; with `sample_rows` only. The same seed gives sequences of the same length the same rows.
         backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
 
@@ -210,11 +211,11 @@ def incoming_attention(
         out = _ops.incoming_attention(q, k, starts, ends, sequences, *options, per_head, normalize, backend)
         return out.squeeze(0) if packed else out
 
-    check_sample(sample_rows, seed)
+    sample_rows = check_sample(sample_rows, seed, tokens)
     if per_head:
         raise ValueError("per_head=True has no sampled form; drop sample_rows, or take the mean over heads")
     sampled = _ops.sampled_incoming_attention(
-        q, k, starts, ends, sequences, sample_rows, seed, *options, normalize, backend
+        q, k, starts, ends, sequences, sample_rows, int(seed), *options, normalize, backend
     )  # fmt: skip
     return SampledAttention(*(out.squeeze(0) if packed else out for out in sampled))
 

@@ -123,8 +123,9 @@ def check_window(sliding_window: int | None) -> int | None:
     return min(int(sliding_window), 2**30)
 
 
-def check_sample(sample_rows: int, seed: int) -> None:
-    """Raises when `sample_rows` rows cannot make one stratum of two and the last rows, or `seed` is no seed."""
+def check_sample(sample_rows: int, seed: int, tokens: int) -> int:
+    """`sample_rows`, at most the `tokens` of a row: more are all of them. Raises when they cannot make one stratum of two and
+    the last rows, or `seed` is no seed."""
     for name, value in (("sample_rows", sample_rows), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}; pass int({name})")
@@ -132,6 +133,7 @@ def check_sample(sample_rows: int, seed: int) -> None:
         raise ValueError(f"sample_rows={sample_rows} must be at least 4 rows, or None for all")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} must be in 0 to 2**63 - 1; 0 is the default")
+    return min(int(sample_rows), max(tokens, 4))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

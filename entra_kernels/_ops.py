@@ -204,6 +204,9 @@ def linear_token_logprobs(
             temperature=temperature,
             entropy=entropy,
         )
+    if softcap is not None and hidden.shape[-1]:  # which makes a finite logit of one that is not
+        finite = torch.linalg.vector_norm(hidden, math.inf, dim=-1).isfinite()
+        results = [result.masked_fill_(~finite, math.nan) for result in results]
     return results if exist is None else [result.masked_fill_(~exist, math.nan) for result in results]
 
 
@@ -228,15 +231,12 @@ def redundancy(
     """All packed, [T] and [S + 1]. Returns reward [S], importance [T], protected [T]."""
     module = _implementation(backend, logprobs)
     tokens = logprobs.shape[0]
-    spans = Spans(cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.shape[0] - 1, tokens=tokens, batch=1)
-    spans.check(logprobs.device)
-    starts, lengths = cu_seqlens[:-1].clamp(0, tokens).int(), spans.token_counts(logprobs.device).int()
+    Spans(cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.shape[0] - 1, tokens=tokens, batch=1).check(logprobs.device)
     return module.redundancy(
         logprobs,
         incoming,
         token_ids,
-        starts,
-        lengths,
+        cu_seqlens,
         attention_weight=attention_weight,
         protect_fraction=protect_fraction,
         degenerate_reward=degenerate_reward,

@@ -46,7 +46,19 @@ class Spans:
         end = torch.full_like(first, self.tokens) if self.ends is None else self.ends.long()
         return (end.clamp(0, self.tokens) - first.clamp(0, self.tokens)).clamp(min=0)
 
+    def longest(self, device: torch.device) -> int:
+        """No sequence has more tokens: on a CPU the longest's number, elsewhere, where looking would wait, the row's."""
+        if device.type != "cpu":
+            return self.tokens
+        return max((count for _, _, count in self), default=0)
+
     def _bounds(self) -> Iterator[tuple[int, int]]:
         starts = [0] * self.count if self.starts is None else self.starts.tolist()
         ends = [self.tokens] * self.count if self.ends is None else self.ends.tolist()
         return zip(starts, ends, strict=True)
+
+
+def packed_bounds(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """First token and number of tokens of each sequence, int32 [S], cut to `tokens`; without waiting for the device."""
+    bounds = cu_seqlens.clamp(0, tokens).int()
+    return bounds[:-1], (bounds[1:] - bounds[:-1]).clamp(min=0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from entra_kernels._checks import accumulation_dtype
 from entra_kernels._sampling import SampledRows
-from entra_kernels._spans import Spans
+from entra_kernels._spans import Spans, packed_bounds
 
 
 def attention_probabilities(
@@ -187,8 +187,7 @@ def redundancy(
     logprobs: Tensor,
     incoming: Tensor,
     token_ids: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    cu_seqlens: Tensor,
     *,
     attention_weight: float,
     protect_fraction: float,
@@ -199,6 +198,7 @@ def redundancy(
     importance = logprobs.to(dtype) + attention_weight * incoming.to(dtype)
     protected = torch.zeros_like(importance, dtype=torch.bool)
     rewards = []
+    starts, lengths = packed_bounds(cu_seqlens, logprobs.shape[0])
     for first, count in zip(starts.tolist(), lengths.tolist(), strict=True):
         span = slice(first, first + count)
         if not importance[span].isfinite().all():

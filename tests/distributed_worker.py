@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def unequal_rows(rank: int) -> tuple[list[list[int]], list[list[int]]]:
     return [[1, 7, 8, 9]] * len(completions), completions
 
 
-def score_unequal(model: nn.Module, rank: int) -> entra.Scores:
+def score_unequal(model: nn.Module | str, rank: int) -> entra.Scores:
     """Details of a rank's own unequal rows."""
     prompts, completions = unequal_rows(rank)
     return entra.score_batch(prompts, completions, model=model, config=_CONFIG, details=True)
@@ -103,11 +103,13 @@ def train(
     resume: bool = False,
     kill: bool = False,
     fsdp: dict[str, Any] | None = None,
+    deepspeed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a training saw; each scoring call looks at one prompt's completions, half of them on each rank.
 
     Riding: one generation serves two optimisation steps, so that TRL needs the old log-probs and makes a pass for them.
-    `checkpoints` is the folder to save them in, after each step; `fsdp` the configuration for accelerate's sharding.
+    `checkpoints` is the folder to save them in, after each step; `fsdp` the configuration for accelerate's sharding,
+    `deepspeed` that of DeepSpeed.
     """
     import trl
     from datasets import Dataset
@@ -130,9 +132,10 @@ def train(
         learning_rate=1e-2,
         logging_steps=1,
         report_to=[],
-        use_cpu=True,
+        use_cpu=deepspeed is None,
         bf16=False,
         ddp_backend="gloo",
+        deepspeed=deepspeed,
         fsdp=fsdp is not None,
         fsdp_config=fsdp,
         disable_tqdm=True,
@@ -190,10 +193,21 @@ def _state(model: nn.Module) -> list[tuple[Any, ...]]:
 
 def _whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every rank must ask: parts of a weight come from the others."""
-    return {
-        name: (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
-        for name, weight in forward.unwrapped(model).named_parameters()
-    }
+    weights = dict(forward.unwrapped(model).named_parameters())
+    with _gathered(list(weights.values())):
+        return {
+            name: (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
+            for name, weight in weights.items()
+        }
+
+
+def _gathered(weights: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Inside, weights that ZeRO-3 holds in parts are whole."""
+    if not hasattr(weights[0], "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(weights)
 
 
 def ddp(folder: Path, rank: int) -> None:
@@ -270,13 +284,40 @@ def _wait_for(file: Path) -> None:
         time.sleep(0.1)
 
 
-def zero3(folder: Path, rank: int) -> None:
-    """Scoring under DeepSpeed's ZeRO-3; written from its documentation and not run yet."""
-    import deepspeed
+_ZERO3: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 2,
+    # A weight below the threshold, 100,000 numbers by default, stays whole on every rank; here that would be all of them.
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
 
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-    engine, *_ = deepspeed.initialize(model=build("qwen3"), config=config)
-    torch.save({"unequal": score_unequal(engine, rank)}, folder / f"zero3.{rank}.pt")
+
+def zero3(folder: Path, rank: int) -> None:
+    """Scoring and training under DeepSpeed's ZeRO-3, every weight in parts."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # Reductions through shared memory, which DeepSpeed would compile here and now; killed while it does, it leaves a lock.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", timeout=_TIMEOUT)
+    engine, *_ = deepspeed.initialize(model=build("qwen3"), config=_ZERO3)
+    parts = {name: (weight.ds_tensor.numel(), weight.ds_numel) for name, weight in engine.module.named_parameters()}
+    seen: dict[str, Any] = {"parts": parts, "unequal": score_unequal(engine, rank)}
+    with _accelerate_lets_deepspeed_run_on_a_cpu():
+        seen["riding"] = train(folder, build("qwen3"), rank, riding=True, steps=2, deepspeed=_ZERO3)
+        seen["own_pass"] = train(folder, build("qwen3"), rank, steps=3, deepspeed=_ZERO3)
+    training = HfDeepSpeedConfig(_ZERO3)  # what a trainer's arguments hold: transformers then parts what it loads
+    seen["frozen"] = score_unequal(str(folder / "model"), rank)
+    seen["parts_of_the_next"] = hasattr(AutoModelForCausalLM.from_pretrained(folder / "model").lm_head.weight, "ds_id")
+    del training
+    torch.save(seen, folder / f"zero3.{rank}.pt")
+
+
+def _accelerate_lets_deepspeed_run_on_a_cpu() -> AbstractContextManager[Any]:
+    """Accelerate knows no backend of several processes but those of accelerators, unless it leaves DeepSpeed out."""
+    from accelerate.state import DistributedType, PartialState
+
+    return mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.NO))
 
 
 def main(task: str, folder: str) -> None:

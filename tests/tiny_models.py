@@ -49,7 +49,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "llama": {},
     "phi3": {"head_dim": 24, "num_attention_heads": 2, "sliding_window": WINDOW},
-    "gemma2": {**_FULL_THEN_SLIDING, "query_pre_attn_scalar": 30, "attn_logit_softcapping": 2.0},
+    "gemma2": {
+        **_FULL_THEN_SLIDING,
+        "query_pre_attn_scalar": 30,
+        "attn_logit_softcapping": 2.0,
+        "attn_implementation": "eager",  # what transformers takes by itself from 5.21 on
+    },
     "gemma3": {"model_type": "gemma3_text", **_FULL_THEN_SLIDING, "query_pre_attn_scalar": 30},
     "gemma4": {
         "model_type": "gemma4_text",

@@ -1,5 +1,5 @@
 """The command line: `entra score` for a file of traces, `entra inspect` to look at them, `entra eval` to compare two,
-`entra train` for a model, `entra experiment` for a question, `entra demo` for a first look.
+`entra train` for a model, `entra doctor` before that, `entra experiment` for a question, `entra demo` for a first look.
 
 Exit codes: 0 finished (also when rows were bad: they are in the output, with an `error`), 1 stopped by something that the
 message names, 2 bad usage, 130 interrupted with Ctrl-C.
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: from argparse, for `--help`, `--version` and options that it cannot parse (exit code 2).
     """
     import entra.cli.demo as demo
+    import entra.cli.doctor as doctor
     import entra.cli.evaluate as evaluate
     import entra.cli.experiment as experiment
     import entra.cli.inspect as inspect
@@ -70,12 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "inspect": inspect,
         "eval": evaluate,
         "train": train,
+        "doctor": doctor,
         "experiment": experiment,
         "demo": demo,
     }
     parsers = {name: module.add_parser(commands) for name, module in modules.items()}
     options, unknown = parser.parse_known_args(arguments)
-    if options.command == "train":
+    if options.command in ("train", "doctor"):
         options.rest = unknown  # for TRL's parser, which takes seconds to load
     elif unknown:
         refuse(unknown, parsers[options.command])

@@ -12,6 +12,7 @@ from typing import Any
 
 from entra.cli import CommandError, one_line
 from entra.config import ScoreConfig, nearest_of
+from entra.grading import answer_reward
 from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
 from entra.reward import EntraReward
 
@@ -19,7 +20,7 @@ RewardFunction = Callable[..., Any]
 
 # Those that `trl grpo` knows by name, in the module that it takes them from.
 _TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
-_NAMES = ("entra", "reasoning_gym", *_TRL_REWARDS)
+_NAMES = ("entra", "reasoning_gym", "answer", *_TRL_REWARDS)
 
 # What a trainer passes beside the dataset's columns.
 _FROM_TRAINER = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
@@ -48,16 +49,21 @@ def reward_functions(
         CommandError: an unknown name, a column that a function needs and the dataset lacks, no gate that fits, or an option
             outside its range.
     """
+    if gate == "entra":
+        raise CommandError("--gate entra: a reward cannot be its own gate; name what says which completions are right")
     if names is None or "entra" in names:
         gate = _default_gate(columns) if gate is None else gate
     if names is None:
         names = ["entra"] if gate in (None, "none") else [str(gate), "entra"]
     functions: list[RewardFunction] = []
+    gated = gate not in (None, "none") and "entra" in names
+    allowed = _function(str(gate), columns, run_answers_as_code) if gated else None
     for name in names:
         if name != "entra":
-            functions.append(_function(name, columns, run_answers_as_code))
+            # The gate itself, so that a trainer sees that it is asked twice.
+            same = allowed if name == gate else None
+            functions.append(_function(name, columns, run_answers_as_code) if same is None else same)
             continue
-        allowed = None if gate in (None, "none") else _function(str(gate), columns, run_answers_as_code)
         try:
             functions.append(EntraReward(config=config, gate=allowed, **guards))
         except (TypeError, ValueError) as error:
@@ -70,9 +76,11 @@ def _default_gate(columns: Sequence[str] | None) -> str:
         return "reasoning_gym"
     if columns is not None and "solution" in columns:
         return "accuracy_reward"
+    if columns is not None and "answer" in columns:
+        return "answer"
     raise CommandError(
         "no gate fits the dataset, and concise wrong answers must not be paid for: name a reward function that says which "
-        "completions are right with --gate package.module.function, or add the column 'solution' for accuracy_reward; "
+        "completions are right with --gate package.module.function, or add a column 'answer' with what is right; "
         "--gate none pays without asking"
     )
 
@@ -80,6 +88,8 @@ def _default_gate(columns: Sequence[str] | None) -> str:
 def _function(name: str, columns: Sequence[str] | None, run_answers_as_code: bool) -> RewardFunction:
     if name == "reasoning_gym":
         function: Any = unsafe_reasoning_gym_reward if run_answers_as_code else reasoning_gym_reward
+    elif name == "answer":
+        function = answer_reward
     elif name in _TRL_REWARDS:
         function = _trl_reward(name)
     elif "." in name:

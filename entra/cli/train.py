@@ -54,13 +54,14 @@ class TrainOptions:
     """The algorithm: EntraGRPOTrainer with the options of trl.GRPOConfig, or EntraRLOOTrainer with those of trl.RLOOConfig."""
 
     reward_funcs: list[str] | None = None
-    """Reward functions: "entra" (built from the options below), "reasoning_gym" (checks the answer), TRL's accuracy_reward,
-    reasoning_accuracy_reward, think_format_reward, get_soft_overlong_punishment, or a path: package.module.function. Default:
-    the gate and entra."""
+    """Reward functions: "entra" (built from the options below), "reasoning_gym" (checks the answer by the task's scorer),
+    "answer" (compares with the column `answer`, as entra eval does), TRL's accuracy_reward, reasoning_accuracy_reward,
+    think_format_reward, get_soft_overlong_punishment, or a path: package.module.function. Default: the gate and entra."""
 
     gate: str | None = None
     """The reward function that "entra" is multiplied by, so that only right answers are paid for being concise: a name or path
-    as above, or "none". Default: reasoning_gym for its problems, accuracy_reward for a dataset with a column `solution`."""
+    as above, or "none". Default: reasoning_gym for its problems, accuracy_reward for a dataset with a column `solution`, answer
+    for one with a column `answer`."""
 
     halve_at: float | None = None
     """"entra" is then 1 / (1 + D / h), with D redundant tokens, instead of r: filler raises it far less. Default: r."""
@@ -259,7 +260,7 @@ def _recipes() -> list[str]:
 def _config_file(name: str) -> Path:
     """A file, or a recipe that comes with the package."""
     path = Path(name)
-    if not path.exists() and name in _recipes():
+    if not path.is_file() and name in _recipes():  # a recipe's output folder has its name
         return RECIPES / f"{name}.yaml"
     return path
 

@@ -152,8 +152,9 @@ def _random_rewards(
     generator = torch.Generator().manual_seed(seed)
     config = replace(config, attention_weight=0.0)
     results = []
-    for _ in range(draws):
-        drawn = [replace(trace, logprobs=torch.rand(len(trace.token_ids), generator=generator)) for trace in measured.traces]
+    for _ in range(draws):  # of numbers below 0, as log-probs are
+        noise = [torch.rand(len(trace.token_ids), generator=generator) - 1.0 for trace in measured.traces]
+        drawn = [replace(trace, logprobs=values) for trace, values in zip(measured.traces, noise, strict=True)]
         results.append(rewards_of(replace(measured, traces=drawn), config))
     plain, adjusted = ([fmean(values) for values in zip(*rewards, strict=True)] for rewards in zip(*results, strict=True))
     return plain, adjusted

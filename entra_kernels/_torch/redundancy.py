@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from entra_kernels._checks import accumulation_dtype
+from entra_kernels._spans import packed_bounds
 
 # Logarithms of counts are summed as integers in units of 2**-26: the sum is then exact, so neither the order of the additions
 # (atomics on a GPU) nor the rest of the batch can change it. M * log(M) * 2**26 stays below 2**62 for every M < 2**31, and an
@@ -23,8 +24,7 @@ def redundancy(
     logprobs: Tensor,
     incoming: Tensor,
     token_ids: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    cu_seqlens: Tensor,
     *,
     attention_weight: float,
     protect_fraction: float,
@@ -33,10 +33,11 @@ def redundancy(
     """I = l + lambda * mu, the top k protected, r = H / log M over the rest.
 
     H = log M - sum(log c) / M with c the count of each remaining position's token, so r = 1 - sum(log c) / (M log M).
-    Needs spans in ascending order that do not overlap, as cu_seqlens gives them.
+    Needs a cu_seqlens that does not descend.
     """
     dtype = accumulation_dtype(torch.promote_types(logprobs.dtype, incoming.dtype))
     importance = logprobs.to(dtype) + attention_weight * incoming.to(dtype)
+    starts, lengths = packed_bounds(cu_seqlens, importance.shape[0])
     sequences = starts.shape[0]
     position = torch.arange(importance.shape[0], device=importance.device)
     owner = _owner(position, starts, lengths)

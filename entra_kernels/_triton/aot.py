@@ -29,11 +29,12 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from entra_kernels._triton import disassembly
 from entra_kernels._triton.launch import Chip, KernelCase
 
-MODULES = ("plan", "attention", "sampled", "logprobs", "redundancy")
+MODULES = ("plan", "attention", "hopper", "sampled", "logprobs", "redundancy")
 DTYPES = ("bf16", "fp32")
 
 
@@ -54,10 +55,12 @@ NO_SPILLS_UP_TO = 128
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """What an attention pass in bfloat16 may take on sm_90. `per_score` is instructions per score in the loop over unmasked
-    tiles, `per_shuffle` the fewest exponentials per shuffle there; None where there is no limit."""
+    tiles, `per_shuffle` the fewest exponentials per shuffle there, `under_products` the least share of them that a warp takes
+    while a product of its own is under way; None where there is no limit."""
 
     per_score: float | None = None
     per_shuffle: float | None = None
+    under_products: float | None = None
 
 
 BUDGETS = {
@@ -67,6 +70,12 @@ BUDGETS = {
     "row_lse d=64": Budget(per_score=8.5),
     "row_lse d=128": Budget(per_score=8.5),
     "row_lse d=256": Budget(),
+    "ring_column_sum d=64": Budget(per_score=4.6, per_shuffle=8, under_products=1),
+    "ring_column_sum d=128": Budget(per_score=4.6, per_shuffle=8, under_products=1),
+    "ring_column_sum d=256": Budget(per_score=6.2, per_shuffle=8, under_products=1),
+    "ring_row_lse d=64": Budget(per_score=5.5, under_products=0.9),
+    "ring_row_lse d=128": Budget(per_score=5.5, under_products=0.9),
+    "ring_row_lse d=256": Budget(per_score=7.1, under_products=0.9),
 }
 """By label. At each of these head dims the products must run on the warpgroup matrix unit (HGMMA). An exponential takes 1/16
 clock of an SM, and the products of a score at d = 128 the same; in that time 4 schedulers of 32 lanes issue 8 instructions per
@@ -113,7 +122,7 @@ def compile_case(case: KernelCase, chip: Chip) -> Any:
     """Triton's compiled kernel, with `.asm` and `.metadata`."""
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constexprs else case.arguments[name] for name in names}
-    source = ASTSource(
+    source = (GluonASTSource if case.kernel.is_gluon() else ASTSource)(
         case.kernel,
         signature,
         constexprs=case.constexprs,
@@ -152,7 +161,7 @@ def inspect(case: KernelCase, chip: Chip, name: str) -> Compiled:
         spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
     # One trip of an attention pass is one tile. Other kernels have no tile of scores: the loop of their products, if any.
     tile = case.constexprs.get("RESIDENT", 0) * case.constexprs.get("STREAMED", 0)
-    scores = tile / (case.num_warps * chip.lanes)
+    scores = case.scores or tile / (case.num_warps * chip.lanes)
     counts = disassembly.count(disassembly.parse(text), math.ceil(scores))
     compiled = Compiled(
         name=name, registers=registers, shared_memory=kernel.metadata.shared, spills=spills, scores=scores, counts=counts
@@ -161,7 +170,7 @@ def inspect(case: KernelCase, chip: Chip, name: str) -> Compiled:
     if kernel.metadata.shared > chip.shared_memory:
         problem = f"{kernel.metadata.shared} B of shared memory, {chip.arch} has {chip.shared_memory}"
     if chip.arch == "sm_90":
-        budget = BUDGETS.get(case.label) if case.arguments.get("q") == "*bf16" else None
+        budget = BUDGETS.get(case.label) if any("bf16" in kind for kind in case.arguments.values()) else None
         if spills and not case.may_spill and (case.head_dim or 0) <= NO_SPILLS_UP_TO:
             excess = f"{spills} spills on sm_90"
         elif budget:
@@ -181,6 +190,9 @@ def over_budget(compiled: Compiled, budget: Budget) -> str:
         return f"{repeated:.2f} exponentials per score, at most {REPEATED} where one trip makes one tile once"
     if budget.per_score is not None and per_score > budget.per_score:
         return f"{per_score:.2f} instructions per score, at most {budget.per_score}"
+    if budget.under_products is not None and (counts.overlapped or 0) < budget.under_products * counts.exponentials:
+        share = (counts.overlapped or 0) / counts.exponentials
+        return f"{share:.2f} of the exponentials run under a product, at least {budget.under_products} must"
     if budget.per_shuffle is not None and counts.exponentials < budget.per_shuffle * counts.shuffles:
         return f"a shuffle per {counts.exponentials / counts.shuffles:.1f} exponentials, at most one per {budget.per_shuffle}"
     return ""
@@ -237,6 +249,7 @@ SUBSET = re.compile(
     r"sm_90 bf16 attention .* d=128"
     r"|sm_90 bf16 attention .* d=(64|256)$"
     r"|sm_90 bf16 attention .* d=80$"
+    r"|sm_90 bf16 hopper .* d=\d+$"
     r"|sm_90 fp32 attention .* d=128 window softcap"
     r"|bf16 attention .* d=128$"
     r"|fp32 attention column_sum d=16$"

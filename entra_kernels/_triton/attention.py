@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entra_kernels._spans import Spans
-from entra_kernels._triton.launch import AttentionLaunch, Chip, KernelCase, attention_launch, chip_of
+from entra_kernels._triton.launch import AttentionLaunch, Chip, KernelCase, attention_launch, check_products, chip_of
 from entra_kernels._triton.plan import PIECE_FIELDS, TILE_FIELDS, plan
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -414,6 +414,7 @@ def incoming_attention(
     `per_head` for each query head), each sequence rounded up to whole tiles; and the sums of further pieces, `plan._most_cuts`
     tiles of them: for one sequence at most 528 KiB, times G with `per_head`.
     """
+    check_products(q)
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
@@ -476,21 +477,35 @@ def _launch(
         )  # fmt: skip
         return laid_out
 
+    views = None
+    if size.ring is not None and q.is_cuda and not triton.knobs.runtime.interpret:
+        from entra_kernels._triton import hopper  # Gluon is loaded where it runs only
+
+        views = hopper.Views.of(q, k, scale)
+
     if lse is not None:
         negative_lse = lay_out(lse, -LOG2_E.value, -math.inf)
     else:
         negative_lse = torch.empty(heads, tables.slots, size.resident, dtype=torch.float32, device=q.device)
-        _row_lse_kernel[(tables.slots * heads,)](
-            q, k, sinks, negative_lse, tables.tiles, tables.spans, *strides, 0 if sinks is None else sinks.stride(0),
-            tables.slots, heads, group, window or 0, abs(factor), cap, FLIPPED=scale < 0, **constexprs,
-        )  # fmt: skip
+        if size.ring is not None and views is not None:
+            hopper.row_lse(views, size.ring, size.streamed, sinks, negative_lse, tables, packed=packed, scale=factor)
+        else:
+            _row_lse_kernel[(tables.slots * heads,)](
+                q, k, sinks, negative_lse, tables.tiles, tables.spans, *strides, 0 if sinks is None else sinks.stride(0),
+                tables.slots, heads, group, window or 0, abs(factor), cap, FLIPPED=scale < 0, **constexprs,
+            )  # fmt: skip
     weights = None if row_weights is None else lay_out(row_weights.unsqueeze(1), 1.0, 0.0)
     sums = heads if per_head else kv_heads
     partial = torch.empty(tables.entries, sums, size.resident, dtype=torch.float32, device=q.device)
-    _column_sum_kernel[(tables.entries * kv_heads,)](
-        q, k, negative_lse, weights, partial, tables.pieces, tables.spans, *strides,
-        tables.slots, kv_heads, group, window or 0, factor, cap, PER_HEAD=per_head, AHEAD=size.ahead, **constexprs,
-    )  # fmt: skip
+    if size.ring is not None and views is not None:
+        hopper.column_sum(
+            views, size.ring, size.streamed, negative_lse, partial, tables, packed=packed, per_head=per_head, scale=factor
+        )
+    else:
+        _column_sum_kernel[(tables.entries * kv_heads,)](
+            q, k, negative_lse, weights, partial, tables.pieces, tables.spans, *strides,
+            tables.slots, kv_heads, group, window or 0, factor, cap, PER_HEAD=per_head, AHEAD=size.ahead, **constexprs,
+        )  # fmt: skip
     rows = out.shape[1]
     _add_kernel[(tables.slots * rows,)](
         partial, out, tables.tiles, tables.of_slot, tables.spans, tokens, kv_heads, heads, rows, window or 0,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Chip(NamedTuple):
@@ -27,6 +28,15 @@ class Chip(NamedTuple):
 
 
 HOPPER = Chip("sm_90", 227 * 1024)
+
+
+def check_products(tensor: Tensor) -> None:
+    """Raises a RuntimeError where Triton would multiply wrongly: bfloat16 in its interpreter."""
+    if tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16:
+        raise RuntimeError(
+            "backend='triton' on a CPU is Triton's interpreter, and the interpreter multiplies bfloat16 wrongly; use float32 "
+            "or float16, or backend='torch'"
+        )
 
 
 @functools.cache
@@ -67,8 +77,19 @@ class KernelCase:
     """Bound on the registers of a thread, None for the compiler's own choice. On NVIDIA chips only."""
     head_dim: int | None = None
     """Head dim of an attention kernel: sets where spills are an error."""
+    scores: int = 0
+    """Scores of a thread in one trip of an attention pass whose tile `constexprs` do not give."""
     may_spill: bool = False
     """Whether spills are no error at any head dim."""
+
+
+class Ring(NamedTuple):
+    """How `hopper.py` streams the tiles of a launch."""
+
+    stages: int
+    """Streamed tiles in shared memory at a time."""
+    in_registers: bool
+    """Whether the resident tile is kept in registers: half of what the matrix unit reads then comes from shared memory."""
 
 
 class AttentionLaunch(NamedTuple):
@@ -89,6 +110,9 @@ class AttentionLaunch(NamedTuple):
     ahead: bool = False
     """Whether the column pass starts the product of the next tile before it takes the exponentials of this one. A second set
     of accumulators, for exponentials that run under a product of their own warp."""
+    ring: Ring | None = None
+    """For the kernels of `hopper.py`, where they take q and k as they lie; None where they never do. `attention.py` takes the
+    others with the same tiles, so that a result does not depend on the strides."""
 
     @property
     def options(self) -> dict[str, int]:
@@ -140,6 +164,10 @@ def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *
         # six sizes that were compiled for sm_90 this is the largest without a spill at any head dim.
         return launch(64, 64, 8, 1)._replace(depth=32 if 16 < head_dim <= 32 else 16)
     if chip.arch == "sm_90":
+        if head_dim in (64, 128) and not options:
+            return launch(256, 128, 8, 2)._replace(ring=Ring(stages=4, in_registers=False))
+        if head_dim == 256 and not options:
+            return launch(256, 64, 8, 3)._replace(ring=Ring(stages=3, in_registers=True))
         if depth <= 128:
             return launch(128 if options else 256, 64, 8, 2, 128)
         if depth <= 256:

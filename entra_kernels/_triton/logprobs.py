@@ -26,7 +26,7 @@ from torch import Tensor
 
 from entra_kernels._torch.logprobs import factor, product
 from entra_kernels._triton.attention import _tanh
-from entra_kernels._triton.launch import Chip, KernelCase, chip_of
+from entra_kernels._triton.launch import Chip, KernelCase, check_products, chip_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -48,7 +48,7 @@ WORKSPACE = 64 << 20
 chunks whose products (137 GFLOP, 0.17 ms) are long beside a launch. Not bfloat16: that would round each logit by up to
 2**-9 of itself."""
 
-_BANDWIDTH = 4.3e12  # bytes per second of an H200, as a copy through PyTorch measures it
+_BANDWIDTH = 3.0e12  # bytes per second of an H100, as a copy through PyTorch measures it
 
 
 class Tiling(NamedTuple):
@@ -371,24 +371,20 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float) -> Te
 
 
 def fused_is_faster(rows: int, channels: int, vocabulary: int, element_size: int) -> bool:
-    """Whether `_head_kernel` should beat cuBLAS and `_stretch_kernel` on `rows` rows: the rule, derived and not yet measured.
+    """Whether `_head_kernel` should beat cuBLAS and `_stretch_kernel` on `rows` rows.
 
-    Both ways multiply rows x channels x vocabulary and read the weight at least once. On an H200 cuBLAS does 790 TFLOP/s. For
-    the fused kernel 600 are assumed: its tiles then take 7 TB/s out of the L2 cache (48 KiB for 4.2 MFLOP). On the other
-    side, cuBLAS writes each logit and `_stretch_kernel` reads it, 8 bytes at 4.3 TB/s as if neither cache nor overlap helped,
-    and each chunk costs two launches, taken as 5 us each with the filling and draining of the machine. The figures are an
-    H200's; other chips have about the same ratios.
+    Both ways multiply rows x channels x vocabulary and read the weight at least once. The rates are those of an H100: cuBLAS
+    750 TFLOP/s, the fused kernel 650. On the other side, cuBLAS writes each logit and `_stretch_kernel` reads it, 8 bytes at
+    3.0 TB/s, and each chunk costs two launches, taken as 5 us each. Medians of 9 calls on an H100 (2026-11-26), by this rule /
+    measured, in ms, beside the bare product:
 
-        8,192 rows, C = 4,096, V = 131,072:    fused 14.7 ms, chunked 13.8 ms
-        8,192 rows, C = 2,048, V = 131,072:    fused 7.3 ms, chunked 8.2 ms
-          128 rows, C = 4,096, V = 131,072:    fused 0.25 ms, chunked 0.29 ms (both wait for the weight)
+        8,192 rows, C = 2,048, V = 151,936:    fused  7.8 /  7.9                              product  7.1
+        8,192 rows, C = 4,096, V = 131,072:    fused 13.5 / 13.2, chunked 15.2 / 14.8         product 11.5
+        8,192 rows, C = 8,192, V = 128,256:    fused 26.5 / 28.2, chunked 26.4 / 26.3         product 24.0
 
-    So, at V = 131,072, chunked wins with more than 175 rows and from about C = 3,000 on. Float32 is always fused: 87 % of the
-    instructions in its inner loop are FMAs already (compiled for sm_90), and cuBLAS would round to TF32 where the process
-    allows it.
-
-    The bare product of the first line takes 11.1 ms: 81 % of its rate are sure, and what is above that must come out of the L2
-    cache, which is where a chunk's last written part still lies when it is read.
+    So chunked wins from about C = 8,000 on. With TMA descriptors the fused kernel was not faster (13.7 at C = 4,096), nor with
+    bands of 8 or 32 tiles, stretches of 2,048, or 3 stages. Float32 is always fused: 87 % of the instructions in its inner loop
+    are FMAs already (compiled for sm_90), and cuBLAS would round to TF32 where the process allows it.
     """
     if element_size == 4:
         return True
@@ -396,8 +392,8 @@ def fused_is_faster(rows: int, channels: int, vocabulary: int, element_size: int
     weight = channels * vocabulary * element_size / _BANDWIDTH
     chunk_rows, chunk_columns = chunk(rows, vocabulary)
     chunks = triton.cdiv(rows, chunk_rows) * triton.cdiv(vocabulary, chunk_columns)
-    fused = max(work / 600e12, weight)
-    chunked = max(work / 790e12, weight) + 8 * rows * vocabulary / _BANDWIDTH + chunks * 2 * 5e-6
+    fused = max(work / 650e12, weight)
+    chunked = max(work / 750e12, weight) + 8 * rows * vocabulary / _BANDWIDTH + chunks * 2 * 5e-6
     return fused <= chunked
 
 
@@ -480,6 +476,7 @@ def _fused(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, parts: Tensor, options: dict[str, Any]
 ) -> None:
     """Fills `parts` in one launch."""
+    check_products(hidden)
     rows, channels = hidden.shape
     size = tiling(hidden.element_size(), chip_of(hidden.device).shared_memory)
     _head_kernel[(triton.cdiv(rows, size.rows) * parts.shape[0],)](

@@ -1,11 +1,13 @@
 """Redundancy in Triton: a radix select per sequence, counts in a hash table, and one sum of logarithms.
 
-Three launches, so that what one phase wrote is visible to the next without a barrier between programs:
+Four launches, so that what one phase wrote is visible to the next without a barrier between programs, and nothing else: at 64
+sequences of 16,384 tokens the launches of small operations beside them took three times as long as all kernels together.
 
-1. `_select_kernel` finds each sequence's k-th highest importance with four passes over 8 bits of an order-preserving integer,
+1. `_importance_kernel` computes I and clears marks and the hash table.
+2. `_select_kernel` finds each sequence's k-th highest importance with four passes over 8 bits of an order-preserving integer,
    then marks the tokens above it and, of those equal to it, the first ones.
-2. `_count_kernel` counts the tokens that are left in an open-addressing hash table, twice as large as the sequence.
-3. `_reward_kernel` sums log(count) over the table.
+3. `_count_kernel` counts the tokens that are left in an open-addressing hash table, twice as large as the sequence.
+4. `_reward_kernel` sums log(count) over the table.
 
 Where a token lands in the table depends on which thread came first. The counts do not, and the logarithms are summed as
 integers, in units of 2**-26 (see `entra_kernels/_torch/redundancy.py`): no order of additions can change the result. The
@@ -14,6 +16,7 @@ vocabulary's size is never needed; memory is 25 bytes per token.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from entra_kernels._torch.redundancy import LOG_UNITS as _LOG_UNITS
-from entra_kernels._torch.redundancy import protected_counts
 from entra_kernels._triton.launch import Chip, KernelCase
 
 LOG_UNITS = tl.constexpr(_LOG_UNITS)
@@ -35,6 +37,9 @@ BLOCK, WARPS = 4096, 16
 H200 idle, so what counts is how often a program goes round: a sequence of 16,384 tokens in 20 rounds (4 digits, then the
 marks), where 1,024 tokens at a time take 80, and a round waits for memory and for several barriers."""
 
+CLEARED = 1024
+"""Tokens per program of `_importance_kernel`."""
+
 COUNTED = 256
 """Tokens that a program of `_count_kernel` takes at a time: with 8 warps at most one per thread, because Triton 3.6 for ROCm
 does not compile a compare-and-swap of several."""
@@ -44,19 +49,53 @@ COUNTERS = 16
 
 
 @triton.jit
+def _bounds(cu_seqlens, sequence, tokens):
+    """First token, int64, and number of tokens of a sequence, cut to `tokens`."""
+    first = tl.load(cu_seqlens + sequence).to(tl.int64)
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    first = tl.minimum(tl.maximum(first, 0), tokens)
+    end = tl.minimum(tl.maximum(end, 0), tokens)
+    return first, tl.maximum(end - first, 0).to(tl.int32)
+
+
+@triton.jit
+def _protected_count(length, fraction_bits):
+    """k = floor(tau * n + 1e-9) in float64; tau comes as the bits of one, because a launch passes floats as float32."""
+    fraction = fraction_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    return tl.floor(fraction * length.to(tl.float64) + 1e-9).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _importance_kernel(
+    logprobs, incoming, importance_out, protected_out, keys_out, counts_out, tokens, stride_logprobs, stride_incoming,
+    attention_weight, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """I = l + lambda * mu, rounded twice as other backends do (without fusion); nobody protected; an empty hash table."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    token = start + tl.arange(0, BLOCK)
+    inside = token < tokens
+    logprob = tl.load(logprobs + token * stride_logprobs, mask=inside, other=0.0).to(tl.float32)
+    mu = tl.load(incoming + token * stride_incoming, mask=inside, other=0.0).to(tl.float32)
+    tl.store(importance_out + token, logprob + attention_weight * mu, mask=inside)
+    tl.store(protected_out + token, tl.zeros([BLOCK], tl.int1), mask=inside)
+    place = 2 * start + tl.arange(0, 2 * BLOCK)
+    tl.store(keys_out + place, tl.full([2 * BLOCK], FREE, tl.int64), mask=place < 2 * tokens)
+    tl.store(counts_out + place, tl.zeros([2 * BLOCK], tl.int32), mask=place < 2 * tokens)
+
+
+@triton.jit
 def _sort_key(value):
     """A uint32 that sorts like the float32, with -0.0 equal to 0.0."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)
     return bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000)
 
 
-@triton.jit
-def _select_kernel(importance, starts, lengths, counts, protected_out, broken_out, BLOCK: tl.constexpr):
-    """Protected tokens of one sequence; `counts` holds k. A sequence with NaN or inf protects nothing."""
+@triton.jit(do_not_specialize=["tokens", "fraction_bits"])
+def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fraction_bits, BLOCK: tl.constexpr):
+    """Protected tokens of one sequence. A sequence with NaN or inf protects nothing."""
     sequence = tl.program_id(0)
-    first = tl.load(starts + sequence).to(tl.int64)
-    length = tl.load(lengths + sequence)
-    wanted = tl.load(counts + sequence)
+    first, length = _bounds(cu_seqlens, sequence, tokens)
+    wanted = _protected_count(length, fraction_bits)
     lane = tl.arange(0, BLOCK)
     digit = tl.arange(0, 256)
 
@@ -98,19 +137,20 @@ def _select_kernel(importance, starts, lengths, counts, protected_out, broken_ou
     tl.store(broken_out + sequence, broken)
 
 
-@triton.jit
-def _count_kernel(token_ids, protected, starts, lengths, keys, counts, BLOCK: tl.constexpr, COUNTERS: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens"])
+def _count_kernel(
+    token_ids, stride, protected, cu_seqlens, keys, counts, tokens, BLOCK: tl.constexpr, COUNTERS: tl.constexpr
+):
     """Counts the unprotected tokens of one sequence in its part of the hash table, 2 * start to 2 * (start + length)."""
     sequence = tl.program_id(0)
-    first = tl.load(starts + sequence).to(tl.int64)
-    length = tl.load(lengths + sequence)
+    first, length = _bounds(cu_seqlens, sequence, tokens)
     size = 2 * length.to(tl.int64)
     lane = tl.arange(0, BLOCK)
     for start in range(tl.program_id(1) * BLOCK, length, BLOCK * COUNTERS):
         inside = start + lane < length
         token = first + start + lane
         counted = inside & (tl.load(protected + token, mask=inside, other=1) == 0)
-        key = tl.load(token_ids + token, mask=inside, other=0).to(tl.int64)
+        key = tl.load(token_ids + token * stride, mask=inside, other=0).to(tl.int64)
         # Multiply-shift: the upper half of id * 2**64 / golden ratio, scaled to the table.
         hashed = (key.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 32
         place = ((hashed * size.to(tl.uint64)) >> 32).to(tl.int64)  # [BLOCK]
@@ -119,27 +159,26 @@ def _count_kernel(token_ids, protected, starts, lengths, keys, counts, BLOCK: tl
         while (tl.max(searching, axis=0) > 0) & (probes < size):
             # Exchanging the key for itself changes nothing: that is what the lanes with nothing to insert do.
             expected = tl.where(searching == 1, FREE, key)
-            found = tl.atomic_cas(keys + 2 * first + place, expected, key)
+            found = tl.atomic_cas(keys + 2 * first + place, expected, key, sem="relaxed")
             searching = tl.where((found == FREE) | (found == key), 0, searching)
             place = tl.where(searching == 1, place + 1, place)
             place = tl.where(place == size, 0, place)
             probes += 1
-        tl.atomic_add(counts + 2 * first + place, 1, mask=counted & (searching == 0))
+        tl.atomic_add(counts + 2 * first + place, 1, mask=counted & (searching == 0), sem="relaxed")
 
 
-@triton.jit
-def _reward_kernel(counts, starts, lengths, wanted, broken, reward, degenerate_reward, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens", "fraction_bits"])
+def _reward_kernel(counts, cu_seqlens, broken, reward, tokens, fraction_bits, degenerate_reward, BLOCK: tl.constexpr):
     """r = 1 - sum(c * log c) / (M log M) over the counts c of one sequence's tokens."""
     sequence = tl.program_id(0)
-    first = tl.load(starts + sequence).to(tl.int64)
-    length = tl.load(lengths + sequence)
+    first, length = _bounds(cu_seqlens, sequence, tokens)
     lane = tl.arange(0, BLOCK)
     repeated = tl.zeros([BLOCK], tl.int64)
     for start in range(0, 2 * length, BLOCK):
         place = start + lane
         count = tl.load(counts + 2 * first + place, mask=place < 2 * length, other=0)
         repeated += count * _log_units(tl.maximum(count, 1))
-    m = length - tl.load(wanted + sequence)
+    m = length - _protected_count(length, fraction_bits)
     most = tl.maximum(m, 2) * _log_units(tl.maximum(m, 2))
     value = (1.0 - tl.sum(repeated, axis=0).to(tl.float64) / most.to(tl.float64)).to(tl.float32)
     value = tl.where(m <= 1, degenerate_reward, value)
@@ -156,52 +195,65 @@ def redundancy(
     logprobs: Tensor,
     incoming: Tensor,
     token_ids: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    cu_seqlens: Tensor,
     *,
     attention_weight: float,
     protect_fraction: float,
     degenerate_reward: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """I = l + lambda * mu, the top k protected, r = H / log M over the rest."""
-    tokens, sequences = logprobs.shape[0], starts.shape[0]
-    # Not in the kernel: compiled, the two operations could become one with a single rounding and disagree with other backends.
-    importance = logprobs.float() + attention_weight * incoming.float()
-    protected = torch.zeros_like(importance, dtype=torch.bool)
-    reward = importance.new_empty(sequences)
-    if sequences == 0:
-        return reward, importance, protected
-    wanted = protected_counts(lengths, protect_fraction).int()
-    broken = torch.empty_like(wanted)
-    keys = torch.full((2 * tokens,), FREE.value, dtype=torch.int64, device=logprobs.device)
-    counts = torch.zeros_like(keys, dtype=torch.int32)
+    tokens, sequences = logprobs.shape[0], cu_seqlens.shape[0] - 1
+    device = logprobs.device
+    importance = torch.empty(tokens, dtype=torch.float32, device=device)
+    protected = torch.empty(tokens, dtype=torch.bool, device=device)
+    reward = torch.empty(sequences, dtype=torch.float32, device=device)
+    broken = torch.empty(sequences, dtype=torch.int32, device=device)
+    keys = torch.empty(2 * tokens, dtype=torch.int64, device=device)
+    counts = torch.empty(2 * tokens, dtype=torch.int32, device=device)
+    cu_seqlens = cu_seqlens.contiguous()
+    (fraction_bits,) = struct.unpack("<q", struct.pack("<d", protect_fraction))
+    # Without fusion: the two operations of I, and of k, are rounded separately, as other backends do.
+    unfused = {"enable_fp_fusion": False}
     with torch.cuda.device_of(logprobs):
-        _select_kernel[(sequences,)](importance, starts, lengths, wanted, protected, broken, BLOCK=BLOCK, num_warps=WARPS)
-        _count_kernel[(sequences, COUNTERS)](
-            token_ids.contiguous(), protected, starts, lengths, keys, counts, BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8
-        )
-        _reward_kernel[(sequences,)](
-            counts, starts, lengths, wanted, broken, reward, degenerate_reward, BLOCK=BLOCK, num_warps=WARPS
-        )
+        if tokens:
+            _importance_kernel[(triton.cdiv(tokens, CLEARED),)](
+                logprobs, incoming, importance, protected, keys, counts, tokens, logprobs.stride(0), incoming.stride(0),
+                attention_weight, BLOCK=CLEARED, **unfused,
+            )  # fmt: skip
+        if sequences:
+            _select_kernel[(sequences,)](
+                importance, cu_seqlens, protected, broken, tokens, fraction_bits, BLOCK=BLOCK, num_warps=WARPS, **unfused
+            )
+            _count_kernel[(sequences, COUNTERS)](
+                token_ids, token_ids.stride(0), protected, cu_seqlens, keys, counts, tokens,
+                BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8,
+            )  # fmt: skip
+            _reward_kernel[(sequences,)](
+                counts, cu_seqlens, broken, reward, tokens, fraction_bits, degenerate_reward,
+                BLOCK=BLOCK, num_warps=WARPS, **unfused,
+            )  # fmt: skip
     return reward, importance, protected
 
 
 def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
     """What this module launches, whatever the inputs' dtype; see `KernelCase`."""
-    spans = {"starts": "*i32", "lengths": "*i32"}
-    select = {"importance": "*fp32", "counts": "*i32", "protected_out": "*i1", "broken_out": "*i32"}
-    count = {"token_ids": "*i64", "protected": "*i1", "keys": "*i64", "counts": "*i32"}
-    reward = {"counts": "*i32", "wanted": "*i32", "broken": "*i32", "reward": "*fp32", "degenerate_reward": "fp32"}
-    for label, kernel, arguments, constexprs, num_warps in (
-        ("select", _select_kernel, select, {"BLOCK": BLOCK}, WARPS),
-        ("count", _count_kernel, count, {"BLOCK": COUNTED, "COUNTERS": COUNTERS}, 8),
-        ("reward", _reward_kernel, reward, {"BLOCK": BLOCK}, WARPS),
+    types = dict.fromkeys(("logprobs", "incoming", "importance", "importance_out", "reward"), "*fp32")
+    types |= dict.fromkeys(("protected", "protected_out"), "*i1") | dict.fromkeys(("counts", "counts_out", "broken", "broken_out"), "*i32")
+    types |= dict.fromkeys(("token_ids", "cu_seqlens", "keys", "keys_out"), "*i64") | {"tokens": "i32", "fraction_bits": "i64"}
+    types |= dict.fromkeys(("attention_weight", "degenerate_reward"), "fp32")
+    ones = dict.fromkeys(("stride_logprobs", "stride_incoming", "stride"), 1)
+    for label, kernel, constexprs, num_warps in (
+        ("importance", _importance_kernel, {"BLOCK": CLEARED}, 4),
+        ("select", _select_kernel, {"BLOCK": BLOCK}, WARPS),
+        ("count", _count_kernel, {"BLOCK": COUNTED, "COUNTERS": COUNTERS}, 8),
+        ("reward", _reward_kernel, {"BLOCK": BLOCK}, WARPS),
     ):
+        values = constexprs | {name: 1 for name in ones if name in kernel.arg_names}
         yield KernelCase(
             label=label,
             kernel=kernel,
-            arguments=arguments | spans,
-            constexprs=constexprs,
-            divisible=tuple(name for name, kind in (arguments | spans).items() if kind.startswith("*")),
+            arguments={name: types[name] for name in kernel.arg_names if name not in values},
+            constexprs=values,
+            divisible=tuple(name for name in kernel.arg_names if types.get(name, "").startswith("*")),
             num_warps=num_warps,
         )

@@ -31,7 +31,7 @@ from entra_kernels._triton.attention import (
     score_factors,
     wide_tiles,
 )
-from entra_kernels._triton.launch import Chip, KernelCase, attention_launch, chip_of
+from entra_kernels._triton.launch import Chip, KernelCase, attention_launch, check_products, chip_of
 from entra_kernels._triton.plan import TILE_FIELDS, plan
 
 
@@ -179,6 +179,7 @@ def sampled_incoming_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `entra_kernels.incoming_attention` with `sample_rows`. Beside the results: the sampled queries and their
     log-sum-exp, m times H D entries."""
+    check_products(q)
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads

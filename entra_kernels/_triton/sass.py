@@ -24,7 +24,7 @@ from entra_kernels._triton.launch import Chip, KernelCase
 BEGIN, END = "<!-- static counts: begin -->", "<!-- static counts: end -->"
 
 SHOWN = re.compile(
-    r"sm_90 bf16 attention [\w ]+ d=(64|128|256)( window)?$"
+    r"sm_90 bf16 (attention|hopper) [\w ]+ d=(64|128|256)( window)?$"
     r"|(sm_80|sm_100|gfx942) bf16 attention [\w ]+ d=(64|128)$"
     r"|(sm_80|sm_90|sm_100|gfx942) bf16 logprobs head$"
 )

@@ -359,6 +359,21 @@ def test_flex_attention_whose_lse_is_not_taken(case: str, flex: dict[str, Any]) 
     assert torch.equal(incoming, capture(model, ids, mask, reuse_lse=False)[0])
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_flex_attention_of_packed_rows(family: str, flex: dict[str, Any]) -> None:
+    """Its log-sum-exp would be right, but is not taken; the BlockMask tells which sequences there are."""
+    model = build(family, attn_implementation="flex_attention")
+    ids, lengths = token_ids(1), (31, 1, TOKENS - 32)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad(), capture_incoming_attention(model) as captured:
+        model(ids, position_ids=positions, use_cache=False)
+    assert captured.layer.lse_source is None
+    assert captured.cu_seqlens is not None
+    assert captured.cu_seqlens.tolist() == [0, 31, 32, TOKENS]
+    alone = torch.cat([capture(model, row, reuse_lse=False)[0] for row in ids.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(captured.incoming, alone, rtol=0, atol=5e-6)
+
+
 def test_flex_attention_without_a_mask_is_not_causal() -> None:
     q, k, _ = inputs()
     lse = torch.zeros(q.shape[:3])

@@ -185,6 +185,7 @@ def test_killed_and_resumed_gives_the_same_model(model, here, capsys):
     ("changes", "message"),
     [
         pytest.param({"reward_funcs": ["acuracy_reward"]}, "unknown reward function 'acuracy_reward'", id="reward-name"),
+        pytest.param({"gate": "entra"}, "--gate entra: a reward cannot be its own gate", id="its-own-gate"),
         pytest.param({"gate": "sums_reward.wrong"}, "cannot import the reward function sums_reward.wrong", id="import"),
         pytest.param({"gate": "sums_reward.NUMBER"}, "sums_reward.NUMBER is a int, not a reward function", id="no-function"),
         pytest.param(
@@ -271,6 +272,63 @@ def test_model_of_somebody_else_is_not_replaced(model, here, capsys):
         assert main(command) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert {path.name: path.read_bytes() for path in (here / "mine").iterdir()} == before
+
+
+# What makes a recipe small: each step is its own generation of two completions of a tiny model.
+SMALL = (
+    *("--bf16", "false", "--num_generations", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"),
+    *("--steps_per_generation", "2", "--max_completion_length", "16", "--problems", "8", "--eval_strategy", "no"),
+    *("--logging_steps", "1"),
+)
+
+
+def test_a_recipe_goes_on_although_its_output_folder_has_its_name(model, here, capsys):
+    """The folder was taken for the config."""
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
+    command = ["train", "--config", "smollm2-reasoning-gym", "--model_name_or_path", str(model), *SMALL, "--save_steps", "1"]
+    assert main([*command, "--max_steps", "1"]) == 0
+    assert Path("smollm2-reasoning-gym").is_dir()
+    capsys.readouterr()
+    assert main([*command, "--max_steps", "2"]) == 0
+    assert "going on from smollm2-reasoning-gym/checkpoint-1" in capsys.readouterr().err
+    assert len(log_of("smollm2-reasoning-gym")) == 2
+
+
+def test_the_documented_smoke_command_shows_entra_at_work(model, here):
+    """It scored nothing: every completion was cut off, and skip_truncated left none."""
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text().replace("\\\n", " ")
+    (line,) = [line for line in text.splitlines() if line.startswith("entra train --config smollm2-reasoning-gym ")]
+    assert main([*line.split()[1:], "--model_name_or_path", str(model), "--save_steps", "1"]) == 0
+    for entry in log_of("smollm2-reasoning-gym"):
+        assert 0 < entry["rewards/entra_reward/mean"] <= 1
+        assert entry["entra_reward/score"] > 0
+        assert entry["entra/verify/incoming"] < 1e-3
+
+
+def test_a_column_answer_has_a_gate_by_itself(model, here):
+    """Compared as `entra eval` compares."""
+    rows = [{"prompt": f"{i}+1=", "answer": i + 1} for i in range(16)]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train(model, gate=None, dataset_name="answers.jsonl") == 0
+    logged = log_of("out")
+    assert {"rewards/answer_reward/mean", "rewards/entra_reward/mean", "entra_reward/stopped/gate"} <= set(logged[0])
+    made_with = json.loads(Path("out/entra_train.json").read_text())
+    assert made_with["options"]["gate"] is None
+
+
+def test_answers_are_compared_as_entra_eval_compares_them():
+    from entra.grading import answer_reward
+
+    chat = [{"role": "assistant", "content": "Let me see. <answer>1,000</answer>"}]
+    given = ["So it is 43.", "The answer is 43.0", "<answer>44</answer>", chat, "43", []]
+    right = ["43", 43, "43", 1000.0, None, "43"]
+    assert answer_reward(completions=given, answer=right, prompts=given) == [0.0, 1.0, 0.0, 1.0, None, 0.0]
+
+
+def test_two_rewards_of_one_name_are_refused(model, here, capsys):
+    assert train(model, reward_funcs=["entra", "entra"]) == 2
+    assert "reward_funcs holds 2 functions called 'entra_reward'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_no_gate_fits_the_dataset(model, here, capsys):

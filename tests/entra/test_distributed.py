@@ -1,4 +1,4 @@
-"""Training and scoring on two CPU processes (gloo): DDP, FSDP2, a rank that is killed, and ZeRO-3 where DeepSpeed is.
+"""Training and scoring on two CPU processes (gloo): DDP, FSDP2, a rank that is killed, and ZeRO-3 with `make test-deepspeed`.
 
 FSDP2 comes in two ways: a model that transformers shards as it loads it (`DistributedConfig`), which needs nothing special on
 a CPU, and accelerate's (`fsdp=True`), which on a CPU is silently DDP, so that the worker tells accelerate to go on. Not run
@@ -22,6 +22,7 @@ from tiny_models import build
 from tiny_tokenizer import build_tokenizer
 
 import entra
+from entra import forward
 
 pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
 pytestmark = pytest.mark.timeout(600)  # one test may have to launch two runs
@@ -62,6 +63,7 @@ def seen(task: str, folder: Path) -> list[dict[str, Any]]:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     build("qwen3").save_pretrained(folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
     return folder
 
 
@@ -196,8 +198,49 @@ def test_fsdp2_failure_leaves_config_mode_and_hooks(fsdp2):
     assert_failure_left_no_trace(fsdp2)
 
 
-def test_zero3_unequal_rows(folder):
-    pytest.importorskip("deepspeed", reason="ZeRO-3 needs DeepSpeed, which cannot be imported here")
+def test_an_engine_whose_config_is_a_dict_is_looked_through():
+    """DeepSpeed's, here and in `.module` of DDP and of torch.compile."""
+
+    class Engine(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.config = module, {"train_batch_size": 1}
+
+    model = build("qwen3")
+    for wrapped in (Engine(model), Engine(torch.compile(model)), torch.compile(Engine(model))):
+        assert forward.unwrapped(wrapped) is model
+        prompts, completions = [[1, 7, 8, 9]], [[10, 11, 12, 10, 11]]
+        expected = entra.score_batch(prompts, completions, model=model)
+        assert entra.score_batch(prompts, completions, model=wrapped) == expected
+
+
+@pytest.fixture(scope="module")
+def zero3(folder):
+    pytest.importorskip("deepspeed", reason="ZeRO-3 needs DeepSpeed: make test-deepspeed")
     status, output = launch("zero3", folder)
     assert status == 0, output
-    assert_unequal_rows_score_as_in_one_process(seen("zero3", folder))
+    return seen("zero3", folder)
+
+
+def test_zero3_scores_through_the_engine_with_every_weight_in_parts(zero3):
+    """The engine's `.config` is a dict, at which `unwrapped` once stopped; weights of this size stay whole unless told."""
+    for rank in zero3:
+        assert rank["parts"]
+        for held, whole in rank["parts"].values():
+            assert held == -(-whole // 2)
+    assert_unequal_rows_score_as_in_one_process(zero3)
+
+
+@pytest.mark.parametrize("run", ["riding", "own_pass"])
+def test_zero3_training(zero3, run):
+    """A pass of our own made DeepSpeed fetch the head ahead, so that the backward of TRL's fused head found it gone."""
+    ranks = [rank[run] for rank in zero3]
+    assert {rank["wrapped_by"] for rank in ranks} == {"DeepSpeedEngine"}
+    assert_scores_of_one_process(ranks, rode=run == "riding")
+    assert_group_spans_ranks(ranks)
+
+
+def test_zero3_a_frozen_scorer_loaded_by_name_is_whole(zero3):
+    """transformers left it in parts, which nothing gathered: "'weight' must be 2-D". The policy must still come in parts."""
+    assert_unequal_rows_score_as_in_one_process([{"unequal": rank["frozen"]} for rank in zero3])
+    assert all(rank["parts_of_the_next"] for rank in zero3)

@@ -1,5 +1,7 @@
 """The guards around the reward, and that a trainer can name, pickle and call it."""
 
+import asyncio
+import functools
 import math
 import pickle
 
@@ -10,6 +12,8 @@ from tiny_models import build
 from tiny_tokenizer import build_tokenizer
 
 import entra
+from entra.encode import prompt_value
+from entra.gates import called_once
 from entra.reward import correlation, dead_banded, gated, group_gated, group_std, guarded, halved
 
 
@@ -21,6 +25,11 @@ def model():
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_tokenizer()
+
+
+class AsyncGate:
+    async def __call__(self, completions, **columns):
+        return is_long(completions)
 
 
 def is_long(completions, **columns):
@@ -105,16 +114,68 @@ def test_dead_band_groups_by_prompt(model, tokenizer):
     assert wide[2] == plain[2]
 
 
+CHAT = [{"role": "user", "content": "2+2="}]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param([5, 6], (5, 6), id="list and tuple"),
+        pytest.param([5, 6], np.array([5, 6]), id="list and array"),
+        pytest.param([5, 6], torch.tensor([5, 6]), id="list and tensor"),
+        pytest.param(CHAT, np.array(CHAT), id="messages in an array"),
+        pytest.param(CHAT, [{"content": "2+2=", "role": "user"}], id="another order of the keys"),
+    ],
+)
+def test_prompts_of_one_value_are_one_group(one, other, model, tokenizer):
+    rewards = entra.EntraReward(model=model, tokenizer=tokenizer, dead_band=10.0)([one, other], COMPLETIONS[:2])
+    assert rewards[0] == rewards[1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(np.arange(1100) % 90, np.where(np.arange(1100) == 550, 7, np.arange(1100) % 90), id="long arrays"),
+        pytest.param([5, 6], [5, 7], id="ids"),
+        pytest.param(CHAT, [{"role": "user", "content": "2+3="}], id="messages"),
+    ],
+)
+def test_prompts_of_two_values_are_two_groups(one, other, tokenizer):
+    """numpy shortens the text of an array of more than 1,000 numbers, by which groups were told apart."""
+    roomy = build("llama", max_position_embeddings=2048)
+    rewards = entra.EntraReward(model=roomy, tokenizer=tokenizer, dead_band=10.0)([one, other], COMPLETIONS[:2])
+    assert rewards[0] != rewards[1]
+
+
+def test_the_group_of_a_prompt_survives_the_way_to_another_rank():
+    for prompt in ("text", [5, 6], np.arange(3), CHAT, [{"role": "user", "content": [{"type": "text", "text": "a"}]}]):
+        value = prompt_value(prompt)
+        assert pickle.loads(pickle.dumps(value)) == value
+        assert hash(value) == hash(prompt_value(prompt))
+    assert prompt_value("[5, 6]") != prompt_value([5, 6])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"gate": 1.0}, TypeError, r"gate=1.0 must be a synchronous reward function"),
+        ({"gate": 1.0}, TypeError, r"gate=1.0 must be a reward function"),
+        ({"gate": AsyncGate}, TypeError, r"gate=<class .*AsyncGate'> must be a reward function"),
+        ({"model": "no_such_folder"}, ValueError, r"model='no_such_folder' cannot be loaded; give a folder, a hub name or"),
+        ({"model": 5}, TypeError, r"model=5 must be a transformers causal LM"),
+        ({"model": torch.nn.Linear(1, 1)}, ValueError, r"pass a transformers causal LM"),
+        ({"prompts": ["a"], "completions": ["b"]}, TypeError, r"'prompts'; pass it as entra.EntraReward\(...\)\(prompts=..."),
         ({"min_length": -1}, ValueError, r"min_length=-1 must be at least 0"),
         ({"min_mean_logprob": 1.0}, ValueError, r"min_mean_logprob=1.0 must be at most 0"),
         ({"dead_band": -0.1}, ValueError, r"dead_band=-0.1 must be at least 0"),
         ({"min_length": "3"}, TypeError, r"min_length='3' must be a whole number of tokens, not str"),
         ({"config": {"a": 1}}, TypeError, r"config=.* must be an entra.ScoreConfig, not dict"),
         ({"name": 5}, TypeError, r"name=5 must be text"),
+        (
+            {"protect_fractoin": 1},
+            TypeError,
+            r"did you mean 'protect_fraction'\? Pass it as config=entra.ScoreConfig\(protect_fraction=...\)$",
+        ),
+        ({"verify_every": 1}, TypeError, r"'verify_every'; pass it as entra.EntraGRPOTrainer\(verify_every=...\)$"),
         ({"gat": 1}, TypeError, r"EntraReward\(\) got an unknown keyword 'gat'; did you mean 'gate'\?"),
     ],
 )
@@ -123,13 +184,41 @@ def test_bad_options(options, error, message):
         entra.EntraReward(**options)
 
 
-async def coroutine_gate(**_):
-    return [1.0]
+async def coroutine_gate(completions, **_):
+    await asyncio.sleep(0)
+    return is_long(completions)
 
 
-def test_an_async_gate_is_refused():
-    with pytest.raises(TypeError, match="must be a synchronous reward function"):
-        entra.EntraReward(gate=coroutine_gate)
+def test_an_asynchronous_gate_is_awaited(model, tokenizer):
+    options = {"model": model, "tokenizer": tokenizer}
+    expected = entra.EntraReward(gate=is_long, **options)(PROMPTS, COMPLETIONS)
+    for gate in (coroutine_gate, AsyncGate(), functools.partial(coroutine_gate, extra=1)):
+        assert entra.EntraReward(gate=gate, **options)(PROMPTS, COMPLETIONS) == expected
+
+    async def in_a_loop():  # as in a notebook
+        return entra.EntraReward(gate=coroutine_gate, **options)(PROMPTS, COMPLETIONS)
+
+    assert asyncio.run(in_a_loop()) == expected
+
+
+def test_asynchronous_gates_share_one_loop():
+    """A client that a gate keeps open belongs to the loop that it was opened on."""
+
+    async def loop_of():
+        return asyncio.get_running_loop()
+
+    assert called_once(loop_of) is called_once(loop_of)
+
+
+def test_a_gate_that_would_wait_for_itself_is_an_error():
+    async def inner():
+        return [1.0]
+
+    async def outer():
+        return called_once(inner)
+
+    with pytest.raises(RuntimeError, match=r"call the reward with asyncio.to_thread"):
+        called_once(outer)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +229,9 @@ def test_an_async_gate_is_refused():
         ([1.0, math.nan, 1.0], r"gate returned nan for row 1; it must be a finite number"),
         ([1.0, 1.0, math.inf], r"gate returned inf for row 2"),
         (["x", 1.0, 1.0], r"gate returned 'x' for row 0"),
+        ({0: 1.0, 1: 0.0, 2: 1.0}, r"gate returned \{0: 1.0, 1: 0.0, 2: 1.0\} for 3 completions; it must return a list"),
+        ({1.0, 0.5, 0.0}, r"gate returned \{.*\} for 3 completions; it must return a list"),
+        (b"abc", r"gate returned b'abc' for 3 completions; it must return a list"),
     ],
 )
 def test_a_gate_that_returns_nonsense_is_an_error(values, message, model, tokenizer):
@@ -276,12 +368,42 @@ def test_a_gate_may_return_whatever_trl_takes(model, tokenizer, values):
     assert reward(PROMPTS, COMPLETIONS) == plain
 
 
-class AsyncGate:
-    async def __call__(self, **columns):
-        return []
+def test_a_gate_that_trl_would_call_in_another_way():
+    with pytest.raises(TypeError, match="must be a reward function"):
+        entra.EntraReward(gate=torch.nn.Linear(1, 1))
 
 
-@pytest.mark.parametrize("gate", [AsyncGate(), torch.nn.Linear(1, 1)], ids=["async", "module"])
-def test_gates_that_trl_would_call_in_another_way(gate):
-    with pytest.raises(TypeError, match="must be a synchronous reward function"):
-        entra.EntraReward(gate=gate)
+def test_metrics_say_why_a_reward_is_0(model, tokenizer):
+    """Each guard by itself: shares of the completions that are scored."""
+    prompts, completions = ["2+2="] * 3 + ["name?"], [*COMPLETIONS, "Four."]
+    scores = entra.score_batch(prompts, completions, model=model, tokenizer=tokenizer, details=True)
+    lengths = [ids.numel() for ids in scores.token_ids]
+    means = [float(l.mean()) for l in scores.logprobs]
+    options = {"min_length": max(lengths), "min_mean_logprob": sorted(means)[1], "dead_band": 5.0, "group_gate": 0.5}
+    metrics = {}
+    reward = entra.EntraReward(model=model, tokenizer=tokenizer, gate=lambda **_: [1.0, 0.0, -1.0, None], **options)
+    rewards = reward(prompts, completions, trainer_state=object(), log_metric=metrics.__setitem__)
+    assert rewards == [0.0, 0.0, 0.0, None]
+    stopped = {name.removeprefix("entra_reward/stopped/"): share for name, share in metrics.items() if "/stopped/" in name}
+    assert stopped == pytest.approx(
+        {
+            "gate": 2 / 3,
+            "group_gate": 1.0,
+            "min_length": sum(n < max(lengths) for n in lengths[:3]) / 3,
+            "min_mean_logprob": sum(mean < sorted(means)[1] for mean in means[:3]) / 3,
+            "dead_band": 0.0,  # all are 0 by then
+        }
+    )
+
+
+def test_the_share_of_a_guard_is_of_what_it_stops_alone(model, tokenizer):
+    def stopped(**options):
+        metrics = {}
+        reward = entra.EntraReward(model=model, tokenizer=tokenizer, **options)
+        reward(PROMPTS, COMPLETIONS, trainer_state=object(), log_metric=metrics.__setitem__)
+        return {name: share for name, share in metrics.items() if "/stopped/" in name}
+
+    assert stopped() == {}
+    assert stopped(dead_band=10.0) == pytest.approx({"entra_reward/stopped/dead_band": 2 / 3})
+    half = {"gate": lambda **_: [1.0, 0.0, 1.0], "group_gate": 0.6}
+    assert stopped(**half) == pytest.approx({"entra_reward/stopped/gate": 1 / 3, "entra_reward/stopped/group_gate": 2 / 3})

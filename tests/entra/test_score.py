@@ -5,12 +5,14 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import FAMILIES, VOCABULARY, build
 from tiny_tokenizer import build_tokenizer
 
 import entra
+from entra.capture import transformers_version
 from entra.score import Scores
 
 # float32 forwards of two attention implementations; measured differences are below 4e-6 on every family.
@@ -120,14 +122,14 @@ def test_a_budget_splits_into_that_many_forwards(rows, llama):
 
 
 def test_only_completion_positions_and_no_full_logits_go_through_the_head(rows, llama):
-    """The largest logits tensor is [B, 1, V], and log-probs are computed for completion tokens only."""
+    """Logits are of a few positions a row, and log-probs are computed for completion tokens only."""
     sizes = []
     handle = llama.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:2]))
     try:
         scores = entra.score_batch([p for p, _ in rows], [c for _, c in rows], model=llama, details=True)
     finally:
         handle.remove()
-    assert [tuple(size) for size in sizes] == [(4, 1)]
+    assert [tuple(size) for size in sizes] == [(4, 4)]
     assert [l.numel() for l in scores.logprobs] == [n for _, n in LENGTHS]
 
 
@@ -162,6 +164,54 @@ def test_given_signals_need_no_model(rows, llama):
     padded = [torch.cat([value, torch.tensor([-9.0, 0.0])]) for value in computed.logprobs]
     half = entra.score_batch(prompts, with_eos, model=llama, logprobs=padded, details=True)
     assert half.rewards == computed.rewards
+
+
+def padded(rows, value):
+    """[B, N], as trainers hold them."""
+    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray], ids=["tensor", "array"])
+def test_rows_may_come_as_one_tensor_or_array(kind, rows, llama, tokenizer):
+    """The truth of an array was asked for, and that is an error."""
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    expected = entra.score_batch(prompts, completions, model=llama, details=True)
+    ids = kind(padded(completions, 0))
+    assert entra.score_batch(prompts, ids, model=llama) == expected.rewards
+    assert entra.score_batch(prompts, None, ids, model=llama) == expected.rewards
+    assert entra.score_batch(prompts, completions, ids, model=llama) == expected.rewards
+    signals = {"logprobs": kind(padded(expected.logprobs, 0.0)), "incoming": kind(padded(expected.incoming, 0.0))}
+    assert entra.score_batch(kind(padded(prompts, 0)), None, ids, tokenizer=tokenizer, **signals) == expected.rewards
+
+
+def test_rows_may_come_as_a_pandas_series_of_any_index(rows, llama, tokenizer):
+    """Such as what is left of a table after a filter: its labels are not 0, 1, 2."""
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    texts = ["It is four.", "It is four, I am sure of it."]
+    expected = entra.score_batch(["2+2=", "name?"], texts, model=llama, tokenizer=tokenizer, details=True)
+    index = [7, 3]
+    prompts, completions = pandas.Series(["2+2=", "name?"], index=index), pandas.Series(texts, index=index)
+    assert entra.score_batch(prompts, completions, model=llama, tokenizer=tokenizer) == expected.rewards
+    given = {name: pandas.Series(list(getattr(expected, name)), index=index) for name in ("logprobs", "incoming")}
+    ids = pandas.Series([row.tolist() for row in expected.token_ids], index=index)
+    assert entra.score_batch(prompts, None, ids, **given) == expected.rewards
+    assert entra.EntraReward(model=llama, tokenizer=tokenizer, skip_truncated=True)(prompts, completions, ids) == [None, None]
+
+
+def test_log_probs_and_attention_are_held_to_their_range(rows):
+    """Probabilities, or sums that were not divided, gave a reward like any other."""
+    given = {"prompts": [[5], [5]], "completions": None, "completion_ids": [[6], [7, 8]]}
+    good = {"logprobs": [[-1.0], [0.0, -2.0]], "incoming": [[0.0], [1.0, 0.0]]}
+    assert entra.score_batch(**given, **good) == [0.0, 1.0]
+    with pytest.raises(ValueError, match=r"row 1: logprobs holds 0.25 at token 1; .* at most 0: pass natural logarithms"):
+        entra.score_batch(**given, **{**good, "logprobs": [[-1.0], [0.0, 0.25]]})
+    for value in (1.5, -0.5):
+        with pytest.raises(ValueError, match=rf"row 1: incoming holds {value} at token 0; mean attention lies in 0 to 1"):
+            entra.score_batch(**given, **{**good, "incoming": [[0.0], [value, 0.0]]})
+    lift = entra.ScoreConfig(attention_statistic="lift")
+    assert entra.score_batch(**given, **{**good, "incoming": [[0.0], [1.5, 0.0]]}, config=lift) == [0.0, 1.0]
+    with pytest.raises(ValueError, match=r"row 1: incoming holds -0.5 at token 0; lift is at least 0"):
+        entra.score_batch(**given, **{**good, "incoming": [[0.0], [-0.5, 0.0]]}, config=lift)
 
 
 def test_sequence_scope_ranks_the_prompt_too(rows, llama):
@@ -271,6 +321,119 @@ def test_a_transform_of_the_logits_that_is_not_known_is_an_error(rows, transform
         entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
 
 
+def transformed(model, transform):
+    """The model with its logits [B, N, V] transformed at the end of its forward, in their own precision."""
+    forward = type(model).forward
+
+    class Transformed(type(model)):
+        def forward(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            output.logits = transform(output.logits)
+            return output
+
+    model.__class__ = Transformed
+    return model
+
+
+HALVES = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dtype", [*HALVES, pytest.param(torch.float32, id="fp32")])
+def test_an_unknown_softcap_is_refused_in_every_precision(dtype, seed):
+    """A cap of 30 changes logits of 3 by 0.3 %, less than bfloat16 rounds."""
+    model = transformed(build("llama").to(dtype), lambda z: 30 * torch.tanh(z / 30))
+    with torch.no_grad():
+        model.lm_head.weight *= 0.2  # logits of about 3
+    row = torch.randint(3, VOCABULARY, (24,), generator=torch.Generator().manual_seed(seed)).tolist()
+    with pytest.raises(RuntimeError, match="changes its head's output in a way that is not known"):
+        entra.score_batch([row[:4]], [row[4:]], model=model)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_an_unknown_transform_on_top_of_a_known_one_is_refused_in_half_precision(dtype, rows):
+    model = transformed(build("cohere2").to(dtype), lambda z: z + 0.01 * z.abs())
+    with pytest.raises(RuntimeError, match="changes its head's output in a way that is not known"):
+        entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+
+
+def test_a_transform_of_other_positions_than_the_last_is_refused(rows):
+    model = transformed(build("llama"), lambda z: torch.cat([z[:, :-1] * 3, z[:, -1:]], dim=1))
+    reversed_order = transformed(build("llama"), lambda z: torch.cat([z[:, :1], z[:, 1:] * 3], dim=1))
+    for one in (model, reversed_order):
+        with pytest.raises(RuntimeError, match="changes its head's output in a way that is not known"):
+            entra.score_batch([rows[0][0]], [rows[0][1]], model=one)
+
+
+def test_logits_that_become_nan_are_refused(rows):
+    model = transformed(build("llama"), lambda z: z.masked_fill(z > 1, math.nan))
+    with pytest.raises(RuntimeError, match="changes its head's output in a way that is not known"):
+        entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+
+
+# torch multiplies groups of experts in float32 at most.
+DOUBLE = [pytest.param(family, torch.float64, id=f"{family}-fp64") for family in ("llama", "gemma2", "cohere2")]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *(pytest.param(f, torch.bfloat16, id=f"{f}-bf16") for f in FAMILIES),
+        *DOUBLE,
+        pytest.param("gemma2", torch.float16, id="gemma2-fp16"),
+    ],
+)
+def test_no_family_is_refused_in_another_precision(family, dtype, rows):
+    model = build(family).to(dtype)
+    assert None not in entra.score_batch([p for p, _ in rows], [c for _, c in rows], model=model)
+    transformed(model, lambda z: z.to(torch.bfloat16))  # as sharding with an output precision does
+    assert None not in entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+
+
+def recurrent_gemma(dtype=torch.float32, **overrides):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 48, "lru_width": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        "recurrent_gemma", vocab_size=VOCABULARY, attention_window_size=64, logits_soft_cap=2.0, **sizes, **overrides
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            model.lm_head.weight.normal_(std=0.5)
+    return model.to(dtype)
+
+
+def minicpm3():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ranks = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("minicpm3", vocab_size=VOCABULARY, dim_model_base=12, **ranks, **sizes)
+    assert config.logits_scaling == 4
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(recurrent_gemma, marks=pytest.mark.skipif(transformers_version() < (5, 17), reason="cannot be captured")),
+        pytest.param(minicpm3, marks=pytest.mark.skipif(transformers_version() < (5, 17), reason="transformers lacks it")),
+    ],
+)
+def test_logits_that_are_capped_or_scaled_under_another_name_are_scored(make, rows):
+    model = make()
+    prompt, completion = rows[2]
+    scores = entra.score_batch([prompt], [completion], model=model, details=True)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion]), use_cache=False).logits[0].double()
+    expected = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(prompt + completion)[1:, None])[-len(completion) :, 0]
+    torch.testing.assert_close(scores.logprobs[0].double(), expected, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
@@ -292,6 +455,22 @@ def test_known_transforms_matter(family, overrides, rows, monkeypatch):
     monkeypatch.setattr(entra.forward, "_logit_transform", lambda model: entra.forward._LogitTransform(1.0, None))
     with pytest.raises(RuntimeError, match="changes its head's output in a way that is not known"):
         entra.score_batch([prompt], [completion], model=model)
+
+
+def test_gemma_2_whose_sdpa_leaves_out_the_softcap_is_refused_by_name(rows, monkeypatch):
+    """transformers before 5.21 takes SDPA for it by default: log-probs are off by 0.74 without the cap."""
+    monkeypatch.setattr(entra.capture, "transformers_version", lambda: (5, 20))
+    model = build("gemma2")
+    assert entra.score_batch([rows[0][0]], [rows[0][1]], model=model) != [None]
+    model.config._attn_implementation_internal = "sdpa"
+    message = r"Gemma2Attention caps its attention scores \(attn_logit_softcapping=2.0\).*attn_implementation=\"eager\", or use"
+    with pytest.raises(ValueError, match=message):
+        entra.score_batch([rows[0][0]], [rows[0][1]], model=model)
+    with pytest.raises(ValueError, match=message):
+        entra.forward.check_scorable(model)
+    without_cap = build("gemma2", attn_logit_softcapping=None)
+    without_cap.config._attn_implementation_internal = "sdpa"
+    assert entra.score_batch([rows[0][0]], [rows[0][1]], model=without_cap) != [None]
 
 
 @pytest.mark.parametrize("hook", [lambda head, args, z: z * 2, lambda head, args, z: z.mul_(2)], ids=["copied", "in place"])
@@ -319,6 +498,31 @@ def test_threads_share_a_model(rows, llama):
     assert results == [expected] * 12
     with torch.no_grad():
         llama(torch.tensor([[5, 6, 7]]))  # runs as before: nothing of ours was left behind
+
+
+@pytest.mark.parametrize("wrap", ["adapter", "compiled", "second model"])
+def test_models_of_the_same_weights_share_a_lock(rows, wrap):
+    """A PEFT model and its base: hooks, mode and the captured module's config are those of the modules that both run."""
+    base = build("llama")
+    if wrap == "adapter":
+        peft = pytest.importorskip("peft")
+        other = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    elif wrap == "compiled":
+        other = torch.compile(base, backend="eager")
+    else:  # a model around the same decoder
+        other = type(base)(base.config).eval()
+        other.model, other.lm_head = base.model, base.lm_head
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    expected = entra.score_batch(prompts, completions, model=base)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: entra.score_batch(prompts, completions, model=(base, other)[i % 2]), range(24)))
+    assert results == [expected] * 24
+    assert all(module.config is base.config for module in base.modules() if hasattr(module, "layer_idx"))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+def test_models_of_their_own_weights_have_their_own_locks(llama):
+    assert entra.forward._lock(llama) is not entra.forward._lock(build("llama"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -423,6 +627,11 @@ def test_a_model_by_folder(tmp_path, rows, llama, tokenizer):
         ({"completions": [[5]]}, ValueError, r"completions has 1 rows but prompts has 2; there must be one per prompt"),
         ({"completion_ids": [[5]] * 3}, ValueError, r"completion_ids has 3 rows but prompts has 2"),
         ({"logprobs": [[0.0]]}, ValueError, r"logprobs has 1 rows but prompts has 2"),
+        ({"prompts": None}, TypeError, r"prompts=None must be a list with one entry per completion"),
+        ({"completions": {6: 7, 8: 9}}, TypeError, r"completions=\{6: 7, 8: 9\} must be a list .*, not dict"),
+        ({"completion_ids": torch.tensor(3)}, TypeError, r"completion_ids=tensor\(3\) must be a list with one entry per"),
+        ({"completion_ids": (row for row in ([5], [6]))}, TypeError, r"completion_ids=<generator .*, not generator"),
+        ({"logprobs": 0.5}, TypeError, r"logprobs=0.5 must be a list with one entry per completion"),
         ({"completions": None}, ValueError, r"completions=None and completion_ids=None; one of them must be given"),
         ({"completions": [[5], [VOCABULARY + 7]]}, ValueError, rf"row 1: the completion holds token id {VOCABULARY + 7}"),
         ({"completions": [[5], 7]}, TypeError, r"row 1: completion=7 must be text"),
@@ -441,6 +650,12 @@ def test_a_model_by_folder(tmp_path, rows, llama, tokenizer):
             TypeError,
             r"unknown keyword 'attention_wieght'; did you mean 'attention_weight'\? Pass it as config=entra.ScoreConfig",
         ),
+        (
+            {"attention_weight": 1},
+            TypeError,
+            r"unknown keyword 'attention_weight'; pass it as config=entra.ScoreConfig\(attention_weight=...\)$",
+        ),
+        ({"verify_every": 1}, TypeError, r"unknown keyword 'verify_every'; pass it as entra.EntraGRPOTrainer\(verify_every="),
         ({"config": {"tau": 1}}, TypeError, r"must be an entra.ScoreConfig, not dict"),
         (
             {"logprobs": [[0.0]] * 2, "config": entra.ScoreConfig(ranking_scope="sequence")},

@@ -1,5 +1,6 @@
 """ENTRA in TRL's trainers: as a plain reward function, and scoring the live policy in the trainers of `entra.trl`."""
 
+import asyncio
 import functools
 import json
 import math
@@ -197,6 +198,94 @@ def test_trl_grpo_takes_a_reward_by_its_dotted_name(tmp_path, monkeypatch, capsy
     assert "rewards/concise/mean" in capsys.readouterr().out
 
 
+class Judge:
+    """A gate that counts how often it is asked, and never says the same twice."""
+
+    __name__ = "judge"
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, completions, **columns):
+        self.asked.append([float((i + len(self.asked)) % 2) for i in range(len(completions))])
+        return self.asked[-1]
+
+
+class AsyncJudge(Judge):
+    """On whose loop it is asked counts, too: a client stays open between batches."""
+
+    async def __call__(self, completions, **columns):
+        self.loops = {*getattr(self, "loops", ()), asyncio.get_running_loop()}
+        return super().__call__(completions, **columns)
+
+
+@pytest.mark.parametrize("first", ["reward", "gate"])
+@pytest.mark.parametrize("kind", [Judge, AsyncJudge])
+def test_a_gate_that_is_also_a_reward_is_asked_once_for_each_batch(tmp_path, kind, first):
+    judge = kind()
+    concise = entra.EntraReward(gate=judge)
+    also = entra.EntraReward(gate=judge, halve_at=5.0, name="total")
+    functions = [judge, concise, also] if first == "reward" else [concise, also, judge]
+    trainer = trainer_of(tmp_path, entra.EntraGRPOTrainer, functions, max_steps=2)
+    entries = logged(trainer)
+    assert len(judge.asked) == 2
+    assert trainer.reward_funcs == functions
+    assert entries[0]["rewards/judge/mean"] == 0.5
+    assert entries[0]["rewards/entra_reward/mean"] > 0
+    assert entries[0]["entra_reward/stopped/gate"] == 0.5
+    if kind is AsyncJudge:
+        assert judge.loops == {trainer.async_loop}
+
+
+def test_a_gate_is_asked_again_about_other_rows(tmp_path):
+    judge = Judge()
+    concise = entra.EntraReward(gate=judge)
+
+    def halves(prompts, completions, completion_ids, **columns):
+        parts = (slice(0, 4), slice(4, 8))
+        return [r for p in parts for r in concise(prompts[p], completions[p], completion_ids[p], log_metric=None)]
+
+    logged(trainer_of(tmp_path, entra.EntraGRPOTrainer, [concise, halves]))
+    assert [len(values) for values in judge.asked] == [8, 4, 4]
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path):
+    """TRL averages what two functions of one name return, and logs it as one."""
+    rewards = [entra.EntraReward(gate=every_second), entra.EntraReward(gate=every_second, halve_at=5.0)]
+    with pytest.raises(ValueError, match=r"2 functions called 'entra_reward', .* entra.EntraReward\(name=...\)"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, rewards)
+    frozen = [entra.EntraReward(model=build("qwen3"), tokenizer=build_tokenizer()) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"reward_funcs holds 2 functions called 'entra_reward'"):
+        trainer_of(tmp_path, trl.GRPOTrainer, frozen).train()
+
+
+def test_a_class_where_an_instance_belongs(tmp_path):
+    with pytest.raises(TypeError, match=r"reward_funcs holds the class EntraReward, which scores nothing; pass an instance"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.EntraReward])
+
+
+def test_a_scorer_whose_weights_cannot_be_loaded_fails_at_construction(tmp_path):
+    build("qwen3").config.save_pretrained(tmp_path / "scorer")  # without weights
+    reward = entra.EntraReward(model=tmp_path / "scorer")
+    with pytest.raises(OSError, match=r"no file named model.safetensors"):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [reward])
+
+
+def test_a_frozen_scorer_without_a_tokenizer_takes_the_trainers_ids(tmp_path):
+    """The prompts, too: it raised that text must be tokenised."""
+    seen = []
+
+    def look(prompts, completions, completion_ids, **columns):
+        ids = [tokenizer()(prompt)["input_ids"] for prompt in prompts]
+        seen.append(entra.score_batch(ids, None, completion_ids, model=frozen, tokenizer=tokenizer()))
+        return seen[-1]
+
+    frozen = build("llama")
+    reward = entra.EntraReward(model=frozen, name="frozen")
+    (entry,) = logged(trainer_of(tmp_path, entra.EntraGRPOTrainer, [reward, look]))
+    assert entry["rewards/frozen/mean"] == entry["rewards/look/mean"] > 0
+
+
 # Riding on TRL's pass, or a pass of one's own.
 
 
@@ -234,6 +323,96 @@ def test_rloo(tmp_path, own_forwards):
     assert own_forwards == []  # RLOO always makes a log-prob pass
 
 
+class PacksRows(trl.GRPOTrainer):
+    """Stands in for trainers whose log-prob pass packs rows: TRL's coming `padding_free`, Unsloth."""
+
+    use_cache = False
+
+    def arrange(self, rows):
+        """The rows [n] of a batch as the model gets them, and where each row then stands."""
+        return [(torch.cat(rows), torch.cat([torch.arange(len(row)) for row in rows]), range(len(rows)))]
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if torch.is_grad_enabled():
+            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        mask = attention_mask.bool()
+        logps = torch.zeros(input_ids.shape)
+        for ids, positions, order in self.arrange([row[m] for row, m in zip(input_ids, mask, strict=True)]):
+            out = model(input_ids=ids[None], position_ids=positions[None], use_cache=self.use_cache).logits[0]
+            found = out[:-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+            found = torch.cat([found.new_zeros(1), found])  # the first token of a row is not asked for
+            for row, part in zip(order, found.split([int(mask[row].sum()) for row in order]), strict=True):
+                logps[row, mask[row]] = part
+        return logps[:, -logits_to_keep:], None, None
+
+
+class Packed(entra.EntraGRPOTrainer, PacksRows):
+    """Scores on top of its pass."""
+
+
+def test_rewards_of_a_packed_pass_are_those_of_a_padded_one(tmp_path, own_forwards):
+    rewards = {}
+    for kind in (Packed, entra.EntraGRPOTrainer):
+        comparison = Comparison()
+        trainer = trainer_of(
+            tmp_path, kind, [comparison.reward, comparison], num_iterations=2, options={"verify_every": 1}, seed=3
+        )
+        comparison.model = trainer.model
+        logged(trainer)
+        comparison.check()
+        (live,) = comparison.live
+        rewards[kind] = live.rewards
+    assert rewards[Packed] == pytest.approx(rewards[entra.EntraGRPOTrainer], abs=1e-6)
+    assert len(set(rewards[Packed])) > 1
+    assert own_forwards == []
+
+
+def test_masked_out_rows_of_a_packed_pass_fall_back(tmp_path, own_forwards):
+    model = build("qwen3")
+    model.generation_config.eos_token_id = list(range(2, 12))
+    _, (entry,) = compare(tmp_path, Packed, num_iterations=2, mask_truncated_completions=True, model=model)
+    assert own_forwards == [round(8 * entry["completions/clipped_ratio"])]
+    assert 0 < own_forwards[0] < 8
+
+
+class PacksInAnotherOrder(Packed):
+    def arrange(self, rows):
+        ((ids, positions, order),) = super().arrange(rows[::-1])
+        return [(ids, positions, order[::-1])]
+
+
+class RunsRowByRow(Packed):
+    def arrange(self, rows):
+        return [(row, torch.arange(len(row)), [i]) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("kind", [PacksInAnotherOrder, RunsRowByRow])
+def test_another_pass_falls_back_and_warns(tmp_path, own_forwards, kind):
+    with pytest.warns(UserWarning, match=f"log-prob pass of {kind.__name__} .*: a forward of ENTRA's own computes them"):
+        compare(tmp_path, kind, num_iterations=2)
+    assert own_forwards == [8]
+
+
+class PacksWithACache(Packed):
+    use_cache = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "message"),
+    [
+        (PacksWithACache, "qwen3", "cu_seqlens begins a sequence .* pass attention_mask=None, use_cache=False"),
+        (Packed, "qwen3_next", "carries a state from each into the next"),
+        (Packed, "gpt_oss", "does not keep it apart"),
+    ],
+    ids=["cache", "linear layers", "masks"],
+)
+def test_a_packed_pass_whose_rows_see_each_other_ends_the_run(tmp_path, kind, family, message):
+    trainer = trainer_of(tmp_path, kind, [entra.score_batch], build(family), num_iterations=2)
+    with pytest.raises(RuntimeError, match=message):
+        trainer.train()
+    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+
+
 def test_another_temperature_falls_back(tmp_path, own_forwards):
     compare(tmp_path, num_iterations=2, temperature=0.7)
     assert own_forwards == [8]
@@ -252,6 +431,29 @@ def test_rows_that_are_masked_out_fall_back(tmp_path, own_forwards):
     truncated = round(8 * entry["completions/clipped_ratio"])
     assert 0 < truncated < 8
     assert own_forwards == [truncated]
+
+
+def test_rows_whose_rope_the_longest_row_changes_fall_back(tmp_path, own_forwards):
+    """LongRoPE: TRL pads all rows to one length, at which short rows would have the long factors."""
+    factors = {"short_factor": [1.0] * 10, "long_factor": [1.0 + 0.5 * i for i in range(10)]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12, "factor": 4.0, **factors}
+    model = build("llama", rope_parameters=rope, max_position_embeddings=48)
+    model.generation_config.eos_token_id = list(range(2, 12))  # so that some of 12 tokens end
+    compare(tmp_path, num_iterations=2, model=model)
+    assert len(own_forwards) == 1
+    assert 0 < own_forwards[0] < 8
+
+
+def test_rows_of_learned_positions_fall_back_where_they_are_padded_on_the_left(tmp_path, own_forwards):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 101, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=1, eos_token_id=2))
+    compare(tmp_path, num_iterations=2, model=model, shuffle_dataset=False)  # prompts of 2 and of 4 tokens
+    assert own_forwards == [4]
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
@@ -431,6 +633,13 @@ def test_a_pass_over_other_positions_is_not_recorded():
         rollout.record(entra.ScoreConfig(), torch.zeros(1, 2), torch.zeros(1, 7), 2, [True])
 
 
+def test_a_batch_is_known_again_by_its_values():
+    rollout = entra.rollout.Rollout(build("qwen3"), tokenizer(), ["?"], [[5, 6]], [[7, 8]])
+    for same in ([7, 8], (7, 8), torch.tensor([7, 8])):
+        assert rollout.holds(["?"], [same])
+    assert not rollout.holds(["?"], torch.tensor([[7, 9]]))
+
+
 def test_images_in_a_prompt():
     class Generates:
         def _generate(self, prompts):
@@ -442,6 +651,20 @@ def test_images_in_a_prompt():
     message = {"role": "user", "content": [{"type": "image", "image": None}, {"type": "text", "text": "1+1="}]}
     with pytest.raises(ValueError, match="has images, but ENTRA scores text only"):
         object.__new__(Trainer)._generate([[message]])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("verify_evry", r"EntraGRPOTrainer\(\) got an unknown keyword 'verify_evry'; did you mean 'verify_every'\?$"),
+        ("protect_fraction", r"; pass it as entra.EntraReward\(config=entra.ScoreConfig\(protect_fraction=...\)\)$"),
+        ("min_length", r"'min_length'; pass it as entra.EntraReward\(min_length=...\)$"),
+        ("num_generation", r"did you mean 'num_generations'\? Pass it as args=trl.GRPOConfig\(num_generations=...\)$"),
+    ],
+)
+def test_an_option_that_belongs_elsewhere_is_named_with_its_place(tmp_path, option, message):
+    with pytest.raises(TypeError, match=message):
+        trainer_of(tmp_path, entra.EntraGRPOTrainer, [every_second], options={option: 1})
 
 
 def test_nothing_to_verify(tmp_path):

@@ -83,6 +83,11 @@ class TestOverriddenMethods:
         assert "isinstance(reward_func, nn.Module)" in text
         assert parameters(trainer._log_metric) == ["self", "name", "value"]
         assert parameters(trainer._log_completion_extra) == ["self", "column", "values"]
+        # The owner of the function that logs is the trainer. Asynchronous rewards run on its loop. The functions are looked up
+        # for each batch, in which those that are gates as well are exchanged.
+        assert 'reward_kwargs["log_metric"] = self._log_metric' in text
+        assert "asyncio.run_coroutine_threadsafe(_run_async_funcs(), self.async_loop)" in text
+        assert "zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names, strict=True)" in text
 
     def test_attributes(self, trainer):
         text = source(trainer.__init__) + source(trainer)

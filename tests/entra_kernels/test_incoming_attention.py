@@ -692,6 +692,14 @@ def test_triton_on_a_cpu_says_what_to_do(monkeypatch):
         incoming_attention(Q, K, backend="triton")
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off because a GPU is present")
+@pytest.mark.parametrize("options", [{}, {"sample_rows": 4}], ids=["all rows", "sampled"])
+def test_bfloat16_in_the_interpreter_is_refused(options):
+    """Its products were garbage."""
+    with pytest.raises(RuntimeError, match=r"interpreter multiplies bfloat16 wrongly; use float32 or float16, or backend='tor"):
+        incoming_attention(Q.bfloat16(), K.bfloat16(), backend="triton", **options)
+
+
 def test_missing_triton_says_what_to_do(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))

@@ -274,6 +274,20 @@ class TestLinearProperties:
             assert dirty[[1, 4]].isnan().all()
             assert torch.equal(dirty[[0, 2, 3, 5]], tidy[[0, 2, 3, 5]])
 
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_not_finite_is_nan_also_with_a_softcap(self, backend, value):
+        """The cap made a finite logit of inf, and of it a log-prob like any other."""
+        hidden, weight, targets = _random(5, 8), _random(50, 8, seed=2), _ids(50, 5)
+        options = {"softcap": 30.0, "return_entropy": True, "backend": backend}
+        clean = linear_token_logprobs(hidden, weight, targets, **options)
+        hidden[1, 0] = value
+        ours = linear_token_logprobs(hidden, weight, targets, **options)
+        picked = linear_token_logprobs(hidden, weight, targets, rows=torch.tensor([3, 1]), **options)
+        for dirty, some, tidy in zip(ours, picked, clean, strict=True):
+            assert dirty[1].isnan()
+            assert torch.equal(dirty[[0, 2, 3, 4]], tidy[[0, 2, 3, 4]])
+            assert some.isnan().tolist() == [False, True]
+
     def test_bias_can_mask_tokens(self, backend):
         """-inf over the first 4100 entries: more than a tile, a stretch, and whatever else is taken at a time."""
         hidden, weight = _random(3, 8), _random(4500, 8, seed=2)
@@ -748,3 +762,10 @@ def test_autocast_around_it_changes_nothing(backend):
     expected = linear_token_logprobs(hidden, weight, targets, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(linear_token_logprobs(hidden, weight, targets, backend=backend), expected)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off because a GPU is present")
+def test_bfloat16_products_in_the_interpreter_are_refused():
+    """They were garbage."""
+    with pytest.raises(RuntimeError, match=r"interpreter multiplies bfloat16 wrongly; use float32 or float16, or backend='tor"):
+        linear_token_logprobs(LOGITS.bfloat16(), WEIGHT.bfloat16(), TARGETS, backend="triton")

@@ -236,6 +236,27 @@ def test_a_million_tokens_in_linear_memory():
     assert estimate[0, -1] == 0
 
 
+@pytest.mark.parametrize("layout", ["right", "packed"])
+@pytest.mark.parametrize("sample_rows", [2**20, 2**70], ids=["a million", "more than an int64 holds"])
+def test_more_rows_than_tokens_are_all_of_them(sample_rows, layout):
+    q, k, arguments = problem("cpu", torch.float32, lengths=(67, 40, 3), layout=layout)
+    sampled = incoming_attention(q, k, sample_rows=sample_rows, backend="torch", **arguments)
+    assert (sampled.estimate - incoming_attention(q, k, backend="torch", **arguments)).abs().max() <= SLACK
+    assert (sampled.standard_error == 0).all()
+
+
+@pytest.mark.parametrize("batch", [3, 1], ids=["padded", "packed"])
+def test_more_rows_than_tokens_cost_no_memory(batch):
+    """Every sequence had `sample_rows` numbers of each kind."""
+    starts = torch.tensor([0, 67, 107] if batch == 1 else [0, 0, 0])
+    spans = Spans(starts, starts + torch.tensor([67, 40, 3]), 3, tokens=110, batch=batch)
+    sample = draw(spans, 2**20, 0, torch.device("cpu"))
+    assert sample.rows.shape == sample.weights.shape == (3, 67)
+    assert sample.spread.shape == (3, 33)
+    for count, rows in zip((67, 40, 3), sample.rows.tolist(), strict=True):
+        assert rows == [*range(count), *[-1] * (67 - count)]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_custom_op(device, backend, small_tiles):
     q, k, arguments = problem(device, torch.float32, lengths=(40, 11), sinks=True, row_weights=True)

@@ -122,7 +122,8 @@ def kimi(prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **colu
 
 
 class RandomlyProtected:
-    """Gated like the ENTRA arm, but which tokens are protected is drawn at random: importance is a random number."""
+    """Gated like the ENTRA arm, but which tokens are protected is drawn at random: importance is a random number
+    below 0, as log-probs are."""
 
     __name__ = "randomly_protected"
 
@@ -133,7 +134,7 @@ class RandomlyProtected:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Any, **columns: Any
     ) -> list[float | None]:
-        noise = [[self.random.random() for _ in ids] for ids in completion_ids]
+        noise = [[self.random.random() - 1.0 for _ in ids] for ids in completion_ids]
         zeros = [[0.0] * len(ids) for ids in completion_ids]
         rewards = score_batch(prompts, None, completion_ids, logprobs=noise, incoming=zeros, config=self.config)
         right = accuracy(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
