@@ -73,6 +73,8 @@ def printed(capsys, *words):
         ["inspect", "recorded"],
         ["demo", "--problem", EVIL],
         ["demo", "--svg", f"no/{EVIL}"],
+        ["doctor", "--model", EVIL],
+        ["doctor", "--model", "m", f"--{EVIL}"],
         ["experiment", "domain", "--redraw", EVIL],
         ["experiment", EVIL],
         [EVIL],
@@ -85,7 +87,7 @@ def printed(capsys, *words):
     ids=lambda words: ascii(" ".join(words))[:60],
 )
 def test_escape_sequences_do_not_reach_the_terminal(words, model, capsys):
-    if words[0] == "train":
+    if words[0] in ("train", "doctor"):
         pytest.importorskip("trl", reason="needs trl: pip install 'entra[train]'")
     if words[0] == "eval" and words[1] == "tasks":
         pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
