@@ -4,7 +4,8 @@ Decisions taken here:
 
 - The final answer is `entra.problems.extract_answer`'s: what stands in `<answer>` or `\boxed`, else in the last line.
 - With math-verify installed, right answers that hold mathematics (a digit, a LaTeX command, an operator) are compared by it, so
-  that 1/2 is 0.5. Words never are: it reads "Alice" as a product of letters.
+  that 1/2 is 0.5. Words never are: it reads "Alice" as a product of letters. It runs no text as code: 0.9.0 was read, whose own
+  parser takes the LaTeX, and sympy's, which evaluates, gets nothing but digits, operators and brackets.
 - Without it, and for words: equal after normalisation, where numbers are equal as numbers.
 """
 

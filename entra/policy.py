@@ -155,8 +155,12 @@ def load_policy(name: str) -> Policy:
     return Policy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, *, trust_remote_code: bool | None = None) -> Any:
     """The tokenizer that `load_policy(name)` has, without the weights.
+
+    Args:
+        name: as for `load_policy`.
+        trust_remote_code: whether code beside the tokenizer may run; None: transformers asks on a terminal, else refuses.
 
     Raises:
         RuntimeError, OSError: as `load_policy`.
@@ -167,4 +171,4 @@ def load_tokenizer(name: str) -> Any:
         return load_smollm2_tokenizer()
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

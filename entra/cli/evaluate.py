@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from entra import __version__
-from entra.cli import CommandError
+from entra.cli import CommandError, say
 from entra.cli.outcomes import Outcome, Outcomes, Reading, add_reading_flags, read_outcomes
 from entra.cli.output import check_destination, write_whole
 from entra.cli.scoring import kind_of, listed
@@ -38,12 +38,13 @@ from entra.metrics import (
     quantile,
     wilson_interval,
 )
+from entra.view.visible import visible
 
 _DESCRIPTION = """\
 Compare the completions of two files, problem by problem: accuracy, tokens, length reduction, share truncated and compression
 effectiveness, with 95 % intervals. With one file alone, its own numbers. JSON Lines or Parquet; what is in which column is
 found, or named with the options, and the output says what was used. Bad rows are counted and stop nothing. A column `entry` is
-scored by reasoning-gym, some of whose scorers evaluate the answer as Python: use it on files that you trust."""
+scored as by reasoning-gym. Nothing in a file is run as code; rows that cannot be scored otherwise are bad rows."""
 
 _CE = (
     "min(1, accuracy / base accuracy) - tokens / base tokens. This formula is ours: the paper's was not available to us. It is "
@@ -71,7 +72,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("base", type=Path, help="completions: *.parquet, anything else is read as JSON Lines")
     parser.add_argument("new", type=Path, nargs="?", help="other completions of the same problems")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE, too; replaced when it exists")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE, too; an earlier one is replaced")
     add_reading_flags(parser)
     parser.add_argument("--draws", type=int, default=10_000, help="how often the bootstrap draws (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     if options.seed < 0:
         raise CommandError(f"--seed {options.seed} must be at least 0")
     if options.json is not None:
-        check_destination("--json", options.json, [path for path in paths if path.exists()])
+        check_destination("--json", options.json, paths, _is_ours, "entra eval")
     reading = read_outcomes(options, paths)
     grouped = [_by_problem(file.outcomes) for file in reading.files]
     shared = [problem for problem in grouped[0] if all(problem in groups for groups in grouped)]
@@ -102,9 +103,7 @@ def run(options: argparse.Namespace) -> None:
     unpaired = [len(groups) - len(shared) for groups in grouped]
     if options.json is not None:
         _write_json(options, reading, numbers, changes, unpaired)
-    print(_table(reading, numbers, changes))
-    print()
-    print("\n".join(_notes(options, reading, unpaired, changes)))
+    say(*_table(reading, numbers, changes), "", *_notes(options, reading, unpaired, changes), file=sys.stdout)
 
 
 def _by_problem(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -191,9 +190,9 @@ def _changes(
     return changes
 
 
-def _table(reading: Reading, numbers: Sequence[_Numbers], changes: dict[str, Interval]) -> str:
+def _table(reading: Reading, numbers: Sequence[_Numbers], changes: dict[str, Interval]) -> list[str]:
     unit = reading.unit
-    names = [str(file.path) for file in reading.files]
+    names = [visible(str(file.path)) for file in reading.files]
     lines = [["", *names, *(["change"] if changes else [])]]
 
     def line(label: str, own: Callable[[_Numbers], str | None], change: str = "") -> None:
@@ -215,13 +214,13 @@ def _table(reading: Reading, numbers: Sequence[_Numbers], changes: dict[str, Int
         _shown(changes.get("compression_effectiveness"), sign=True, digits=3),
     )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
+    return [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
         for cells in lines
-    )
+    ]
 
 
 def _shown(value: Interval | None, scale: float = 1, *, sign: bool = False, digits: int = 1) -> str:
@@ -303,7 +302,12 @@ def _write_json(
         write_whole(options.json, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise CommandError(f"cannot write --json {options.json}: {error.strerror or error}; choose another", 1) from error
-    print(f"{options.json}: all numbers", file=sys.stderr)
+    say(f"{options.json}: all numbers")
+
+
+def _is_ours(path: Path) -> bool:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(content, dict) and {"entra", "bootstrap", "read_as", "base"} <= content.keys()
 
 
 def _json_value(value: Any) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
-from entra.cli import CommandError, one_line
+from entra.cli import CommandError, one_line, say
 from entra.cli.rows import read_rows, survey
 from entra.experiments import EXPERIMENTS
 
@@ -46,8 +47,9 @@ def run(options: argparse.Namespace) -> None:
         survey(options.traces)
         options.rows = read_rows(options.traces, 0)
     try:
+        results.check_folder(options.output, options.experiment)
         result = results.read(options.redraw) if options.redraw else experiment.run(options)
         markdown = results.write(result, options.output, experiment.tables(result), experiment.figures(result))
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         raise CommandError(one_line(error), 1) from error
-    print(markdown, end="")
+    say(*markdown.removesuffix("\n").split("\n"), file=sys.stdout)

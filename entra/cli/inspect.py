@@ -4,8 +4,8 @@ Decisions taken here:
 
 - What `entra score --details` wrote is shown as it is: nothing is scored again and no weights are loaded. The tokenizer is that
   of the model on record beside the file, or of `--model`; the method's options are those on record, or the command line's.
-- A report is made again when it is asked for again, so an existing one is replaced. Its name must end in .html, so that a
-  slip of the finger replaces no file of traces.
+- A report is made again when it is asked for again, so an existing one is replaced; no other file is. Its name must end in
+  .html.
 - A row is named by its `id`, else its `name`, where every row that could be read has one and all differ; else by its number,
   from 1. A bad row is in the report with what is wrong, and stops nothing.
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from entra import __version__
-from entra.cli import CommandError
+from entra.cli import CommandError, say
 from entra.cli.output import check_destination, recorded
 from entra.cli.rows import Row, Survey, is_finite, read_rows, survey
 from entra.cli.scoring import (
@@ -49,6 +49,7 @@ from entra.config import ScoreConfig
 from entra.encode import as_ids
 from entra.progress import progress_bar
 from entra.traces import load_traces
+from entra.view.page import is_page
 from entra.view.traces import Trace, pieces_of
 
 _DESCRIPTION = """\
@@ -79,7 +80,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="HTML",
-        help=f"the page; replaced when it exists (default: {_DEFAULT_OUTPUT}, none with --terminal)",
+        help=f"the page; replaced when entra inspect wrote it (default: {_DEFAULT_OUTPUT}, none with --terminal)",
     )
     parser.add_argument("--terminal", action="store_true", help="show the traces here; plain text when this is no terminal")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
@@ -113,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
     if output is not None:
         _write(output, shown, source.title, facts)
     found = f"{total:,} traces" + (f", {errors.total():,} of them with an error ({listed(errors)})" if errors else "")
-    print(f"{output or source.title}: {found}", file=sys.stderr)
+    say(f"{output or source.title}: {found}")
     if options.terminal:
         from entra.view import terminal
 
@@ -139,7 +140,7 @@ def _check_options(options: argparse.Namespace, output: Path | None) -> None:
     if output is not None:
         if output.suffix.lower() not in (".html", ".htm"):
             raise CommandError(f"--output {output} must end in .html: it is a page for the browser")
-        check_destination("--output", output, [] if options.traces is None else [options.traces])
+        check_destination("--output", output, [] if options.traces is None else [options.traces], is_page, "entra inspect")
     needed = "textual" if _interactive() else "rich"
     if options.terminal and importlib.util.find_spec(needed) is None:
         raise CommandError(f"--terminal needs {needed}; get it with: pip install 'entra[inspect]'")
@@ -212,16 +213,18 @@ def _scored_now(options: argparse.Namespace, config: ScoreConfig, source: _Sourc
 def _scored_before(options: argparse.Namespace, config: ScoreConfig, prefix: str, source: _Source, total: int) -> _Shown:
     before = _sidecar(options.traces)
     scored_with = None
-    with suppress(KeyError, TypeError, ValueError):  # not there, or of another version of entra
+    with suppress(KeyError, TypeError, ValueError, OverflowError):  # not there, or of another version of entra
         scored_with = ScoreConfig(**before["config"])
     if config not in (ScoreConfig(), scored_with):
         raise CommandError(f"{options.traces} holds scores, which the method's flags do not change; leave them out")
     model = options.model or before.get("model")
-    if model is None:
+    if not isinstance(model, str):
         raise CommandError(
             f"{options.traces} holds scores but nothing beside it says of which model; give --model: its tokenizer is needed"
         )
-    traces = _Traces(load_tokenizer_of(model), options)
+    # A name on the command line was chosen by who typed it; the one on record comes with the file, and so would its code.
+    tokenizer = load_tokenizer_of(model, trust_remote_code=None if options.model else False)
+    traces = _Traces(tokenizer, options)
     hidden = [prefix + name for name in (*SCORE_COLUMNS, *DETAIL_COLUMNS, ERROR_COLUMN)]
     with progress_bar(total, 0, "rows") as bar:
         for row in islice(source.rows, total):

@@ -7,7 +7,8 @@ Decisions taken here:
 - Right is what the column `correct` says; else the column `reward`, but only where it holds nothing but 0 and 1, because
   `entra score` writes a reward of that name that says nothing about correctness; else reasoning-gym's own scorer (column
   `entry`, as `entra.problems.load_problems` writes it); else a comparison with the column `answer` (`entra.grading`).
-- A row that lacks what its file is read by is bad: it is counted and left out, as a whole.
+- A row that lacks what its file is read by is bad: it is counted and left out, as a whole. So is one whose task of
+  reasoning-gym runs answers as code, unless that is asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from entra.cli.rows import Row, is_finite, read_rows, survey
 from entra.cli.scoring import load_tokenizer_of
 from entra.encode import Encoder, as_ids, completion_text
 from entra.progress import progress_bar
+from entra.scorer_process import ProcessError
 
 _WORDS = "counted instead of tokens, for which there is no column tokens or completion_ids, and no --model"
 
@@ -92,6 +94,12 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="completions of at least so many tokens were cut off (default: the column truncated, else finish_reason)",
+    )
+    parser.add_argument(
+        "--run-answers-as-code",
+        action="store_true",
+        help="score tasks of reasoning-gym whose scorers run the answer as Python code, too: who wrote the file then chooses "
+        "what runs here, in a child process with limits that are no sandbox (default: such rows are bad rows)",
     )
 
 
@@ -215,17 +223,23 @@ def _right_getter(
     if column is not None:
         return f"where the column {column} is true or at least 1", lambda columns: _number(columns, column) >= 1
     if "entry" in shared:
-        from entra.problems import reasoning_gym_reward
+        from entra.problems import UnsafeScorerError, reasoning_gym_reward, unsafe_reasoning_gym_reward
+
+        reward = unsafe_reasoning_gym_reward if options.run_answers_as_code else reasoning_gym_reward
 
         def gym(columns: Mapping[str, Any]) -> bool:
             text, entry = text_of(columns), _field(columns, "entry")
             try:
-                return reasoning_gym_reward([text], [entry]) == [1.0]
+                return reward([text], [entry]) == [1.0]
             except ImportError as error:
                 raise CommandError(
                     f"the column entry needs reasoning-gym, or use --correct-column ({one_line(error)})"
                 ) from error
-            except (ValueError, TypeError, KeyError) as error:
+            except ProcessError as error:
+                raise CommandError(f"--run-answers-as-code: {one_line(error)}; leave it out", 1) from error
+            except UnsafeScorerError as error:
+                raise _BadRow(f"not scored: {one_line(error)}") from error
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise _BadRow(f"malformed: entry is no problem of reasoning-gym: {one_line(error)}") from error
 
         return "where reasoning-gym's scorer gives the answer 1 (column entry)", gym

@@ -2,7 +2,8 @@
 
 Rows are appended a batch at a time and are on disk before the next batch is scored. What a killed run left of a half-written
 line is cut off when the file is opened again. Beside the file stands `<name>.meta.json`, written before the first row: input,
-model, options and versions that the rows belong to. A run that does not belong to them is refused.
+model, options and versions that the rows belong to. A run that does not belong to them is refused, and so are rows that are not
+those of the input, in its order. Nothing is ever replaced that something else wrote, with --overwrite neither.
 """
 
 from __future__ import annotations
@@ -10,13 +11,21 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from entra.cli import CommandError
+from entra.cli.rows import is_finite
+
+SIDECAR = ".meta.json"
+"""What follows the output's name in that of the file beside it."""
+_FORMAT = 2
+"""Of the sidecar. Those of earlier versions have none: they noted a few values of each weight, and no config."""
+_MOST_THREADS = 4096
 
 
 class Output:
@@ -40,11 +49,12 @@ class Output:
             _lock(self._file, path)
             with _writing(path, "choose another --output"):
                 if overwrite:
+                    check_output(path, [])
                     self._file.truncate(0)
                 check(path, identity)
                 if recorded(path) is None:
-                    write_whole(_sidecar(path), json.dumps({**identity, **facts}, indent=1, default=json_value) + "\n")
-                self._file.truncate(_end_of_last_line(self._file))
+                    content = {"written_by": "entra score", "format": _FORMAT, **identity, **facts}
+                    write_whole(_sidecar(path), json.dumps(content, indent=1, default=json_value) + "\n")
         except BaseException:
             self._file.close()
             raise
@@ -56,29 +66,44 @@ class Output:
         with suppress(OSError):  # bytes that `append` could not write, either
             self._file.close()
 
-    def finished(self, error: str, numbers: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """The rows that are there, read from the start.
+    def finished(
+        self, expected: Iterable[Mapping[str, Any]], error: str, numbers: Sequence[str], added: Sequence[str]
+    ) -> Iterator[dict[str, Any]]:
+        """The rows that are there, read from the start; then what a killed run left of a line is cut off.
 
         Args:
+            expected: the input's rows, which they must carry, in its order.
             error: a row has text in this column,
             numbers: or a number in each of these.
+            added: all columns that are not the input's.
 
         Raises:
-            CommandError: a line that is not such a row.
+            CommandError: a line that is not such a row, or not of the input's row of that number.
         """
+        own = set(added)
         self._file.seek(0)
-        for number, line in enumerate(self._file, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict) or not (
-                isinstance(row.get(error), str) or all(isinstance(row.get(name), int | float) for name in numbers)
-            ):
-                raise CommandError(
-                    f"line {number} of {self._path} is not a row of scores: {line[:40]!r}; --overwrite starts again"
-                )
+        end = 0
+        for number, (line, given) in enumerate(zip(self._file, chain(expected, _nothing()), strict=False), start=1):
+            carried = b"" if given is None else _line(given)
+            if not line.endswith(b"\n"):
+                # Columns come before scores, so all of them is the start of the line, or the line is the start of all of them.
+                if given is not None and any(line.startswith(c) or c.startswith(line) for c in _beginnings(given)):
+                    break
+                raise self._wrong(number, "a row of scores, and its end is missing", line)
+            row = _row(line, error, numbers)
+            if row is None:
+                raise self._wrong(number, "a row of scores", line)
+            if given is None or _line({name: value for name, value in row.items() if name not in own}) != carried:
+                raise self._wrong(number, f"row {number} of the input", line)
+            end += len(line)
             yield row
+        self._file.truncate(end)
+
+    def _wrong(self, number: int, what: str, line: bytes) -> CommandError:
+        return CommandError(
+            f"line {number} of {self._path} is not {what}: {line[:40]!r}; restore it, use another --output, or --overwrite to "
+            "start again"
+        )
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write `rows`; when this returns they are on disk.
@@ -92,6 +117,25 @@ class Output:
             os.fsync(self._file.fileno())
 
 
+def _nothing() -> Iterator[None]:
+    while True:
+        yield None
+
+
+def _row(line: bytes, error: str, numbers: Sequence[str]) -> dict[str, Any] | None:
+    """A line as a row of scores; None where it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    if row.get(error) is not None:
+        return row if isinstance(row[error], str) else None
+    values = [row.get(name) for name in numbers]
+    return row if all(is_finite(value) and not isinstance(value, bool) for value in values) else None
+
+
 def recorded(path: Path) -> dict[str, Any] | None:
     """What the rows of an output belong to; None when nothing has been written yet.
 
@@ -102,12 +146,42 @@ def recorded(path: Path) -> dict[str, Any] | None:
         return None
     sidecar = _sidecar(path)
     try:
-        return dict(json.loads(sidecar.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return _record(sidecar)
+    except (OSError, ValueError, RecursionError) as error:
         raise CommandError(
             f"{path} exists, but {sidecar.name} beside it, which says what it belongs to, cannot be read ({error}); "
-            "use another --output, or --overwrite to start again"
+            f"use another --output, or remove {path}"
         ) from error
+
+
+def _record(sidecar: Path) -> dict[str, Any]:
+    """The content of a sidecar; ValueError where it is none of ours."""
+    content = json.loads(sidecar.read_text(encoding="utf-8"))
+    # Versions of entra before the format wrote no name.
+    versions = content.get("versions") if isinstance(content, dict) else None
+    if not isinstance(versions, dict) or "entra" not in versions or not isinstance(content.get("input"), dict):
+        raise ValueError("entra score did not write it")
+    for _ in flat(content):  # nested too deeply is found here
+        pass
+    return dict(content)
+
+
+def recorded_threads(path: Path) -> int | None:
+    """The number of threads on record; None when nothing has been written yet.
+
+    Raises:
+        CommandError: as `recorded`, and for a number that is none.
+    """
+    before = recorded(path)
+    if before is None:
+        return None
+    threads = before.get("threads")
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= _MOST_THREADS:
+        raise CommandError(
+            f"{_sidecar(path)} says threads={shortened(threads)}, which must be a whole number from 1 to {_MOST_THREADS:,}; "
+            "use another --output, or --overwrite to start again"
+        )
+    return threads
 
 
 def check(path: Path, identity: Mapping[str, Any]) -> None:
@@ -119,17 +193,39 @@ def check(path: Path, identity: Mapping[str, Any]) -> None:
     before = recorded(path)
     if before is None:
         return
+    remedy = "use another --output, or --overwrite to start again"
+    if before.get("format") != _FORMAT:
+        raise CommandError(
+            f"{path} was written by another version of entra, which noted other things about its model; {remedy}"
+        )
     then = dict(flat(before))
-    for name, now in flat(json.loads(json.dumps(identity, default=json_value))):
-        if then.get(name) != now:
+    now = dict(flat(json.loads(json.dumps(identity, default=json_value))))
+    gone = [name for name in then if name.partition(".")[0] in identity and name not in now]
+    for name in (*now, *gone):
+        if then.get(name) != now.get(name):
             raise CommandError(
-                f"{path} exists and was made with {name}={then.get(name)!r}, now it is {now!r}; "
-                "use another --output, or --overwrite to start again"
+                f"{path} exists and was made with {name}={shortened(then.get(name))}, now it is {shortened(now.get(name))}; "
+                f"{remedy}"
             )
 
 
-def check_destination(option: str, path: Path, inputs: Sequence[Path]) -> None:
-    """Refuse a file that cannot be written, or that would overwrite what is read.
+def shortened(value: Any) -> str:
+    """A value from a file in a message."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def check_destination(
+    option: str, path: Path, inputs: Sequence[Path], is_ours: Callable[[Path], bool], what: str = "this command"
+) -> None:
+    """Refuse a file that cannot be written, that is read, or that something else wrote.
+
+    Args:
+        option: that names it.
+        path: of the file.
+        inputs: files that are read, and that exist.
+        is_ours: whether a file that exists may be replaced, because `what` wrote it. A file without content may.
+        what: writes such files.
 
     Raises:
         CommandError: names `option`.
@@ -137,10 +233,56 @@ def check_destination(option: str, path: Path, inputs: Sequence[Path]) -> None:
     if os.path.exists(path):  # Path.exists raises when the name is too long
         if not path.is_file():
             raise CommandError(f"cannot write {option} {path}: it is no ordinary file; name one")
-        if any(path.samefile(source) for source in inputs):
+        if _is_one_of(path, inputs):
             raise CommandError(f"{option} {path} is the input; choose another file")
+        if path.stat().st_size and not _is_ours(path, is_ours):
+            raise CommandError(f"{option} {path} exists, and {what} did not write it; choose another file, or remove it")
     elif not os.path.isdir(path.parent):
         raise CommandError(f"cannot write {option} {path}: there is no folder {path.parent}; make it first")
+
+
+def _is_one_of(path: Path, others: Sequence[Path]) -> bool:
+    return any(os.path.exists(other) and path.samefile(other) for other in others)
+
+
+def _is_ours(path: Path, is_ours: Callable[[Path], bool]) -> bool:
+    try:
+        return is_ours(path)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def check_output(path: Path, inputs: Sequence[Path]) -> None:
+    """Refuse an output of `entra score` that it, or the file beside it, would put in the place of something else.
+
+    Raises:
+        CommandError: names `--output`.
+    """
+    sidecar = _sidecar(path)
+    with _writing(path, "choose another --output"):
+        if os.path.exists(path) and path.is_file() and not _is_one_of(path, inputs):
+            recorded(path)  # which says what is wrong with the sidecar
+        check_destination("--output", path, inputs, _is_output, "entra score")
+        if not os.path.exists(sidecar) or not sidecar.is_file():
+            return
+        if _is_one_of(sidecar, inputs):
+            raise CommandError(f"--output {path} needs {sidecar.name} beside it, which is the input; choose another file")
+        if sidecar.stat().st_size and not _is_ours(sidecar, lambda file: bool(_record(file))):
+            raise CommandError(
+                f"--output {path} needs {sidecar.name} beside it, which exists, and entra score did not write it; choose "
+                f"another file, or remove {sidecar}"
+            )
+
+
+def _is_output(path: Path) -> bool:
+    """Whether a file is an output of `entra score`, by its sidecar and first line."""
+    prefix = _record(_sidecar(path)).get("prefix")
+    with path.open("rb") as file:
+        line = file.readline()
+    if not line.endswith(b"\n"):  # a run was killed in its first line
+        return line.startswith(b"{")
+    row = json.loads(line)
+    return isinstance(row, dict) and any(f"{prefix}{name}" in row for name in ("reward", "error"))
 
 
 def json_value(value: Any) -> Any:
@@ -150,6 +292,11 @@ def json_value(value: Any) -> Any:
     if hasattr(value, "isoformat"):
         return value.isoformat()
     return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _beginnings(row: Mapping[str, Any]) -> list[bytes]:
+    """How a line with these columns may begin, up to what follows them."""
+    return [_line(row)[:-2], json.dumps(row, default=json_value).encode("ascii")[:-1]]
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -171,17 +318,27 @@ def _writing(path: Path, remedy: str, exit_code: int = 2) -> Iterator[None]:
 
 
 def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".meta.json")
+    return path.with_name(path.name + SIDECAR)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Either all of the file is there or nothing."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    """Either all of the file is there or nothing; nothing else is touched."""
+    for attempt in count():
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}-{attempt}.tmp")
+        try:
+            file = unfinished.open("x", encoding="utf-8")
+        except FileExistsError:
+            continue
+        break
+    try:
+        with file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

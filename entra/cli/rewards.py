@@ -13,7 +13,7 @@ from typing import Any
 from entra.cli import CommandError, one_line
 from entra.config import ScoreConfig, nearest_of
 from entra.grading import answer_reward
-from entra.problems import reasoning_gym_reward
+from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
 from entra.reward import EntraReward
 
 RewardFunction = Callable[..., Any]
@@ -27,7 +27,13 @@ _FROM_TRAINER = {"prompts", "completions", "completion_ids", "trainer_state", "l
 
 
 def reward_functions(
-    names: Sequence[str] | None, gate: str | None, columns: Sequence[str] | None, config: ScoreConfig, guards: dict[str, Any]
+    names: Sequence[str] | None,
+    gate: str | None,
+    columns: Sequence[str] | None,
+    config: ScoreConfig,
+    guards: dict[str, Any],
+    *,
+    run_answers_as_code: bool = False,
 ) -> list[RewardFunction]:
     """The reward functions of a run.
 
@@ -37,6 +43,7 @@ def reward_functions(
         columns: of the dataset; None: not known (streamed).
         config: of "entra".
         guards: the other options of EntraReward.
+        run_answers_as_code: whether "reasoning_gym" scores tasks that do.
 
     Raises:
         CommandError: an unknown name, a column that a function needs and the dataset lacks, no gate that fits, or an option
@@ -49,11 +56,13 @@ def reward_functions(
     if names is None:
         names = ["entra"] if gate in (None, "none") else [str(gate), "entra"]
     functions: list[RewardFunction] = []
-    allowed = None if gate in (None, "none") or "entra" not in names else _function(str(gate), columns)
+    gated = gate not in (None, "none") and "entra" in names
+    allowed = _function(str(gate), columns, run_answers_as_code) if gated else None
     for name in names:
         if name != "entra":
             # The gate itself, so that a trainer sees that it is asked twice.
-            functions.append(allowed if name == gate and allowed is not None else _function(name, columns))
+            same = allowed if name == gate else None
+            functions.append(_function(name, columns, run_answers_as_code) if same is None else same)
             continue
         try:
             functions.append(EntraReward(config=config, gate=allowed, **guards))
@@ -76,9 +85,9 @@ def _default_gate(columns: Sequence[str] | None) -> str:
     )
 
 
-def _function(name: str, columns: Sequence[str] | None) -> RewardFunction:
+def _function(name: str, columns: Sequence[str] | None, run_answers_as_code: bool) -> RewardFunction:
     if name == "reasoning_gym":
-        function: Any = reasoning_gym_reward
+        function: Any = unsafe_reasoning_gym_reward if run_answers_as_code else reasoning_gym_reward
     elif name == "answer":
         function = answer_reward
     elif name in _TRL_REWARDS:

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -56,6 +57,7 @@ def survey(path: Path) -> Survey:
         CommandError: the file cannot be read, is not Parquet although its name ends in .parquet, or starts as something
             other than JSON Lines does.
     """
+    check_readable_again(path)
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -83,6 +85,19 @@ def survey(path: Path) -> Survey:
         rows += 1
         columns.update(dict.fromkeys(row.columns))
     return Survey(rows, list(columns), digest.hexdigest())
+
+
+def check_readable_again(path: Path, what: str = "") -> None:
+    """Refuse a pipe: it is empty when it is read a second time.
+
+    Raises:
+        CommandError: such a file; `what` comes before its name.
+    """
+    if os.path.exists(path) and not path.is_file() and not path.is_dir():
+        raise CommandError(
+            f"cannot read {what}{path}: it is a pipe or a device, which can be read only once; write what comes out of it "
+            "into a file first"
+        )
 
 
 def read_rows(path: Path, start: int) -> Iterator[Row]:

@@ -13,9 +13,7 @@ Decisions taken here:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -27,8 +25,9 @@ from typing import Any
 import torch
 
 from entra import __version__
-from entra.cli import CommandError
-from entra.cli.output import Output, check, check_destination, recorded
+from entra.cli import CommandError, say
+from entra.cli.fingerprint import fingerprint
+from entra.cli.output import Output, check, check_output, recorded_threads
 from entra.cli.rows import Survey, read_rows, survey
 from entra.cli.scoring import (
     DETAIL_COLUMNS,
@@ -44,7 +43,6 @@ from entra.cli.scoring import (
     listed,
     load,
 )
-from entra.policy import Policy
 from entra.progress import progress_bar
 
 _DESCRIPTION = """\
@@ -52,7 +50,8 @@ Score the completions in a file of traces, JSON Lines or Parquet. The output has
 with its columns and: reward, tokens (of the completion), mean_logprob, mean_incoming (attention from future tokens) and
 protected_tokens (how many), or error (kind and message) when the row cannot be scored. Bad rows stop nothing and leave the
 exit code at 0. A run that was stopped, in whatever way, goes on when the same command is given again; OUTPUT.meta.json
-records what the rows belong to, and a command with another input, model or option is refused."""
+records what the rows belong to, and a command with another input, model or option is refused. Files that entra score did not
+write are never replaced, with --overwrite neither."""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -89,16 +88,18 @@ def run(options: argparse.Namespace) -> None:
     }
     if not options.overwrite:
         check(options.output, identity)  # before the model is loaded, which takes long
-        before = recorded(options.output)
-        if before is not None:
+        threads = recorded_threads(options.output)
+        if threads is not None:
             # The last digits of a CPU's sums depend on the number of threads.
-            torch.set_num_threads(int(before["threads"]))
+            torch.set_num_threads(threads)
     policy = load(options.model)
-    identity |= {"device": device_name(policy), "weights": fingerprint(policy)}
+    identity |= {"device": device_name(policy), "model_files": fingerprint(options.model)}
     summary = _Summary(options.prefix)
     facts = {"model": options.model, "threads": torch.get_num_threads()}
     with Output(options.output, identity, facts, options.overwrite) as output:
-        for row in output.finished(options.prefix + ERROR_COLUMN, [options.prefix + name for name in ("reward", "tokens")]):
+        given = (row.columns for row in read_rows(options.traces, 0))
+        numbers = [options.prefix + name for name in SCORE_COLUMNS]
+        for row in output.finished(given, options.prefix + ERROR_COLUMN, numbers, _added_columns(options)):
             summary.add(row)
         summary.earlier = summary.rows
         try:
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
             raise CommandError(
                 f"interrupted after {summary.rows} of {source.rows} rows; the same command goes on from there", exit_code=130
             ) from None
-    print(summary.text(options.output, time.monotonic() - started), file=sys.stderr)
+    say(*summary.lines(options.output, time.monotonic() - started))
 
 
 def versions() -> dict[str, str]:
@@ -115,27 +116,16 @@ def versions() -> dict[str, str]:
     return {"entra": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
 
 
-def fingerprint(policy: Policy) -> str:
-    """A hash that changes when model or tokenizer do: every weight's name, shape and 64 of its values, and the vocabulary."""
-    digest = hashlib.sha256()
-    for name, weight in policy.model.state_dict().items():
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
-        values = weight.reshape(-1)
-        digest.update(values[:: max(1, values.numel() // 64)].double().cpu().numpy().tobytes())
-    tokenizer = policy.tokenizer
-    template = getattr(tokenizer, "chat_template", None)
-    vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else None
-    digest.update(repr((vocabulary, template)).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
 def _check_options(options: argparse.Namespace, source: Survey) -> None:
-    check_destination("--output", options.output, [options.traces])
+    check_output(options.output, [options.traces])
     check_scoring_flags(options, source)
-    added = [options.prefix + name for name in (*SCORE_COLUMNS, *(DETAIL_COLUMNS if options.details else ()), ERROR_COLUMN)]
-    taken = [name for name in added if name in source.columns]
+    taken = [name for name in _added_columns(options) if name in source.columns]
     if taken:
         raise CommandError(f"the input has columns that would be added: {', '.join(taken)}; use --prefix, e.g. --prefix entra_")
+
+
+def _added_columns(options: argparse.Namespace) -> list[str]:
+    return [options.prefix + name for name in (*SCORE_COLUMNS, *(DETAIL_COLUMNS if options.details else ()), ERROR_COLUMN)]
 
 
 def _score_missing(options: argparse.Namespace, source: Survey, scorer: Scorer, output: Output, summary: _Summary) -> None:
@@ -196,10 +186,10 @@ class _Summary:
             self.tokens += row[self._prefix + "tokens"]
             self.rewards += row[self._prefix + "reward"]
 
-    def text(self, path: Path, seconds: float) -> str:
+    def lines(self, path: Path, seconds: float) -> list[str]:
         """The summary in a few lines."""
         good = self.rows - self.errors.total()
-        lines = [
+        return [
             f"{path}: {self.rows:,} rows" + (f", {self.earlier:,} of them from earlier runs" if self.earlier else ""),
             f"  scored       {good:,}",
             f"  errors       {self.errors.total():,}" + (f" ({listed(self.errors)})" if self.errors else ""),
@@ -207,4 +197,3 @@ class _Summary:
             f"  tokens       {self.tokens:,}",
             f"  time         {seconds:.1f} s, model loading included",
         ]
-        return "\n".join(lines)

@@ -73,10 +73,10 @@ def load(model: str) -> Policy:
         return load_policy(model)
 
 
-def load_tokenizer_of(model: str) -> Any:
+def load_tokenizer_of(model: str, *, trust_remote_code: bool | None = None) -> Any:
     """The tokenizer of the policy of that name; CommandError when there is none."""
     with _loading(model, "a folder with a tokenizer"):
-        return load_tokenizer(model)
+        return load_tokenizer(model, trust_remote_code=trust_remote_code)
 
 
 @contextmanager

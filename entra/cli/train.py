@@ -16,7 +16,6 @@ import argparse
 import copy
 import importlib.util
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,12 +26,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from entra.cli import CommandError, one_line, refuse
-from entra.cli.checkpoints import checkpoint_to_resume, is_finished, last_checkpoint, record
+from entra.cli import CommandError, Parser, one_line, refuse, say
+from entra.cli.checkpoints import check_folder, checkpoint_to_resume, is_finished, last_checkpoint, record
 from entra.cli.flags import add_flags
 from entra.cli.rewards import reward_functions
-from entra.cli.training_data import Problems, load_data
+from entra.cli.rows import check_readable_again
+from entra.cli.training_data import Problems, check_entries, load_data
 from entra.config import ScoreConfig, nearest_of
+from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -98,6 +99,10 @@ class TrainOptions:
     problem_seed: int = 0
     """For --dataset_name reasoning_gym: another seed, other problems."""
 
+    run_answers_as_code: bool = False
+    """Train also on tasks of reasoning-gym whose scorers run the answer, text of the policy, as Python code: in a child process
+    with limits that are no sandbox. Default: such tasks are refused."""
+
 
 _GUARDS = ("halve_at", "group_gate", "min_length", "min_mean_logprob", "dead_band", "skip_truncated")
 
@@ -149,15 +154,17 @@ def run(options: argparse.Namespace) -> None:
     arguments, settings = command.arguments, command.settings()
     folder = Path(arguments.output_dir)
     checkpoint = checkpoint_to_resume(folder, arguments.resume_from_checkpoint, settings)
+    if checkpoint is None:
+        check_folder(folder, command.model.model_name_or_path)
     if checkpoint is not None and is_finished(checkpoint, arguments.max_steps, arguments.num_train_epochs):
-        print(f"{folder} is finished: all steps are done, the model is in {checkpoint}", file=sys.stderr)
+        say(f"{folder} is finished: all steps are done, the model is in {checkpoint}")
         return
     trainer = _trainer(command)
     if trainer.accelerator.is_main_process:
         if checkpoint is None:
             record(folder, settings)
         else:
-            print(f"going on from {checkpoint}", file=sys.stderr)
+            say(f"going on from {checkpoint}")
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
@@ -166,7 +173,7 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"interrupted after {trainer.state.global_step} steps; {remedy}", exit_code=130) from None
     trainer.save_model(arguments.output_dir)
     if trainer.accelerator.is_main_process:
-        print(_summary(trainer.state, folder, time.monotonic() - started), file=sys.stderr)
+        say(*_summary(trainer.state, folder, time.monotonic() - started))
     if arguments.push_to_hub:
         trainer.push_to_hub(dataset_name=command.script.dataset_name)
     _let_go(trainer)
@@ -189,7 +196,7 @@ def _let_go(trainer: Any) -> None:
 
 def _parse(words: Sequence[str]) -> _Run:
     """The command line and the YAML file that it names."""
-    first = argparse.ArgumentParser(prog="entra train", usage=_USAGE, add_help=False, allow_abbrev=False)
+    first = Parser(prog="entra train", usage=_USAGE, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--trainer")
     early, flags = first.parse_known_args(words)
@@ -226,7 +233,7 @@ def _parser(trainer: str) -> Any:
     configs = {"grpo": GRPOConfig, "rloo": RLOOConfig}
     if trainer not in configs:
         raise CommandError(f"--trainer {trainer} must be one of {', '.join(configs)}")
-    parser = TrlParser(
+    parser = type("_Parser", (Parser, TrlParser), {})(
         (ScriptArguments, configs[trainer], ModelConfig, DatasetMixtureConfig),
         prog="entra train",
         usage=_USAGE,
@@ -261,6 +268,7 @@ def _config_file(name: str) -> Path:
 def _yaml(path: Path) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped]
 
+    check_readable_again(path, "--config ")  # TRL reads it, too
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -280,11 +288,16 @@ def _trainer(command: _Run) -> Any:
     arguments, options = command.arguments, command.options
     with arguments.main_process_first(desc="making the model folder"):
         name = _model_folder(command.model.model_name_or_path, Path(arguments.output_dir))
+    run_code = options.run_answers_as_code
     chat = _has_chat_template(name, command.model.model_revision, arguments.trust_remote_code)
-    problems = Problems(options.tasks, options.problems, options.eval_problems, options.problem_seed, chat)
+    problems = Problems(options.tasks, options.problems, options.eval_problems, options.problem_seed, chat, run_code)
     data = load_data(command.script, command.mixture, problems, arguments.eval_strategy != "no")
     guards = {guard: getattr(options, guard) for guard in _GUARDS}
-    functions = reward_functions(options.reward_funcs, options.gate, data.columns, command.config, guards)
+    functions = reward_functions(
+        options.reward_funcs, options.gate, data.columns, command.config, guards, run_answers_as_code=run_code
+    )
+    if any(getattr(f, "gate", f) in (reasoning_gym_reward, unsafe_reasoning_gym_reward) for f in functions):
+        check_entries(data, run_code)
     with _told():
         from trl import get_peft_config, get_quantization_config
 
@@ -359,7 +372,7 @@ def _told(what: str = "") -> Iterator[None]:
         raise CommandError(what + one_line(error)) from error
 
 
-def _summary(state: Any, folder: Path, seconds: float) -> str:
+def _summary(state: Any, folder: Path, seconds: float) -> list[str]:
     """The run in a few lines: what was logged first and last."""
     logged = [entry for entry in state.log_history if "reward" in entry]
     lines = [f"{folder}: {state.global_step:,} steps, model saved, {seconds:.0f} s"]
@@ -368,7 +381,7 @@ def _summary(state: Any, folder: Path, seconds: float) -> str:
         for name in (*names, "completions/mean_length"):
             before, after = (entry.get(name) for entry in (logged[0], logged[-1]))  # None: no completion was scored
             lines.append(f"  {name:<36} {_number(before):>10} -> {_number(after)}")
-    return "\n".join(lines)
+    return lines
 
 
 def _number(value: float | None) -> str:

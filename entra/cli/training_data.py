@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from entra.cli import CommandError, one_line
+from entra.cli.rows import check_readable_again
+from entra.scorer_process import ProcessError
 
 _FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 PROBLEMS = "reasoning_gym"
@@ -32,6 +35,8 @@ class Problems(NamedTuple):
     seed: int
     chat: bool
     """Whether the model takes chat messages."""
+    run_answers_as_code: bool = False
+    """Whether tasks are taken whose scorers do."""
 
 
 def load_data(script: Any, mixture: Any, problems: Problems, evaluate: bool) -> Data:
@@ -58,6 +63,34 @@ def load_data(script: Any, mixture: Any, problems: Problems, evaluate: bool) -> 
     return Data(train, splits[names[1]] if evaluate else None, columns)
 
 
+def check_entries(data: Data, run_answers_as_code: bool) -> None:
+    """Refuse problems of reasoning-gym that can only be scored by running text as code, before anything is trained.
+
+    Of a stream nothing is known yet: there `reasoning_gym_reward` refuses them one by one.
+
+    Raises:
+        CommandError: the first such problem, or what is no problem of reasoning-gym.
+    """
+    from entra.problems import check_task
+
+    for split in (data.train, data.test):
+        if split is None or not hasattr(split, "num_rows") or "entry" not in split.column_names:
+            continue
+        tasks = set()
+        for row, entry in enumerate(split["entry"], start=1):
+            try:
+                tasks.add(json.loads(entry)["metadata"]["source_dataset"])
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise CommandError(
+                    f"row {row} of the dataset: entry is no problem of reasoning-gym ({one_line(error)}); name another --gate"
+                ) from error
+        try:
+            for task in tasks:
+                check_task(task, run_answers_as_code=run_answers_as_code)
+        except (ImportError, ValueError) as error:
+            raise CommandError(one_line(error)) from error
+
+
 def _problems(problems: Problems, evaluate: bool) -> dict[str, Any]:
     from entra.problems import load_problems
 
@@ -67,8 +100,14 @@ def _problems(problems: Problems, evaluate: bool) -> dict[str, Any]:
         raise CommandError(f"--problems {problems.train} and --eval_problems {problems.test} must be at least 1")
     held_out = problems.test if evaluate else 0
     try:
-        both = load_problems(problems.tasks, problems.train + held_out, seed=problems.seed, chat=problems.chat)
-    except (ImportError, ValueError) as error:
+        both = load_problems(
+            problems.tasks,
+            problems.train + held_out,
+            seed=problems.seed,
+            chat=problems.chat,
+            run_answers_as_code=problems.run_answers_as_code,
+        )
+    except (ImportError, ValueError, ProcessError) as error:
         raise CommandError(one_line(error)) from error
     if not evaluate:
         return {"train": both}
@@ -91,6 +130,7 @@ def _splits(script: Any, mixture: Any) -> Any:
         kind = _FILES.get(Path(name).suffix.lower())
         if kind is None:
             return datasets.load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+        check_readable_again(Path(name), "the dataset ")
         with open(name, "rb"):  # datasets' own error about a missing file names a pattern
             pass
         return datasets.load_dataset(kind, data_files=glob.escape(name), streaming=script.dataset_streaming)

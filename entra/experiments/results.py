@@ -99,6 +99,22 @@ def write(result: Result, folder: Path, tables: Sequence[Table], figures: Sequen
     return markdown
 
 
+def check_folder(folder: Path, name: str) -> None:
+    """Refuse a folder in which the files of experiment `name` would take the place of others.
+
+    Raises:
+        ValueError: there is such a file, and no NAME.json beside it that `write` wrote.
+    """
+    patterns = (f"{name}.json", f"{name}.csv", f"{name}.md", f"{name}.svg", f"{name}.png", f"{name}-*.svg", f"{name}-*.png")
+    there = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    try:
+        ours = not there or read(folder / f"{name}.json").name == name
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{there[0]} exists, and entra experiment did not write it; use another --output, or remove it")
+
+
 def read(path: Path) -> Result:
     """The result in a file that `write` wrote."""
     return Result(**json.loads(path.read_text()))

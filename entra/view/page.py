@@ -93,6 +93,16 @@ def write_page(
         file.writelines(_parts(title, data, blocks))
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `write_page` wrote; its first lines say so.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return b'<meta name="generator" content="entra inspect">' in file.read(4096)
+
+
 def _parts(title: str, data: Mapping[str, Any], blocks: Sequence[str]) -> Iterator[str]:
     """The file, in pieces: the page with its program and the data that it starts with, then the tokens of each trace."""
     style, script = _asset("page.css"), "".join(map(_asset, _SCRIPTS))

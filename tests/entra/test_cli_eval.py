@@ -1,6 +1,7 @@
 """`entra eval`: numbers worked out by hand, what is read from which column, pairs and bad rows."""
 
 import json
+import os
 import sys
 import types
 
@@ -179,9 +180,9 @@ def test_tokens_of_a_tokenizer_or_of_ids():
 
 def test_entries_of_reasoning_gym_are_scored_by_its_scorer(monkeypatch, capsys):
     """A stand-in, because importing reasoning-gym takes seconds: half right is not right."""
-    scorers = {"digits": lambda answer, entry: {entry["answer"]: 1.0, "near": 0.5}.get(answer, 0.0)}
+    scorers = {"chain_sum": lambda answer, entry: {entry["answer"]: 1.0, "near": 0.5}.get(answer, 0.0)}
     monkeypatch.setattr("entra.problems._scorer", scorers.__getitem__)
-    entry = json.dumps({"answer": "7", "metadata": {"source_dataset": "digits"}})
+    entry = json.dumps({"answer": "7", "metadata": {"source_dataset": "chain_sum"}})
     texts = ["<answer>7</answer>", "<answer>near</answer>", "it is 8", "so\nThe answer is 7."]
     table = [{"prompt": f"{i}", "completion": text, "entry": entry} for i, text in enumerate(texts)]
     write_rows("base.jsonl", [*table, {**table[0], "entry": "{}"}])
@@ -191,6 +192,49 @@ def test_entries_of_reasoning_gym_are_scored_by_its_scorer(monkeypatch, capsys):
         (5, "malformed: entry is no problem of reasoning-gym: 'metadata'")
     ]
     assert "reasoning-gym's scorer gives the answer 1" in capsys.readouterr().out
+
+
+def _entry(task, **metadata):
+    return json.dumps({"answer": "7", "metadata": {"source_dataset": task, **metadata}})
+
+
+CODE = "__import__('os').system('touch executed')"
+
+
+@pytest.mark.parametrize("options", [[], ["--run-answers-as-code"]], ids=["by-default", "in-a-child"])
+def test_code_in_a_file_is_not_run(options, capsys):
+    """`entra eval` called the tasks' own scorers, and those of n_queens and others evaluate the answer, or the problem."""
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
+    answers = {
+        "n_queens": {"valid_answers": []},
+        "spiral_matrix": {},
+        "binary_matrix": {},
+        "string_insertion": {},
+        "countdown": {"numbers": [7], "target": 7},
+        "puzzle24": {},
+        "polynomial_multiplication": {},
+        "simple_integration": {"variable": "x", "integrand": "x"},
+        "no such task": {},
+        "composite": {},
+    }
+    table = [{"prompt": t, "completion": f"<answer>{CODE}</answer>", "entry": _entry(t, **m)} for t, m in answers.items()]
+    sorting = json.dumps({"answer": CODE, "metadata": {"source_dataset": "number_sorting", "direction": "ascending"}})
+    table += [
+        {"prompt": "bits", "completion": "<answer>7</answer>", "entry": _entry("bitwise_arithmetic", problem=CODE)},
+        {"prompt": "sort", "completion": "<answer>[7]</answer>", "entry": sorting},
+        {"prompt": "fine", "completion": "<answer>7</answer>", "entry": _entry("gcd")},
+    ]
+    write_rows("base.jsonl", table)
+    found = evaluate("base.jsonl", *options)["base"]
+    assert not os.path.exists("executed")
+    bad = {row["row"]: row["error"] for row in found["bad_rows"]}
+    assert set(bad) == ({7, 8, 9, 10} if not options else {9, 10})
+    assert all(error.startswith("not scored: ") for error in bad.values())
+    if not options:
+        assert "runs the answer, or the problem, as Python code" in bad[7]
+        assert "entra eval --run-answers-as-code" in bad[7]
+    assert "no problems of a task 'no such task'" in bad[9]
+    assert found["accuracy"]["estimate"] == pytest.approx(1 / (len(table) - len(bad)))
 
 
 @pytest.mark.parametrize(
@@ -297,6 +341,8 @@ def test_interval_that_is_undefined_in_some_draws_is_left_out_with_a_word(capsys
         pytest.param(["base.jsonl", "--seed", "-1"], "--seed -1 must be at least 0", id="seed"),
         pytest.param(["base.jsonl", "--max-tokens", "0"], "--max-tokens 0 must be at least 1 token", id="max-tokens"),
         pytest.param(["base.jsonl", "--json", "base.jsonl"], "--json base.jsonl is the input", id="json-is-input"),
+        pytest.param(["base.jsonl", "--json", "mine.json"], "--json mine.json exists, and entra eval did not", id="not-ours"),
+        pytest.param(["pipe"], "cannot read pipe: it is a pipe or a device, which can be read only once", id="pipe"),
         pytest.param(["base.jsonl", "--json", "no/x.json"], "there is no folder no; make it first", id="no-folder"),
     ],
 )
@@ -305,6 +351,8 @@ def test_bad_usage_is_one_line(words, message, capsys):
     write_rows("other.jsonl", [{**row, "id": "other"} for row in BASE])
     write_rows("bad.jsonl", ["{"])
     write_rows("empty.jsonl", [])
+    write_rows("mine.json", [{"entra": 1}])
+    os.mkfifo("pipe")
     assert main(["eval", *words]) == 2
     captured = capsys.readouterr()
     (line,) = (line for line in captured.err.splitlines() if line.startswith("entra eval: "))

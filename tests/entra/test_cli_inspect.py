@@ -228,6 +228,7 @@ def test_shipped_traces_without_a_file(model, shown):
         pytest.param(["t.html", "-o", "t.html"], "--output t.html is the input; choose another file", id="output-is-input"),
         pytest.param(["t.jsonl", "-o", "scores.jsonl"], "--output scores.jsonl must end in .html", id="not-html"),
         pytest.param(["t.jsonl", "-o", "folder.html"], "cannot write --output folder.html: it is no ordinary", id="folder"),
+        pytest.param(["t.jsonl", "-o", "t.html"], "--output t.html exists, and entra inspect did not write it", id="not-ours"),
         pytest.param(["t.jsonl", "--limit", "0"], "--limit 0 must be at least 1 row", id="limit"),
         pytest.param(["t.jsonl", "--batch-size", "0"], "--batch-size 0 must be at least 1 row", id="batch-size"),
         pytest.param(["t.jsonl", "--prompt-column", "q"], "no row has a column 'q'; there are prompt, completion", id="column"),
@@ -243,3 +244,46 @@ def test_bad_usage_is_one_line(words, message, tmp_path, capsys):
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("entra inspect: "))
     assert message in line
     assert not (tmp_path / "report.html").exists()
+
+
+def test_code_in_a_file_and_beside_it_is_not_run(model, shown, tmp_path, monkeypatch, capsys):
+    """The model on record comes with the file: code of its tokenizer was offered to run, with y as the way to say so."""
+    code = f"open({str(tmp_path / 'executed')!r}, 'w').close()"
+    entry = json.dumps({"answer": "7", "metadata": {"source_dataset": "n_queens", "valid_answers": []}})
+    traces = write_rows(tmp_path / "t.jsonl", [{**GOOD, "completion": f"<answer>{code}</answer>", "entry": entry}])
+    assert main(["score", traces, "--model", str(model), "--output", "s.jsonl", "--details"]) == 0
+    assert main(["inspect", "s.jsonl", "-o", "out.html"]) == 0
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "config.json").write_text(json.dumps({"model_type": "none", "auto_map": {"AutoConfig": "code.Config"}}))
+    (evil / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", None]}})
+    )
+    (evil / "code.py").write_text(code)
+    record = json.loads((tmp_path / "s.jsonl.meta.json").read_text())
+    (tmp_path / "s.jsonl.meta.json").write_text(json.dumps({**record, "model": str(evil)}))
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    assert main(["inspect", "s.jsonl", "-o", "out.html"]) == 2
+    assert "cannot load --model" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("config", {"attention_weight": 10**400}, 0),
+        ("config", [1], 0),
+        ("model", ["m"], 2),
+        ("model", 10**400, 2),
+        ("versions", None, 2),
+    ],
+    ids=["config", "config-is-a-list", "model-is-a-list", "model-is-a-number", "of-something-else"],
+)
+def test_absurd_values_beside_a_scored_file_end_in_no_traceback(name, value, code, model, shown, tmp_path, capsys):
+    ids = [5, 6]
+    columns = {key: [0.5, 0.5] for key in ("logprobs", "incoming", "importance")}
+    write_rows(tmp_path / "s.jsonl", [{**GOOD, **columns, "token_ids": ids, "protected": [True, False], "reward": 0.5}])
+    record = {"versions": {"entra": "0"}, "input": {}, "config": {}, "model": str(model), name: value}
+    (tmp_path / "s.jsonl.meta.json").write_text(json.dumps(record))
+    assert main(["inspect", "s.jsonl", "-o", "out.html"]) == code
+    assert code == 0 or "give --model: its tokenizer is needed" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from tiny_tokenizer import build_tokenizer
 import entra
 from entra.cli import main
 from entra.cli.checkpoints import last_checkpoint
-from entra.cli.train import _GUARDS, RECIPES, TrainOptions, _summary
+from entra.cli.rewards import reward_functions
+from entra.cli.train import _GUARDS, RECIPES, TrainOptions, _parse, _summary
+from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
 
 for package in ("trl", "datasets", "accelerate"):
     pytest.importorskip(package, reason=f"needs {package}: pip install 'entra[train]'")
@@ -217,6 +220,60 @@ def test_bad_input_is_one_line(changes, message, model, here, capsys):
     assert not Path("out/entra_train.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param(
+            {"dataset_name": "code.jsonl", "gate": "reasoning_gym"}, "'simple_integration' runs the answer", id="file"
+        ),
+        pytest.param(
+            {"dataset_name": "code.jsonl", "gate": None}, "'simple_integration' runs the answer", id="gate-by-default"
+        ),
+        pytest.param({"dataset_name": "reasoning_gym", "tasks": ["simple_integration"]}, "runs the answer", id="tasks"),
+        pytest.param({"dataset_name": "foreign.jsonl", "gate": "reasoning_gym"}, "row 1 of the dataset: entry", id="foreign"),
+    ],
+)
+def test_problems_whose_answers_run_as_code_are_refused_before_training(changes, message, model, here, capsys):
+    """Answers are text of the policy; the scorer of such a task evaluated them in the trainer's process."""
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
+    entry = json.dumps({"answer": "", "metadata": {"source_dataset": "simple_integration"}})
+    Path("code.jsonl").write_text(json.dumps({"prompt": "1", "entry": entry}) + "\n")
+    Path("foreign.jsonl").write_text(json.dumps({"prompt": "1", "entry": "{}"}) + "\n")
+    test_bad_input_is_one_line(changes, message, model, here, capsys)
+    command = ["--reward_funcs", "reasoning_gym", "--run_answers_as_code", "true"]
+    assert _reward_functions(command) == [unsafe_reasoning_gym_reward]
+    assert _reward_functions(command[:2]) == [reasoning_gym_reward]
+
+
+def _reward_functions(command):
+    options = _parse(["--model_name_or_path", "m", "--output_dir", "o", *command]).options
+    return reward_functions(
+        options.reward_funcs, None, ["entry"], entra.ScoreConfig(), {}, run_answers_as_code=options.run_answers_as_code
+    )
+
+
+def test_model_of_somebody_else_is_not_replaced(model, here, capsys):
+    """The trained model's files would take the place of those of the folder."""
+    shutil.copytree(model, here / "mine")
+    before = {path.name: path.read_bytes() for path in (here / "mine").iterdir()}
+    Path("out").mkdir()
+    Path("out/entra_train.json").write_text('{"mine": 1}')
+    for changes, message in [
+        ({"model_name_or_path": "mine", "output_dir": "mine"}, "--output_dir mine is the model that is trained; choose"),
+        ({"output_dir": "mine"}, "mine/config.json exists, and entra train did not write it; use another --output_dir"),
+        ({}, "out/entra_train.json exists, and entra train did not write it"),
+        ({"output_dir": "other"}, "cannot read --config pipe: it is a pipe or a device"),
+    ]:
+        command = ["train", "--config", "config.yaml"]
+        Path("config.yaml").write_text(yaml.safe_dump(settings(model, **changes)))
+        if "pipe" in message:
+            os.mkfifo("pipe")
+            command[-1] = "pipe"
+        assert main(command) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in (here / "mine").iterdir()} == before
+
+
 # What makes a recipe small: each step is its own generation of two completions of a tiny model.
 SMALL = (
     *("--bf16", "false", "--num_generations", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"),
@@ -330,7 +387,7 @@ def test_interrupted_says_how_to_go_on(model, here, capsys, monkeypatch):
 def test_summary_where_no_completion_was_scored():
     """Found with the recipe: where every completion is cut off, skip_truncated leaves none to average, and None is logged."""
     logged = [{"reward": 0.5, "rewards/entra_reward/mean": value} for value in (None, 0.25)]
-    text = _summary(SimpleNamespace(log_history=logged, global_step=2), Path("out"), 3.0)
+    text = "\n".join(_summary(SimpleNamespace(log_history=logged, global_step=2), Path("out"), 3.0))
     assert "rewards/entra_reward/mean" in text
     assert " none -> 0.25" in text
 
@@ -354,7 +411,6 @@ def test_defaults_are_those_of_the_reward():
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_parse_and_their_problems_exist(recipe, here, monkeypatch):
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
-    from entra.cli.train import _parse
     from entra.problems import load_problems
 
     command = _parse(["--config", recipe.stem, "--bf16", "false", "--problems", "40"])

@@ -60,9 +60,12 @@ def test_neighbouring_protected_tokens_are_one_span_without_the_space_around_it(
         pytest.param(["--problem", "none-1"], "--problem none-1 is not shipped; there are ", id="unknown-problem"),
         pytest.param(["--limit", "0"], "--limit 0 must be at least 1", id="limit"),
         pytest.param(["--svg", "no/such/x.svg"], "cannot write --svg no/such/x.svg: there is no folder no/such", id="svg"),
+        pytest.param(["--svg", "mine.svg"], "--svg mine.svg exists, and entra demo did not write it", id="svg-not-ours"),
     ],
 )
-def test_bad_usage_is_one_line(arguments, message, capsys, monkeypatch):
+def test_bad_usage_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.svg").write_text("<svg/>")
     monkeypatch.setattr(demo, "load", None)  # all this is found before the model is loaded
     assert main(["demo", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from entra.experiments import EXPERIMENTS
+from entra.cli import main
+from entra.experiments import EXPERIMENTS, results
 from entra.experiments.report import report
 from entra.experiments.results import read, section
 
@@ -65,3 +66,19 @@ def test_every_plot_has_a_title_labels_and_a_caption_that_stands_alone(name):
 def test_no_results_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no results; make experiments"):
         report(tmp_path, DOCUMENT)
+
+
+def test_files_of_somebody_else_are_not_replaced(tmp_path, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    results.check_folder(folder, "domain")
+    (folder / "domain.md").write_text("mine")
+    command = ["experiment", "domain", "--output", str(folder), "--redraw", str(tmp_path / "none.json")]
+    assert main(command) == 1
+    assert f"{folder / 'domain.md'} exists, and entra experiment did not write it" in capsys.readouterr().err
+    written = results.Result(name="domain", settings={}, rows=[{"a": 1}], summary={}, environment={})
+    results.write(written, folder, [], [])
+    results.check_folder(folder, "domain")
+    (folder / "domain.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"domain\.csv exists, and entra experiment did not write it"):
+        results.check_folder(folder, "domain")
