@@ -102,7 +102,7 @@ def test_against_peers(results, once, tokens):
         assert tokens < 4096 or given_lse / records["SDPA forward"]["ms"] <= 1.0
 
 
-@pytest.mark.priority(25)
+@pytest.mark.priority(40)
 @pytest.mark.parametrize("group", [1, 4, 8])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_shapes(results, once, head_dim, group):

@@ -21,7 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from entra_kernels._spans import Spans
-from entra_kernels._triton.launch import AttentionLaunch, Chip, KernelCase, attention_launch, check_products, chip_of
+from entra_kernels._triton.launch import (
+    AttentionLaunch,
+    Chip,
+    KernelCase,
+    attention_launch,
+    check_products,
+    chip_of,
+    gluon_is_known,
+)
 from entra_kernels._triton.plan import PIECE_FIELDS, TILE_FIELDS, plan
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -478,7 +486,7 @@ def _launch(
         return laid_out
 
     views = None
-    if size.ring is not None and q.is_cuda and not triton.knobs.runtime.interpret:
+    if size.ring is not None and q.is_cuda and gluon_is_known() and not triton.knobs.runtime.interpret:
         from entra_kernels._triton import hopper  # Gluon is loaded where it runs only
 
         views = hopper.Views.of(q, k, scale)

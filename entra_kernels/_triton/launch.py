@@ -92,6 +92,15 @@ class Ring(NamedTuple):
     """Whether the resident tile is kept in registers: half of what the matrix unit reads then comes from shared memory."""
 
 
+def gluon_is_known() -> bool:
+    """Whether this Triton is one that compiles `hopper.py`: Gluon is experimental and changes from version to version. With
+    others the plain passes run, which give the same bits."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return (3, 6) <= version <= (3, 8)
+
+
 class AttentionLaunch(NamedTuple):
     """Launch size of the attention passes."""
 

@@ -60,6 +60,8 @@ def programs_per_sm(compiled: aot.Compiled, warps: int, shared_memory: int) -> i
 
 def tile_of(case: KernelCase) -> str:
     """Sizes of an attention pass's tile, or of the fused head's."""
+    if case.scores:  # of `hopper.py`, whose resident tile is the same everywhere
+        return f"256 x {case.constexprs['STREAMED']}"
     names = ("RESIDENT", "STREAMED") if "STREAMED" in case.constexprs else ("ROWS", "COLUMNS", "DEPTH")
     return " x ".join(str(case.constexprs[name]) for name in names if name in case.constexprs)
 
@@ -72,8 +74,8 @@ def row(case: KernelCase, chip: Chip, compiled: aot.Compiled) -> list[str]:
         case.label,
         chip.arch,
         tile_of(case),
-        case.num_warps,
-        case.num_stages,
+        "4 + 4 + 1" if case.scores else case.num_warps,
+        str(case.constexprs.get("STAGES", case.num_stages)),
         f"{per_score:.2f}" if per_score is not None else None,
         f"{counts.exponentials / scores:.2f}" if counts and scores else None,
         f"{counts.shuffles / counts.exponentials:.3f}" if counts and scores else None,
@@ -83,7 +85,10 @@ def row(case: KernelCase, chip: Chip, compiled: aot.Compiled) -> list[str]:
         compiled.registers,
         f"{compiled.shared_memory / 1024:.0f}",
         compiled.spills,
-        programs_per_sm(compiled, case.num_warps, chip.shared_memory) if chip.arch in ("sm_80", "sm_90") else None,
+        # Warps come in groups of 4: the ring's copying one takes the room of a group.
+        programs_per_sm(compiled, 12 if case.scores else case.num_warps, chip.shared_memory)
+        if chip.arch in ("sm_80", "sm_90")
+        else None,
     ]
     return ["-" if cell is None else str(cell) for cell in cells]
 
