@@ -70,6 +70,8 @@ def row(case: KernelCase, chip: Chip, compiled: aot.Compiled) -> list[str]:
     """One row of the table, a cell per entry of `COLUMNS`; "-" where there is nothing to count."""
     counts, scores = compiled.counts, compiled.scores
     per_score = compiled.per_score
+    # Warps come in groups of 4: the ring's copying one takes the room of a group.
+    programs = programs_per_sm(compiled, 12 if case.scores else case.num_warps, chip.shared_memory)
     cells: list[str | int | None] = [
         case.label,
         chip.arch,
@@ -85,10 +87,7 @@ def row(case: KernelCase, chip: Chip, compiled: aot.Compiled) -> list[str]:
         compiled.registers,
         f"{compiled.shared_memory / 1024:.0f}",
         compiled.spills,
-        # Warps come in groups of 4: the ring's copying one takes the room of a group.
-        programs_per_sm(compiled, 12 if case.scores else case.num_warps, chip.shared_memory)
-        if chip.arch in ("sm_80", "sm_90")
-        else None,
+        programs if chip.arch in ("sm_80", "sm_90") else None,
     ]
     return ["-" if cell is None else str(cell) for cell in cells]
 

@@ -592,7 +592,8 @@ class TestRule:
     @pytest.mark.parametrize(
         ("rows", "channels", "element_size", "fused"),
         [
-            pytest.param(8192, 4096, 2, False, id="large"),
+            pytest.param(8192, 8192, 2, False, id="many-channels"),
+            pytest.param(8192, 4096, 2, True, id="as-measured"),
             pytest.param(8192, 2048, 2, True, id="few-channels"),
             pytest.param(128, 4096, 2, True, id="few-rows"),
             pytest.param(8192, 4096, 4, True, id="float32"),
