@@ -62,7 +62,7 @@ def load_problems(
     try:
         from datasets import Dataset
     except ImportError:
-        raise ImportError("a dataset of problems needs datasets: pip install 'entra[train]'") from None
+        raise ImportError("a dataset of problems needs datasets: pip install 'entra-reward[train]'") from None
     options = tasks if isinstance(tasks, Mapping) else {task: {} for task in tasks}
     share = -(-size // len(options))
     columns = [_rows(task, options[task] or {}, share, seed, chat) for task in options]
@@ -168,5 +168,5 @@ def _reasoning_gym() -> Any:
     try:
         import reasoning_gym
     except ImportError:
-        raise ImportError("these problems need reasoning-gym: pip install 'entra[reasoning]'") from None
+        raise ImportError("these problems need reasoning-gym: pip install 'entra-reward[reasoning]'") from None
     return reasoning_gym

@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
-        raise CommandError(f"training needs {', '.join(missing)}: pip install 'entra[train]'")
+        raise CommandError(f"training needs {', '.join(missing)}: pip install 'entra-reward[train]'")
     # Of transformers about TRL: nothing that a user of either could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     command = _parse(options.rest)

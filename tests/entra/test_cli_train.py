@@ -22,7 +22,7 @@ from entra.cli.checkpoints import last_checkpoint
 from entra.cli.train import _GUARDS, RECIPES, TrainOptions, _summary
 
 for package in ("trl", "datasets", "accelerate"):
-    pytest.importorskip(package, reason=f"needs {package}: pip install 'entra[train]'")
+    pytest.importorskip(package, reason=f"needs {package}: pip install 'entra-reward[train]'")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,7 +103,7 @@ def test_trains_and_saves(model, here, capsys):
 
 
 def test_problems_of_reasoning_gym_with_rloo_and_evaluation(model, here):
-    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
     changes = {
         "trainer": "rloo",
         "dataset_name": "reasoning_gym",
@@ -257,7 +257,9 @@ def test_bad_config_file_is_one_line(text, message, here, capsys):
 def test_missing_trl_says_how_to_install_it(here, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["train", "--config", "config.yaml"]) == 2
-    assert capsys.readouterr().err == "entra train: training needs trl, accelerate, datasets: pip install 'entra[train]'\n"
+    assert (
+        capsys.readouterr().err == "entra train: training needs trl, accelerate, datasets: pip install 'entra-reward[train]'\n"
+    )
 
 
 def test_interrupted_says_how_to_go_on(model, here, capsys, monkeypatch):
@@ -295,7 +297,7 @@ def test_defaults_are_those_of_the_reward():
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_parse_and_their_problems_exist(recipe, here, monkeypatch):
-    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
     from entra.cli.train import _parse
     from entra.problems import load_problems
 

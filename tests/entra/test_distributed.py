@@ -23,7 +23,7 @@ from tiny_tokenizer import build_tokenizer
 
 import entra
 
-pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
+pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
 pytestmark = pytest.mark.timeout(600)  # one test may have to launch two runs
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}

@@ -17,7 +17,7 @@ import entra.capture
 import entra.rollout
 import entra.verify
 
-trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
+trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = [{"prompt": f"{'1+' * (i % 3)}{i}=", "answer": str(i), "model": "a column"} for i in range(8)]

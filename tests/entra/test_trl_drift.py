@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
+trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
 
 TRAINERS = [trl.GRPOTrainer, trl.RLOOTrainer]
 
