@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from entra_kernels._triton import disassembly
-from entra_kernels._triton.launch import Chip, KernelCase
+from entra_kernels._triton.launch import FUSED, Chip, KernelCase
 
 MODULES = ("plan", "attention", "sampled", "logprobs", "redundancy")
 DTYPES = ("bf16", "fp32")
@@ -124,7 +124,7 @@ def compile_case(case: KernelCase, chip: Chip) -> Any:
         if chip.is_nvidia
         else GPUTarget("hip", chip.arch, chip.lanes)
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED}
     if case.max_registers is not None and chip.is_nvidia:
         options["maxnreg"] = case.max_registers
     return triton.compile(source, target=target, options=options)

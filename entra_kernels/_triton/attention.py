@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entra_kernels._spans import Spans
-from entra_kernels._triton.launch import AttentionLaunch, Chip, KernelCase, attention_launch, chip_of
+from entra_kernels._triton.launch import FUSED, AttentionLaunch, Chip, KernelCase, attention_launch, chip_of
 from entra_kernels._triton.plan import PIECE_FIELDS, TILE_FIELDS, plan
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -472,7 +472,7 @@ def _launch(
         laid_out = torch.empty(rows, tables.slots, size.resident, dtype=torch.float32, device=q.device)
         _lay_out_kernel[(tables.slots * rows,)](
             values, laid_out, tables.tiles, tables.spans, *values.stride(), tables.slots, rows, factor, outside,
-            RESIDENT=size.resident, PACKED=packed,
+            RESIDENT=size.resident, PACKED=packed, **FUSED,
         )  # fmt: skip
         return laid_out
 
@@ -495,6 +495,7 @@ def _launch(
     _add_kernel[(tables.slots * rows,)](
         partial, out, tables.tiles, tables.of_slot, tables.spans, tokens, kv_heads, heads, rows, window or 0,
         RESIDENT=size.resident, PACKED=packed, WINDOW=window is not None, PER_HEAD=per_head, NORMALIZE=normalize,
+        **FUSED,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from entra_kernels._torch.redundancy import LOG_UNITS as _LOG_UNITS
 from entra_kernels._torch.redundancy import protected_counts
-from entra_kernels._triton.launch import Chip, KernelCase
+from entra_kernels._triton.launch import FUSED, Chip, KernelCase
 
 LOG_UNITS = tl.constexpr(_LOG_UNITS)
 
@@ -176,12 +176,23 @@ def redundancy(
     keys = torch.full((2 * tokens,), FREE.value, dtype=torch.int64, device=logprobs.device)
     counts = torch.zeros_like(keys, dtype=torch.int32)
     with torch.cuda.device_of(logprobs):
-        _select_kernel[(sequences,)](importance, starts, lengths, wanted, protected, broken, BLOCK=BLOCK, num_warps=WARPS)
+        _select_kernel[(sequences,)](
+            importance, starts, lengths, wanted, protected, broken, BLOCK=BLOCK, num_warps=WARPS, **FUSED
+        )
         _count_kernel[(sequences, COUNTERS)](
-            token_ids.contiguous(), protected, starts, lengths, keys, counts, BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8
+            token_ids.contiguous(),
+            protected,
+            starts,
+            lengths,
+            keys,
+            counts,
+            BLOCK=COUNTED,
+            COUNTERS=COUNTERS,
+            num_warps=8,
+            **FUSED,
         )
         _reward_kernel[(sequences,)](
-            counts, starts, lengths, wanted, broken, reward, degenerate_reward, BLOCK=BLOCK, num_warps=WARPS
+            counts, starts, lengths, wanted, broken, reward, degenerate_reward, BLOCK=BLOCK, num_warps=WARPS, **FUSED
         )
     return reward, importance, protected
 
