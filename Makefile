@@ -81,7 +81,7 @@ static-proof: $(VENV)/dev.done
 	$(BIN)/python -m entra_kernels._triton.sass --write benchmarks/README.md
 
 # Other Tritons than the pinned one, each in a folder that goes before the environment on the path. Spills and budgets are
-# printed but not asserted: they are facts about one compiler.
+# listed but not asserted: they are facts about one compiler.
 TRITONS := 3.6 3.8 3.9
 
 .venv-triton/%.done: $(VENV)/dev.done
@@ -90,7 +90,7 @@ TRITONS := 3.6 3.8 3.9
 
 compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	set -e; for version in $(TRITONS); do \
-	    PYTHONPATH=.venv-triton/$$version $(BIN)/python -m entra_kernels._triton.aot --compile-only; \
+	    PYTHONPATH=.venv-triton/$$version $(BIN)/python -m entra_kernels._triton.aot; \
 	done
 
 clean:
