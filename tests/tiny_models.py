@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 101
 WINDOW = 5
@@ -92,8 +92,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {**_FULL_THEN_SLIDING, "logit_scale": 0.0625},
 }
 
-FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
-"""Every family that `build` knows."""
+FAMILIES: tuple[str, ...] = tuple(
+    family for family, fields in _FAMILIES.items() if fields.get("model_type", family) in CONFIG_MAPPING
+)
+"""Every family that `build` knows and this transformers has: Gemma 4 is new in 5.5."""
 
 
 def build(family: str, **overrides: Any) -> PreTrainedModel:

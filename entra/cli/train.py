@@ -183,7 +183,7 @@ def _let_go(trainer: Any) -> None:
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.wait_for_everyone()
         time.sleep(_LETTING_GO)
-    trainer.end()
+    trainer.accelerator.end_training()  # all that `Trainer.end` of newer transformers does
 
 
 def _parse(words: Sequence[str]) -> _Run:

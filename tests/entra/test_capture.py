@@ -363,9 +363,12 @@ def test_decoding_on_a_cache_is_refused(model_of: Callable[[str], PreTrainedMode
 @pytest.mark.parametrize(
     ("model_type", "fields", "named"),
     [
-        pytest.param("mamba", {"state_size": 4}, "linear_attention", id="linear"),
+        # Before transformers 5.18 Mamba's layers have another name or none, and sparse attention shows in the call alone.
         pytest.param(
-            "deepseek_v32",
+            "mamba", {"state_size": 4}, "layers are of type (linear_attention|mamba)|built from MambaBlock", id="linear"
+        ),
+        pytest.param(
+            "glm_moe_dsa",
             {
                 "num_key_value_heads": 4,
                 "head_dim": 8,
@@ -383,7 +386,7 @@ def test_decoding_on_a_cache_is_refused(model_of: Callable[[str], PreTrainedMode
                 "index_head_dim": 16,
                 "index_topk": 4,
             },
-            "indexed_attention",
+            "of type indexed_attention|attends with indices",
             id="sparse",
         ),
         pytest.param("bloom", {}, "BloomAttention", id="own-attention-code"),

@@ -189,7 +189,7 @@ def test_killed_and_resumed_gives_the_same_model(model, here, capsys):
         ),
         pytest.param({"dataset_name": "a.jsonl"}, "cannot read the dataset a.jsonl: No such file", id="no-file"),
         pytest.param({"dataset_name": "no_prompt.csv"}, "no column 'prompt' but question, answer", id="no-prompt"),
-        pytest.param({"dataset_name": "broken.jsonl"}, "cannot read the dataset broken.jsonl: JSON parse error", id="broken"),
+        pytest.param({"dataset_name": "broken.jsonl"}, "cannot read the dataset broken.jsonl: ", id="broken"),
         pytest.param({"dataset_name": None}, "no dataset; give --dataset_name with a hub name", id="no-dataset"),
         pytest.param({"dataset_name": "reasoning_gym"}, "name tasks of reasoning-gym", id="no-tasks"),
         pytest.param({"tasks": ["chain_sum"]}, "--tasks are of the dataset reasoning_gym", id="tasks-of-a-file"),
