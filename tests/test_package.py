@@ -53,6 +53,35 @@ class TestName:
         assert {"train", "reasoning", "triton"} <= names <= set(PROJECT["optional-dependencies"])
 
 
+class TestWhatItSaysOfItself:
+    def test_it_is_typed_and_names_no_address_that_does_not_exist(self):
+        assert "Typing :: Typed" in PROJECT["classifiers"]
+        assert all((ROOT / package / "py.typed").is_file() for package in ("entra", "entra_kernels"))
+        assert "urls" not in PROJECT
+
+    def test_triton_is_an_extra(self):
+        # Builds of torch for CUDA and ROCm bring theirs, which the index's would overwrite; with one for the CPU it is 200 MB.
+        assert not [requirement for requirement in PROJECT["dependencies"] if requirement.startswith("triton")]
+        assert PROJECT["optional-dependencies"]["triton"] == ["triton>=3.6"]
+
+    def test_the_lowest_versions_are_those_that_are_tested(self):
+        extras = PROJECT["optional-dependencies"]
+        allowed = dict(
+            re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
+            for requirement in (*PROJECT["dependencies"], *extras["train"], *extras["triton"])
+        )
+        makefile = (ROOT / "Makefile").read_text()
+        tested = dict(word.split("==") for word in re.search(r"^LOWEST := (.*)$", makefile, re.MULTILINE)[1].split())
+        tested["torch"] = re.search(r"^SET_lowest = torch==([\d.]+)", makefile, re.MULTILINE)[1]
+        for name, version in allowed.items():
+            assert f"{tested[name]}.".startswith(f"{version}."), name
+
+    def test_python_m_entra_is_entra(self):
+        done = python("-m", "entra", "--help", path=ROOT)
+        assert done.returncode == 0
+        assert done.stdout.startswith("usage: entra ")
+
+
 OTHER = {
     "entra-0.4.0.dist-info/METADATA": "Metadata-Version: 2.4\nName: entra\nVersion: 0.4.0\n",
     "entra-0.4.0.dist-info/RECORD": "entra/__init__.py,,\nentra-0.4.0.dist-info/METADATA,,\n",
