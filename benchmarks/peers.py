@@ -28,7 +28,7 @@ SLICE = 2**26 if DEVICE == "cuda" else 2**22  # scores that chunked eager holds 
 def _missing(module: str) -> str | None:
     if importlib.util.find_spec(module) is not None:
         return None
-    return f"{module.replace('_', '-')} is not installed: pip install 'entra[bench]'"
+    return f"{module.replace('_', '-')} is not installed: pip install 'entra-reward[bench]'"
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

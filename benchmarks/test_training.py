@@ -126,7 +126,7 @@ def clock_of_entra() -> Iterator[dict[str, float]]:
 @pytest.mark.priority(6)
 @pytest.mark.parametrize("case", CASES)
 def test_training_step(results: Results, once: Any, tmp_path: Path, case: str) -> None:
-    trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
     rewards = pytest.importorskip("trl.rewards")
     iterations = CASES[case]
     way = "riding" if iterations > 1 else "a pass of its own"

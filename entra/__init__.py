@@ -5,11 +5,13 @@
 Importing this loads torch and nothing heavier: transformers, trl and triton load when they are used.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from entra.capture import capture_incoming_attention
 from entra.config import ScoreConfig
 from entra.doctor import doctor
+from entra.name_clash import name_clash
 from entra.policy import bind_policy
 from entra.reward import EntraReward
 from entra.score import Scores, score_batch
@@ -30,6 +32,9 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+if (_clash := name_clash()) is not None:
+    warnings.warn(_clash, RuntimeWarning, stacklevel=2)
+
 
 def __getattr__(name: str) -> Any:
     if name not in ("EntraGRPOTrainer", "EntraRLOOTrainer"):
@@ -40,6 +45,6 @@ def __getattr__(name: str) -> Any:
         if error.name != "trl":
             raise
         raise ModuleNotFoundError(
-            f"entra.{name} needs TRL, which is not installed; pip install 'entra[train]'", name="trl"
+            f"entra.{name} needs TRL, which is not installed; pip install 'entra-reward[train]'", name="trl"
         ) from error
     return getattr(entra.trl, name)

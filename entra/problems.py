@@ -33,7 +33,7 @@ INSTRUCTION = "Think step by step. Then give the final answer, and nothing else,
 _DRAWS = 20
 """How often to draw for each problem that is asked for before giving up on finding a new one."""
 
-_MISSING = "these problems need reasoning-gym: pip install 'entra[reasoning]'"
+_MISSING = "these problems need reasoning-gym: pip install 'entra-reward[reasoning]'"
 
 READ_VERSION = "0.1.25"
 """The version of reasoning-gym whose scorers were read, one by one."""
@@ -106,7 +106,7 @@ def load_problems(
     try:
         from datasets import Dataset
     except ImportError:
-        raise ImportError("a dataset of problems needs datasets: pip install 'entra[train]'") from None
+        raise ImportError("a dataset of problems needs datasets: pip install 'entra-reward[train]'") from None
     options = tasks if isinstance(tasks, Mapping) else {task: {} for task in tasks}
     share = -(-size // len(options))
     columns = [_rows(task, options[task] or {}, share, seed, chat, run_answers_as_code) for task in options]

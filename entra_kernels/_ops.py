@@ -30,7 +30,10 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     """
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
-            raise RuntimeError("backend='triton' needs triton; get it with: pip install triton, or use backend='torch'")
+            raise RuntimeError(
+                "backend='triton' needs triton, which the CUDA and ROCm builds of torch bring along; install such a build, for "
+                "tests on a CPU pip install 'entra-reward[triton]', or use backend='torch'"
+            )
         if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(
                 "backend='triton' runs on CUDA and ROCm tensors, and these are on the CPU; move them to a GPU, use "

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from packaging.version import Version
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 101
 WINDOW = 5
@@ -97,8 +99,15 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {**_FULL_THEN_SLIDING, "logit_scale": 0.0625},
 }
 
-FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
-"""Every family that `build` knows."""
+_RIGHT_FROM = {"gemma2": Version("5.21")}  # before, its SDPA attention drops the softcap
+_TRANSFORMERS = Version(transformers.__version__)
+
+FAMILIES: tuple[str, ...] = tuple(
+    family
+    for family, fields in _FAMILIES.items()
+    if fields.get("model_type", family) in CONFIG_MAPPING and _RIGHT_FROM.get(family, _TRANSFORMERS) <= _TRANSFORMERS
+)
+"""Every family that `build` knows and this transformers has (Gemma 4 is new in 5.5) and computes rightly."""
 
 
 def build(family: str, **overrides: Any) -> PreTrainedModel:

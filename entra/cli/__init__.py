@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
-from entra import __version__
+import entra
+from entra.name_clash import REMEDY, name_clash
 from entra.view.visible import visible
 
 
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse, for `--help`, `--version` and options that it cannot parse (exit code 2).
     """
+    if not hasattr(entra, "score_batch"):  # the package of another project, or what is left after that was uninstalled
+        print(f"entra: {name_clash() or f'files of entra-reward are missing; {REMEDY}'}", file=sys.stderr)
+        return 1
     import entra.cli.demo as demo
     import entra.cli.doctor as doctor
     import entra.cli.evaluate as evaluate
@@ -64,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import entra.cli.train as train
 
     parser = Parser(prog="entra", description="Score how redundant reasoning traces are, and train on it.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {entra.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {
         "score": score,

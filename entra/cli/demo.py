@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         from rich.console import Console
     except ImportError:
-        raise CommandError("the demo needs rich; get it with: pip install 'entra[demo]'") from None
+        raise CommandError("the demo needs rich; get it with: pip install 'entra-reward[demo]'") from None
     started = time.monotonic()
     shipped = load_traces()
     problems = _chosen(shipped, options)

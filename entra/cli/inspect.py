@@ -143,7 +143,7 @@ def _check_options(options: argparse.Namespace, output: Path | None) -> None:
         check_destination("--output", output, [] if options.traces is None else [options.traces], is_page, "entra inspect")
     needed = "textual" if _interactive() else "rich"
     if options.terminal and importlib.util.find_spec(needed) is None:
-        raise CommandError(f"--terminal needs {needed}; get it with: pip install 'entra[inspect]'")
+        raise CommandError(f"--terminal needs {needed}; get it with: pip install 'entra-reward[inspect]'")
 
 
 def _interactive() -> bool:

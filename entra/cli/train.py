@@ -147,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
-        raise CommandError(f"training needs {', '.join(missing)}: pip install 'entra[train]'")
+        raise CommandError(f"training needs {', '.join(missing)}: pip install 'entra-reward[train]'")
     # Of transformers about TRL: nothing that a user of either could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     command = _parse(options.rest)
@@ -191,7 +191,7 @@ def _let_go(trainer: Any) -> None:
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.wait_for_everyone()
         time.sleep(_LETTING_GO)
-    trainer.end()
+    trainer.accelerator.end_training()  # all that `Trainer.end` of newer transformers does
 
 
 def _parse(words: Sequence[str]) -> _Run:

@@ -151,7 +151,7 @@ def draw(figure: Figure, folder: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'entra[plot]'") from None
+        raise ImportError("plots need matplotlib: pip install 'entra-reward[plot]'") from None
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.rc_context({"svg.hashsalt": figure.name, "axes.grid": True, "grid.alpha": 0.3}):

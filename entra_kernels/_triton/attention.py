@@ -22,6 +22,7 @@ from torch import Tensor
 
 from entra_kernels._spans import Spans
 from entra_kernels._triton.launch import (
+    FUSED,
     AttentionLaunch,
     Chip,
     KernelCase,
@@ -481,7 +482,7 @@ def _launch(
         laid_out = torch.empty(rows, tables.slots, size.resident, dtype=torch.float32, device=q.device)
         _lay_out_kernel[(tables.slots * rows,)](
             values, laid_out, tables.tiles, tables.spans, *values.stride(), tables.slots, rows, factor, outside,
-            RESIDENT=size.resident, PACKED=packed,
+            RESIDENT=size.resident, PACKED=packed, **FUSED,
         )  # fmt: skip
         return laid_out
 
@@ -518,6 +519,7 @@ def _launch(
     _add_kernel[(tables.slots * rows,)](
         partial, out, tables.tiles, tables.of_slot, tables.spans, tokens, kv_heads, heads, rows, window or 0,
         RESIDENT=size.resident, PACKED=packed, WINDOW=window is not None, PER_HEAD=per_head, NORMALIZE=normalize,
+        **FUSED,
     )  # fmt: skip
 
 

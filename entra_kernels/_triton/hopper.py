@@ -28,7 +28,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from entra_kernels._triton.launch import Chip, KernelCase, Ring, attention_launch, gluon_is_known
+from entra_kernels._triton.launch import FUSED, Chip, KernelCase, Ring, attention_launch, gluon_is_known
 from entra_kernels._triton.plan import Plan
 
 RESIDENT = 256
@@ -41,7 +41,7 @@ HIGHEST = gl.constexpr(3.0e38)
 TILE_FIELDS = gl.constexpr(3)
 PIECE_FIELDS = gl.constexpr(5)
 
-GROUPS = {"num_warps": 4, "maxnreg": 168, "REGISTERS": 232}
+GROUPS = {"num_warps": 4, "maxnreg": 168, "REGISTERS": 232, **FUSED}
 """Warps of the first group; registers of a thread when the program starts, which three groups of 4 warps can have; and of a
 thread that takes exponentials, once the copying warp has given up its own."""
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from entra_kernels._torch.logprobs import factor, product
 from entra_kernels._triton.attention import _tanh
-from entra_kernels._triton.launch import Chip, KernelCase, check_products, chip_of
+from entra_kernels._triton.launch import FUSED, Chip, KernelCase, check_products, chip_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -366,6 +366,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float) -> Te
             1.0 / temperature,
             BLOCK=ROW_BLOCK,
             num_warps=8,
+            **FUSED,
         )
     return out
 
@@ -445,6 +446,7 @@ def linear_token_logprobs(
         "SCALED": logit_scale != 1.0,
         "SOFTCAP": softcap is not None,
         "ENTROPY": entropy,
+        **FUSED,
     }
     if way is None:
         way = (
@@ -468,6 +470,7 @@ def linear_token_logprobs(
             STRETCH=STRETCH,
             ROWS=REDUCED[1],
             STRETCHES=REDUCED[0],
+            **FUSED,
         )
     return results
 

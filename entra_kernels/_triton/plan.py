@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entra_kernels._spans import Spans
-from entra_kernels._triton.launch import AttentionLaunch, Chip, KernelCase
+from entra_kernels._triton.launch import FUSED, AttentionLaunch, Chip, KernelCase
 
 PROGRAMS = 528
 """Pieces times kv heads that a sequence is cut into, where it is long enough: two rounds of two programs for each of the 132
@@ -179,6 +179,7 @@ def plan(spans: Spans, *, size: AttentionLaunch, kv_heads: int, window: int | No
     longest_walk = levels if window is None else min(levels, triton.cdiv(size.resident - 1 + window, size.resident))
     shape = (spans.count, spans.tokens, slots, levels, longest_walk, kv_heads, size.least_piece)
     constexprs = {"RESIDENT": size.resident, "STREAMED": size.streamed, "PROGRAMS": PROGRAMS, "BLOCK": SEQUENCES}
+    constexprs |= FUSED
     bounds = [None if bound is None else bound.contiguous() for bound in (spans.starts, spans.ends)]
     _count_tiles_kernel[(levels,)](*bounds, totals, *shape, **constexprs)
     _place_tiles_kernel[(levels,)](*bounds, totals, places, tiles, pieces, of_slot, *shape, **constexprs)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entra_kernels._torch.redundancy import LOG_UNITS as _LOG_UNITS
-from entra_kernels._triton.launch import Chip, KernelCase
+from entra_kernels._triton.launch import FUSED, Chip, KernelCase
 
 LOG_UNITS = tl.constexpr(_LOG_UNITS)
 
@@ -224,7 +224,7 @@ def redundancy(
             )
             _count_kernel[(sequences, COUNTERS)](
                 token_ids, token_ids.stride(0), protected, cu_seqlens, keys, counts, tokens,
-                BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8,
+                BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8, **FUSED,
             )  # fmt: skip
             _reward_kernel[(sequences,)](
                 counts, cu_seqlens, broken, reward, tokens, fraction_bits, degenerate_reward,

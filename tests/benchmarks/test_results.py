@@ -99,7 +99,7 @@ class TestPage:
         assert "at most one attention forward (the fastest of the run) | 1.08 times | **missed** |" in page
 
     def test_plots(self, tmp_path):
-        pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'entra[plot]'")
+        pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'entra-reward[plot]'")
         (tmp_path / "a-gpu.json").write_text(json.dumps(content(ours=13.0, sdpa=12.0)))
         page = render.render(tmp_path, tmp_path / "README.md")
         for kind in ("time", "bound"):

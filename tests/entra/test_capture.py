@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from eager_reference import TOLERANCE, eager_attentions, reduce_heads
+from packaging.version import Version
 from tiny_models import FAMILIES, VOCABULARY, WINDOW, build
 from torch import Tensor, nn
 from transformers import (
@@ -185,6 +187,10 @@ def test_all_layers_windowed_takes_the_last_with_its_window(family: str, overrid
     torch.testing.assert_close(incoming[0].double(), reduce_heads(matrix, WINDOW).mean(0), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"),
+    reason="transformers to 5.10, at the least, cannot run so small a Zamba2",
+)
 @pytest.mark.parametrize("last", ["hybrid", "linear_attention"])
 def test_the_index_of_a_shared_block_is_that_of_its_layer(last: str) -> None:
     """Zamba2: every attention module has layer_idx -1."""
@@ -364,9 +370,12 @@ def test_decoding_on_a_cache_is_refused(model_of: Callable[[str], PreTrainedMode
 @pytest.mark.parametrize(
     ("model_type", "fields", "named"),
     [
-        pytest.param("mamba", {"state_size": 4}, "linear_attention", id="linear"),
+        # Before transformers 5.18 Mamba's layers have another name or none, and sparse attention shows in the call alone.
         pytest.param(
-            "deepseek_v32",
+            "mamba", {"state_size": 4}, "layers are of type (linear_attention|mamba)|built from MambaBlock", id="linear"
+        ),
+        pytest.param(
+            "glm_moe_dsa",
             {
                 "num_key_value_heads": 4,
                 "head_dim": 8,
@@ -384,12 +393,17 @@ def test_decoding_on_a_cache_is_refused(model_of: Callable[[str], PreTrainedMode
                 "index_head_dim": 16,
                 "index_topk": 4,
             },
-            "indexed_attention",
+            "of type indexed_attention|attends with indices",
             id="sparse",
         ),
         pytest.param("bloom", {}, "BloomAttention", id="own-attention-code"),
         pytest.param("doge", {"intermediate_size": 64}, "a mask per head", id="dynamic-mask"),
-        pytest.param("diffllama", {"num_key_value_heads": 2}, "softmax maps, which may be negative", id="differential"),
+        pytest.param(
+            "diffllama",
+            {"num_key_value_heads": 2},
+            "softmax maps, which may be negative|DiffLlamaSdpaAttention",
+            id="differential",
+        ),
     ],
 )
 def test_models_that_cannot_be_scored_are_refused_by_layer_type(model_type: str, fields: dict[str, Any], named: str) -> None:

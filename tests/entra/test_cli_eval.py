@@ -204,7 +204,7 @@ CODE = "__import__('os').system('touch executed')"
 @pytest.mark.parametrize("options", [[], ["--run-answers-as-code"]], ids=["by-default", "in-a-child"])
 def test_code_in_a_file_is_not_run(options, capsys):
     """`entra eval` called the tasks' own scorers, and those of n_queens and others evaluate the answer, or the problem."""
-    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
     answers = {
         "n_queens": {"valid_answers": []},
         "spiral_matrix": {},

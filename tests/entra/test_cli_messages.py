@@ -88,9 +88,9 @@ def printed(capsys, *words):
 )
 def test_escape_sequences_do_not_reach_the_terminal(words, model, capsys):
     if words[0] in ("train", "doctor"):
-        pytest.importorskip("trl", reason="needs trl: pip install 'entra[train]'")
+        pytest.importorskip("trl", reason="needs trl: pip install 'entra-reward[train]'")
     if words[0] == "eval" and words[1] == "tasks":
-        pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
+        pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
     Path("m").symlink_to(model)
     write_rows("rows", GOOD)
     write_rows("scored", {**GOOD, "reward": 1})

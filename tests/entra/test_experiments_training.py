@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
-pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
+pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
+pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
 
 from entra import ScoreConfig
 from entra.cli import main as entra_main

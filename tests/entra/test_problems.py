@@ -23,8 +23,8 @@ from entra.problems import (
     unsafe_reasoning_gym_reward,
 )
 
-pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra[reasoning]'")
-pytest.importorskip("datasets", reason="needs datasets: pip install 'entra[train]'")
+pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
+pytest.importorskip("datasets", reason="needs datasets: pip install 'entra-reward[train]'")
 
 TASKS = {"chain_sum": {"max_terms": 3, "max_digits": 1}, "spell_backward": {"max_word_len": 4}, "prime_factorization": {}}
 
@@ -302,5 +302,5 @@ def test_missing_package_says_how_to_install_it(monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r"pip install 'entra\[reasoning\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'entra-reward\[reasoning\]'"):
         load_problems(["chain_sum"], 1)

@@ -18,7 +18,7 @@ import entra.capture
 import entra.rollout
 import entra.verify
 
-trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
+trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = [{"prompt": f"{'1+' * (i % 3)}{i}=", "answer": str(i), "model": "a column"} for i in range(8)]
@@ -591,7 +591,7 @@ def test_fsdp1_is_refused(tmp_path, monkeypatch):
     """It runs on accelerators alone, so that all there can be is accelerate's word for it."""
     from accelerate.state import AcceleratorState
 
-    plugin = types.SimpleNamespace(fsdp_version=1, activation_checkpointing=False)
+    plugin = types.SimpleNamespace(fsdp_version=1, activation_checkpointing=False, limit_all_gathers=True)
     monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
     with pytest.raises(ValueError, match=r"fsdp_version=1, but ENTRA scores under FSDP2 only"):
         trainer_of(tmp_path, entra.EntraGRPOTrainer, [entra.score_batch])

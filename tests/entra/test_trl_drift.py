@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra[train]'")
+trl = pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
 
 TRAINERS = [trl.GRPOTrainer, trl.RLOOTrainer]
 
@@ -144,7 +144,8 @@ def test_the_version_of_fsdp_is_where_accelerate_keeps_it():
 def test_what_the_command_line_uses():
     assert {"return_remaining_strings", "separate_remaining_strings"} <= set(parameters(trl.TrlParser.parse_args_and_config))
     assert callable(trl.get_dataset)
-    assert callable(trl.GRPOTrainer.end)
+    end = getattr(trl.GRPOTrainer, "end", None)  # new in transformers 5.18: where it is, ending the accelerator is all it does
+    assert end is None or source(end).rstrip().endswith('"""\n        self.accelerator.end_training()')
     assert callable(trl.GRPOConfig.main_process_first)
 
 

@@ -14,7 +14,7 @@ from entra.view.traces import Repeated, Trace
 from entra.view.visible import visible
 from entra.view.wrapping import wrapped
 
-pytest.importorskip("textual", reason="pip install 'entra[inspect]'")
+pytest.importorskip("textual", reason="pip install 'entra-reward[inspect]'")
 from textual.widgets import DataTable, Input, Static
 
 from entra.view.terminal_app import Inspector, ListScreen, TokenText, TracePane, TraceScreen

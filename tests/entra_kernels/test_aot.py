@@ -5,12 +5,16 @@ In a process of its own, because a kernel of the interpreter, which the other te
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+import triton
 
-from entra_kernels._triton.aot import BUDGETS
+from entra_kernels._triton.aot import BUDGETS, PINNED, Compiled
 
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -82,6 +86,53 @@ def test_too_much_shared_memory_is_a_problem():
     done = python("-c", TOO_LITTLE_MEMORY)
     assert done.returncode == 0, done.stderr
     assert "B of shared memory, sm_90 has 1024" in done.stdout
+
+
+def test_spills_and_budgets_fail_the_command_with_the_pinned_triton_only(monkeypatch):
+    """Triton 3.9 spills twice where the pinned one does not."""
+    pins = (Path(__file__).parents[2] / "constraints.txt").read_text()
+    assert f"\ntriton=={PINNED}\n" in pins
+    spilled = Compiled(name="column_sum", registers=128, shared_memory=1024, spills=2, excess="2 spills on sm_90")
+    does_not_run = Compiled(name="column_sum", registers=128, shared_memory=1024, spills=0, problem="1025 B of shared memory")
+    for version, fails in ((PINNED, True), (f"{PINNED}+git0123", True), ("3.9.0", False)):
+        monkeypatch.setattr(triton, "__version__", version)
+        assert spilled.fails is fails
+        assert "OVER BUDGET: 2 spills" in str(spilled)
+        assert does_not_run.fails
+
+
+def descendants(process):
+    found = []
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in children.read_text().split():
+            found += [int(child), *descendants(child)]
+    return found
+
+
+def is_alive(process):
+    state = Path(f"/proc/{process}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_a_killed_compile_leaves_no_orphans():
+    """A time limit kills the command alone, and the workers of a pool wait for a parent for ever."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "entra_kernels._triton.aot", "--all", "--processes", "1"]
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        running.stdout.readline()  # a worker is there and has compiled something
+        below = descendants(running.pid)
+        assert below
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    deadline = time.monotonic() + 60
+    while (left := [process for process in below if is_alive(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert not left
 
 
 def test_the_interpreter_is_refused():

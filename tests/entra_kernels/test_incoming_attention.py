@@ -703,7 +703,7 @@ def test_bfloat16_in_the_interpreter_is_refused(options):
 def test_missing_triton_says_what_to_do(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
-    with pytest.raises(RuntimeError, match="pip install triton, or use backend='torch'"):
+    with pytest.raises(RuntimeError, match=r"pip install 'entra-reward\[triton\]', or use backend='torch'"):
         incoming_attention(Q, K, backend="triton")
 
 
