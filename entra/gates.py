@@ -37,7 +37,7 @@ def one_batch() -> Iterator[None]:
         _CALLS.reset(token)
 
 
-def called_once(function: Callable[..., Any], **arguments: Any) -> Any:
+def called_once(function: Callable[..., Any], /, **arguments: Any) -> Any:
     """`function(**arguments)`, awaited where it is asynchronous; inside `one_batch` what the same call, with the very same
     arguments, has given before."""
     calls = _CALLS.get()

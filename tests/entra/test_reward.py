@@ -60,9 +60,17 @@ def test_gate_gets_the_trainers_columns_and_pays_only_right_answers(model, token
 
 
 def test_a_dataset_column_cannot_take_the_place_of_an_option(model, tokenizer):
-    reward = entra.EntraReward(model=model, tokenizer=tokenizer)
-    columns = {"model": ["gpt"] * 3, "config": ["x"] * 3, "details": [1] * 3, "trainer_state": object()}
+    seen = {}
+
+    def gate(completions, **columns):
+        seen.update(columns)
+        return is_long(completions)
+
+    reward = entra.EntraReward(model=model, tokenizer=tokenizer, gate=gate)
+    names = ("model", "config", "details", "function", "arguments", "self", "reward", "gate")
+    columns = {"trainer_state": object(), **{name: ["x"] * 3 for name in names}}
     assert reward(PROMPTS, COMPLETIONS, **columns) == reward(PROMPTS, COMPLETIONS)
+    assert columns.items() <= seen.items()
 
 
 def test_bound_policy_is_used(model, tokenizer):
