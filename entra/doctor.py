@@ -12,6 +12,7 @@ what trainers then do.
 
 from __future__ import annotations
 
+import bisect
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from entra.forward import (
 )
 from entra.policy import resolve_policy
 from entra.rollout import Rollout
+from entra.rope import RopeGroups, sees_left_pads
 from entra.verify import forward_budget, verify
 from entra_kernels._checks import choose_backend
 
@@ -45,6 +47,7 @@ _COMPLETION = (
 )
 _RANDOM_TOKENS = 48  # without a tokenizer
 _TIMED_TOKENS = 256
+_LONGEST_ROW = 2**31
 
 _DISTRIBUTION = "entra-reward"
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "vllm")
@@ -319,8 +322,8 @@ def _training(inner: Any, args: Any, config: ScoreConfig) -> list[Finding]:
         text = f"scoring costs one no-grad forward of the generated batch: {'; '.join(reasons)}"
         return [Finding("training", "ok", text), Finding("layout", "ok", own)]
     text = "scores ride on TRL's own log-prob pass, no forward is added"
-    if args.mask_truncated_completions:
-        text += " but for completions that are cut off (mask_truncated_completions)"
+    if rows := _rows_with_a_forward(inner, args):
+        text += f" but for {', and for '.join(rows)}"
     layout = "packed" if getattr(args, "padding_free", False) else "padded on both sides"
     return [Finding("training", "ok", text), Finding("layout", "ok", f"{layout}, as TRL's pass")]
 
@@ -347,6 +350,18 @@ def _why_a_forward(inner: Any, args: Any, config: ScoreConfig) -> list[str]:
     if _has_dropout(inner, training=True):
         reasons.append("the model has dropout, which is on in TRL's pass")
     return reasons
+
+
+def _rows_with_a_forward(inner: Any, args: Any) -> list[str]:
+    """Which rows do not ride on TRL's log-prob pass where the others do, in words."""
+    rows = ["completions that are cut off (mask_truncated_completions)"] if args.mask_truncated_completions else []
+    if sees_left_pads(inner):
+        rows.append("rows whose prompt is shorter than the batch's longest (this model reads the pads before it)")
+    groups = RopeGroups(inner)
+    limit = bisect.bisect_right(range(_LONGEST_ROW), groups.of(1), key=groups.of) - 1
+    if limit < _LONGEST_ROW - 1:
+        rows.append(f"rows of batches padded to more than {limit:,} tokens that have another RoPE there than alone")
+    return rows
 
 
 def _cost(model: Any, inner: Any, tokenizer: Any, args: Any, config: ScoreConfig) -> list[Finding]:

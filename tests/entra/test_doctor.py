@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import VOCABULARY, build
 from tiny_tokenizer import build_tokenizer
 from torch import nn
 
@@ -228,8 +228,21 @@ CASES = {
 }
 
 
+@pytest.fixture
+def own_forwards(monkeypatch):
+    """One entry for each time that scoring runs a forward of its own."""
+    calls, original = [], entra.rollout.token_signals
+
+    def spy(*arguments, **kwargs):
+        calls.append(1)
+        return original(*arguments, **kwargs)
+
+    monkeypatch.setattr(entra.rollout, "token_signals", spy)
+    return calls
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_whether_scores_ride_is_what_a_trainer_then_does(tmp_path, monkeypatch, case):
+def test_whether_scores_ride_is_what_a_trainer_then_does(tmp_path, own_forwards, case):
     trl = pytest.importorskip("trl", reason="needs TRL")
     from datasets import Dataset
 
@@ -244,13 +257,7 @@ def test_whether_scores_ride_is_what_a_trainer_then_does(tmp_path, monkeypatch, 
     assert (reason or "no forward is added") in said
     assert ("as TRL's pass" in text_of(diagnosis, "layout")) == (reason is None)
 
-    own, original = [], entra.rollout.token_signals
-
-    def spy(*arguments, **kwargs):
-        own.append(1)
-        return original(*arguments, **kwargs)
-
-    monkeypatch.setattr(entra.rollout, "token_signals", spy)
+    own_forwards.clear()
     trainer = (entra.EntraRLOOTrainer if isinstance(args, trl.RLOOConfig) else entra.EntraGRPOTrainer)(
         model=model,
         reward_funcs=[entra.EntraReward(config=config, gate=lambda completions, **columns: [1.0] * len(completions))],
@@ -259,7 +266,57 @@ def test_whether_scores_ride_is_what_a_trainer_then_does(tmp_path, monkeypatch, 
         processing_class=tokenizer,
     )
     trainer.train()
-    assert (own == []) == (reason is None)
+    assert (own_forwards == []) == (reason is None)
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=64, **no_dropout))
+
+
+def stretched(kind, **parameters):
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **parameters}
+    return build("llama", rope_parameters=parameters, max_position_embeddings=16)
+
+
+FACTORS = {"short_factor": [1.0] * 10, "long_factor": [1.0 + 0.5 * i for i in range(10)], "original_max_position_embeddings": 16}
+BUT_FOR = {
+    "learned": (gpt2, "shorter than the batch's longest (this model reads the pads"),
+    "longrope": (lambda: stretched("longrope", **FACTORS), "padded to more than 16 tokens"),
+    "dynamic": (lambda: stretched("dynamic"), "padded to more than 16 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BUT_FOR)
+def test_rows_that_do_not_ride_are_told_as_a_trainer_then_finds_them(tmp_path, own_forwards, case):
+    trl = pytest.importorskip("trl", reason="needs TRL")
+    from datasets import Dataset
+
+    model, text = BUT_FOR[case][0](), BUT_FOR[case][1]
+    for longer, rides in ((2, True), (14, False)):
+        args = arguments(tmp_path, num_iterations=2)
+        tokenizer = build_tokenizer()
+        tokenizer.padding_side = "left"
+        said = text_of(entra.doctor(model, tokenizer, args=args), "training")
+        assert said.startswith("scores ride on TRL's own log-prob pass, no forward is added but for ")
+        assert text in said
+        own_forwards.clear()
+        entra.EntraGRPOTrainer(
+            model=model,
+            reward_funcs=[entra.EntraReward(gate=lambda completions, **columns: [1.0] * len(completions))],
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": "1="}, {"prompt": "1" * (longer - 1) + "="}]),
+            processing_class=tokenizer,
+        ).train()
+        assert (own_forwards == []) == rides
+
+
+def test_a_rope_that_no_length_changes_is_not_told(tmp_path):
+    model = build("llama", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})
+    said = text_of(entra.doctor(model, build_tokenizer(), args=arguments(tmp_path, num_iterations=2)), "training")
+    assert said == "scores ride on TRL's own log-prob pass, no forward is added"
 
 
 def test_vllm_with_its_correction_rides(tmp_path):
