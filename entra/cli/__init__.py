@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: from argparse, for `--help`, `--version` and options that it cannot parse (exit code 2).
     """
     if not hasattr(entra, "score_batch"):  # the package of another project, or what is left after that was uninstalled
-        print(f"entra: {name_clash() or f'files of entra-reward are missing; {REMEDY}'}", file=sys.stderr)
+        say(f"entra: {name_clash() or f'files of entra-reward are missing; {REMEDY}'}")
         return 1
     import entra.cli.demo as demo
     import entra.cli.doctor as doctor

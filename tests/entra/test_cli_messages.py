@@ -121,3 +121,9 @@ def test_signs_that_a_stream_has_not_are_escaped():
     say("a\x1b\n·é", file=stream)
     stream.seek(0)
     assert stream.read() == "a\\u241b\\u21b5\\xb7\\xe9" + os.linesep
+
+
+def test_a_name_clash_is_printed_as_signs(capsys, monkeypatch):
+    monkeypatch.setattr("entra.cli.name_clash", lambda: f"the distribution entra {EVIL} is another project")
+    monkeypatch.delattr("entra.score_batch")
+    assert "the distribution entra ␛]0;title" in printed(capsys, "demo")
