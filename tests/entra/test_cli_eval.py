@@ -1,5 +1,6 @@
 """`entra eval`: numbers worked out by hand, what is read from which column, pairs and bad rows."""
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ import pytest
 from tiny_tokenizer import build_tokenizer
 
 from entra.cli import main
-from entra.grading import answer_checker, exact_match, math_verify_match
+from entra.grading import READ_VERSION, answer_checker, answer_reward, exact_match, math_verify_match
 
 
 @pytest.fixture(autouse=True)
@@ -153,15 +154,29 @@ def test_words_and_exact_match_where_there_is_nothing_better(monkeypatch, capsys
     assert "truncated" not in text
 
 
-def test_math_verify_is_used_where_it_is_installed(monkeypatch, capsys):
+def fake_math_verify(monkeypatch, version=READ_VERSION):
     fake = types.ModuleType("math_verify")
     fake.__spec__ = types.SimpleNamespace(name="math_verify")
     fake.parse = lambda text: [text]
     fake.verify = lambda gold, given: (gold, given) == (["$6$"], ["$7$"])
     monkeypatch.setitem(sys.modules, "math_verify", fake)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+
+
+def test_math_verify_is_used_where_it_is_installed(monkeypatch, capsys):
+    fake_math_verify(monkeypatch)
     write_rows("base.jsonl", [*ANSWERS, {"prompt": "who", "completion": "Celia", "answer": "Alice"}])
     assert evaluate("base.jsonl")["base"]["accuracy"]["estimate"] == pytest.approx(2 / 3)
     assert "math-verify, exact match for answers in words" in capsys.readouterr().out
+
+
+def test_a_math_verify_that_was_not_read_compares_nothing(monkeypatch, capsys):
+    fake_math_verify(monkeypatch, "99.1")
+    write_rows("base.jsonl", ANSWERS)
+    assert evaluate("base.jsonl")["base"]["accuracy"]["estimate"] == 0.5
+    assert "99.1 has not been read, so it may run an answer as code; pip install math-verify==0.9.0" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="math-verify 99.1 has not been read"):
+        assert answer_reward(["<answer>7</answer>", "<answer>6.0</answer>"], ["6", "6"]) == [0.0, 1.0]
 
 
 def test_tokens_of_a_tokenizer_or_of_ids():
@@ -389,6 +404,6 @@ def test_exact_match(completion, answer, right):
     ],
 )
 def test_real_math_verify(completion, answer, right):
-    pytest.importorskip("math_verify", reason="pip install math-verify")
+    pytest.importorskip("math_verify", reason=f"pip install math-verify=={READ_VERSION}")
     assert answer_checker()[1] is math_verify_match
     assert math_verify_match(completion, answer) is right

@@ -281,17 +281,20 @@ def stretched(kind, **parameters):
     return build("llama", rope_parameters=parameters, max_position_embeddings=16)
 
 
-FACTORS = {"short_factor": [1.0] * 10, "long_factor": [1.0 + 0.5 * i for i in range(10)], "original_max_position_embeddings": 16}
+FACTORS = {"short_factor": [1.0] * 10, "long_factor": [1.0 + 0.5 * i for i in range(10)]}
 BUT_FOR = {
     "learned": (gpt2, "shorter than the batch's longest (this model reads the pads"),
-    "longrope": (lambda: stretched("longrope", **FACTORS), "padded to more than 16 tokens"),
+    "longrope": (
+        lambda: stretched("longrope", original_max_position_embeddings=16, **FACTORS),
+        "padded to more than 16 tokens",
+    ),
     "dynamic": (lambda: stretched("dynamic"), "padded to more than 16 tokens"),
 }
 
 
 @pytest.mark.parametrize("case", BUT_FOR)
 def test_rows_that_do_not_ride_are_told_as_a_trainer_then_finds_them(tmp_path, own_forwards, case):
-    trl = pytest.importorskip("trl", reason="needs TRL")
+    pytest.importorskip("trl", reason="needs TRL")
     from datasets import Dataset
 
     model, text = BUT_FOR[case][0](), BUT_FOR[case][1]
