@@ -35,6 +35,7 @@ from entra.forward import (
     token_signals,
     unwrapped,
 )
+from entra.name_clash import name_clash
 from entra.policy import resolve_policy
 from entra.rollout import Rollout
 from entra.rope import RopeGroups, sees_left_pads
@@ -136,7 +137,14 @@ def _versions() -> list[Finding]:
     """What is installed, against the ranges that our own package names."""
     found = {name: version for name in _PACKAGES if (version := _version(name)) is not None}
     findings = [Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in found.items()))]
-    for requirement in _requirements():
+    if (clash := name_clash()) is not None:
+        findings.append(Finding("versions", "wrong", clash))
+    try:
+        requirements = importlib.metadata.requires(_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        text = f"not checked: {_DISTRIBUTION} is not installed, its files are only on the path; pip install -e . in a clone"
+        return [*findings, Finding("versions", "note", text)]
+    for requirement in map(_without_marker, requirements):
         version = found.get(requirement.name)
         if version is not None and not requirement.specifier.contains(version, prereleases=True):
             text = f"{requirement.name} {version} is outside {requirement.specifier}; pip install '{requirement}'"
@@ -151,18 +159,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _requirements() -> Iterator[Any]:
-    """Ours, extras included; none where the code runs without having been installed."""
+def _without_marker(text: str) -> Any:
+    """A requirement, an extra's for everybody: what is installed must fit, whoever asked for it."""
     from packaging.requirements import Requirement
 
-    try:
-        texts = importlib.metadata.requires(_DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:
-        return
-    for text in texts:
-        requirement = Requirement(text)
-        requirement.marker = None  # an extra's: what is installed must fit, whoever asked for it
-        yield requirement
+    requirement = Requirement(text)
+    requirement.marker = None
+    return requirement
 
 
 def _tokenizer(tokenizer: Any, args: Any) -> list[Finding]:

@@ -174,6 +174,26 @@ def test_a_version_outside_ours_is_named_with_the_command(monkeypatch):
     assert re.search(r"transformers \S+ is outside <100,>=99; pip install 'transformers<100,>=99'", finding.text)
 
 
+def test_versions_that_cannot_be_checked_are_noted(monkeypatch):
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", nothing)
+    diagnosis = entra.doctor(build("qwen3"))
+    assert diagnosis.ok
+    (note,) = (finding for finding in diagnosis.findings if finding.name == "versions" and finding.state == "note")
+    assert "entra-reward is not installed" in note.text
+    assert "pip install -e ." in note.text
+
+
+def test_files_of_the_other_project_among_ours_are_wrong(monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["entra.doctor"], "name_clash", lambda: "another project; run pip uninstall entra", raising=False
+    )
+    finding = wrong(entra.doctor(build("qwen3")))
+    assert finding == ("versions", "wrong", "another project; run pip uninstall entra")
+
+
 def test_a_model_of_none_is_refused():
     with pytest.raises(TypeError, match="model=None must be a transformers causal LM"):
         entra.doctor(None)
