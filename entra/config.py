@@ -53,7 +53,10 @@ TRAINER_OPTIONS = ("verify_every", "verify_on_breach")
 
 def options_elsewhere() -> dict[str, str]:
     """Options that are easily passed to the wrong function, and how they are passed."""
+    from entra.reward import EntraReward
+
     return {
+        **{name: f"entra.EntraReward({name}=...)" for name in inspect.signature(EntraReward).parameters},
         **{field.name: f"config=entra.ScoreConfig({field.name}=...)" for field in fields(ScoreConfig)},
         **{name: f"entra.EntraGRPOTrainer({name}=...)" for name in TRAINER_OPTIONS},
         "prompts": "entra.EntraReward(...)(prompts=...): the class is no reward function, its instances are",

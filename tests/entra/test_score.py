@@ -656,6 +656,7 @@ def test_a_model_by_folder(tmp_path, rows, llama, tokenizer):
             r"unknown keyword 'attention_weight'; pass it as config=entra.ScoreConfig\(attention_weight=...\)$",
         ),
         ({"verify_every": 1}, TypeError, r"unknown keyword 'verify_every'; pass it as entra.EntraGRPOTrainer\(verify_every="),
+        ({"gate": 1}, TypeError, r"unknown keyword 'gate'; pass it as entra.EntraReward\(gate=...\)$"),
         ({"config": {"tau": 1}}, TypeError, r"must be an entra.ScoreConfig, not dict"),
         (
             {"logprobs": [[0.0]] * 2, "config": entra.ScoreConfig(ranking_scope="sequence")},
@@ -688,6 +689,7 @@ def test_bad_input(arguments, error, message, llama):
         ({"degenerate_reward": math.inf}, ValueError, r"degenerate_reward=inf must be finite"),
         ({"chat_template_kwargs": "x"}, TypeError, r"chat_template_kwargs='x' must be a mapping"),
         ({"chat_template_kwargs": {"tokenize": False}}, ValueError, r"chat_template_kwargs holds 'tokenize'"),
+        ({"min_length": 3}, TypeError, r"unknown keyword 'min_length'; pass it as entra.EntraReward\(min_length=...\)$"),
         (
             {"attention_wieght": 1},
             TypeError,
