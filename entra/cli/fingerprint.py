@@ -3,7 +3,8 @@
 Decisions taken here:
 
 - Every file counts that transformers may read from the model's folder, whole: a setting, a normaliser or a few weights that
-  change leave sizes, names and most values as they were. Of an adapter the model that it belongs to counts, too.
+  change leave sizes, names and most values as they were. So do weights that an index names in folders below, code of another
+  repository that the config names, and of an adapter the model that it belongs to.
 - A file in the hub's cache is a link to a blob that is named by its hash, which is taken; other files are hashed. Hashes of
   large ones are remembered with size, times and inode, in the user's cache folder.
 """
@@ -53,15 +54,18 @@ def fingerprint(model: str) -> dict[str, str]:
             seen.add(name)
             folder = _folder(name)
             prefix = "" if name == model else f"{name}: "
-            files = sorted(_files(folder))
+            files = sorted({*_files(folder), *_weights_of_indices(folder)})
             found.update(zip((prefix + path.relative_to(folder).as_posix() for path in files), _hashes(files), strict=True))
+            for repository, elsewhere in _code_elsewhere(folder).items():
+                files = sorted(elsewhere.glob("*.py"))
+                found.update(zip((f"{repository}: {path.name}" for path in files), _hashes(files), strict=True))
             name = _base_of_adapter(folder)
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read the files of --model {name}, by which it is known again: {error}") from error
     return found
 
 
-def _folder(model: str) -> Path:
+def _folder(model: str, known_by: Sequence[str] = ("config.json", "adapter_config.json")) -> Path:
     if model == "smollm2":
         from entra.smollm2 import find_smollm2
 
@@ -70,12 +74,12 @@ def _folder(model: str) -> Path:
         return Path(model)
     from transformers.utils import cached_file
 
-    for name in ("config.json", "adapter_config.json"):
+    for name in known_by:
         with suppress(OSError):
             found = cached_file(model, name, local_files_only=True)
             if found is not None:
                 return Path(found).parent
-    raise FileNotFoundError(f"the hub's cache has no config of {model}")
+    raise FileNotFoundError(f"the hub's cache has no {' or '.join(known_by)} of {model}")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -86,13 +90,38 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
+def _weights_of_indices(folder: Path) -> Iterator[Path]:
+    """Weights that an index names, which may lie in folders below."""
+    for index in folder.glob("*.index.json"):
+        files = _content(index).get("weight_map")
+        for name in set(files.values()) if isinstance(files, dict) else ():
+            if isinstance(name, str) and (folder / name).is_file():
+                yield folder / name
+
+
+def _code_elsewhere(folder: Path) -> dict[str, Path]:
+    """The folders of other repositories whose code this model or its tokenizer names, as far as it is on this machine."""
+    found: dict[str, Path] = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        classes = _content(folder / name).get("auto_map")
+        for value in classes.values() if isinstance(classes, dict) else ():
+            for reference in value if isinstance(value, list) else [value]:
+                repository, elsewhere, code = str(reference).partition("--")
+                if elsewhere:
+                    with suppress(FileNotFoundError):  # never loaded, so never run
+                        found[repository] = _folder(repository, [f"{code.partition('.')[0]}.py"])
+    return found
+
+
 def _base_of_adapter(folder: Path) -> str | None:
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    name = _content(folder / "adapter_config.json").get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Of a JSON file; nothing where there is none, or where it holds something else."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return content if isinstance(content, dict) else {}
 
 
 def _hashes(files: Sequence[Path]) -> list[str]:

@@ -438,6 +438,29 @@ def test_hashes_of_hub_files_are_the_blobs_names_and_large_local_ones_are_rememb
     assert fingerprint(str(folder))["config.json"] != found["config.json"], "same size and time of writing"
 
 
+def test_weights_in_a_subfolder_and_code_of_another_repository_are_part_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, code = tmp_path / "model", tmp_path / "code"
+    (folder / "parts").mkdir(parents=True)
+    code.mkdir()
+    classes = {"AutoModelForCausalLM": f"{code}--modeling.Mine", "AutoConfig": "configuration.Mine", "AutoTokenizer": [None]}
+    (folder / "config.json").write_text(json.dumps({"auto_map": classes}))
+    index = {"weight_map": {"a": "parts/one.safetensors", "b": "parts/one.safetensors", "c": "model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights = (folder / "model.safetensors", folder / "parts/one.safetensors")
+    for path in (*weights, code / "modeling.py", code / "helper.py", code / "other.safetensors"):
+        path.write_text("before")
+    found = fingerprint(str(folder))
+    assert set(found) == {
+        *("config.json", "model.safetensors", "model.safetensors.index.json", "parts/one.safetensors"),
+        *(f"{code}: helper.py", f"{code}: modeling.py"),
+    }
+    for path in (weights[1], code / "helper.py"):
+        path.write_text("after")
+    after = fingerprint(str(folder))
+    assert {name for name in found if found[name] != after[name]} == {"parts/one.safetensors", f"{code}: helper.py"}
+
+
 def test_output_of_an_earlier_version_is_refused(model, traces, whole, tmp_path, capsys):
     output, sidecar = tmp_path / "s.jsonl", tmp_path / "s.jsonl.meta.json"
     assert score(traces, model, output) == 0
