@@ -30,7 +30,7 @@ __all__ = [
     "doctor",
     "score_batch",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if (_clash := name_clash()) is not None:
     warnings.warn(_clash, RuntimeWarning, stacklevel=2)

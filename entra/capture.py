@@ -38,13 +38,16 @@ from entra.packing import (
     Separation,
     begins_sequences,
     beside,
+    biased,
     places,
+    positions_of,
     separation,
     sequences_of,
     shortened,
     starts_of,
     visible,
 )
+from entra.rope import RopeGroups, transformers_version
 from entra_kernels import incoming_attention
 
 _PREFIX = "entra_capture|"
@@ -93,7 +96,8 @@ class CapturedLayer:
 _JOINED = (
     "a sequence begins at token {token} of row {row} (position_ids start again or cu_seq_lens_q says so), but the attention "
     "({implementation}) of {name} does not keep it apart from the tokens before it: there is a cache, an attention_mask, or a "
-    "model that builds its masks without position_ids (gpt-oss); " + _PACKING_REMEDY
+    "model that builds its masks without these position_ids (gpt-oss; Qwen2.5-VL and Qwen3-VL but for [4, B, N]); "
+    + _PACKING_REMEDY
 )
 _SEVERAL = (
     "row {row} packs several sequences (the attention of {name}, {implementation}, keeps token {token} apart from the one "
@@ -110,6 +114,15 @@ _NOT_GIVEN = (
 _OTHER_MASK = (
     "the attention mask of {name} lets token {token} of row {row} see other tokens than the earlier ones of its sequence, "
     "which incoming attention cannot reproduce; " + _PACKING_REMEDY
+)
+_BIASED = (
+    "the attention mask of {name} adds a number to the scores of token {token} of row {row} that neither lets a key be seen "
+    "(0) nor hides it (-1000 or less), which incoming attention cannot reproduce; pass a bool mask, or one of 0 and -inf"
+)
+_OTHER_ROPE = (
+    "token {token} of row {row} has another RoPE in this forward than its sequence alone: LongRoPE and dynamic RoPE go by the "
+    "largest position of a forward, pads included; run sequences of up to original_max_position_embeddings tokens (dynamic: "
+    "max_position_embeddings) apart from longer ones (dynamic: those one by one), and pad no further than to the longest"
 )
 _COMPILED = (
     "row {row} packs several sequences (the attention of {name} keeps token {token} apart from the one before it), which "
@@ -149,6 +162,8 @@ class Capture:
         name: str,
         layer_type: str,
         unpackable: str | None,
+        rope: RopeGroups,
+        position_ids: Callable[..., Any],
         statistic: str,
         head_reduction: str,
         backend: str,
@@ -162,6 +177,8 @@ class Capture:
         # Without layer_types all layers are alike, and only the call tells whether they have a window.
         self._uniform = getattr(config, "layer_types", None) is None
         self._unpackable = unpackable
+        self._rope = rope
+        self._position_ids = position_ids
         self._statistic = statistic
         self._head_reduction = head_reduction
         self._backend = backend
@@ -173,10 +190,12 @@ class Capture:
         self.expect()
         self.inspect: Callable[[Tensor, Tensor, dict[str, Any]], None] | None = None
         """Called with q, k and the other arguments of `incoming_attention`, for `entra.verify`."""
+        self.refuse_other_rope = True
+        """Whether rows that have another RoPE in the forward than alone are an error; False for who leaves them out."""
 
     def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """The pre-forward hook of the model: some models do not hand `position_ids` on to their attention (GPT-BigCode)."""
-        self._positions = kwargs.get("position_ids")
+        self._positions = self._position_ids(args, kwargs)
 
     def expect(self, *, start: Tensor | None = None, length: Tensor | None = None, cu_seqlens: Tensor | None = None) -> None:
         """Where the sequences of the next forward lie, in place of what `capture_incoming_attention` was told."""
@@ -263,14 +282,16 @@ class Capture:
         if self._cu_seqlens is not None:
             return self._given_rows(module, q, mask, arguments, found)
         # A sequence that begins outside of the spans, or with them, does not matter.
-        token = torch.arange(tokens, device=q.device)
-        first = 0 if self._start is None else self._start.to(q.device)[:, None]
-        inside = token >= 0 if self._start is None else token > first
-        if self._length is not None:
-            inside = inside & (token < first + self._length.to(q.device)[:, None])
+        token = torch.arange(tokens, device=q.device)[None]
+        first = token.new_zeros(1, 1) if self._start is None else self._start.to(q.device)[:, None]
+        length = tokens - first if self._length is None else self._length.to(q.device)[:, None]
+        inside = (token >= 0 if self._start is None else token > first) & (token < first + length)
+        if self._start is not None or self._length is not None:
+            self._doubt_rope(length, inside, arguments, tokens)
         if found is None:
             self._doubt(begins_sequences(arguments, q, self._positions) & inside, _UNREADABLE)
             return None
+        self._doubt(found.unclear & ~found.pads & inside, _BIASED)
         self._doubt(found.joined & inside, _JOINED)
         if self._start is not None or self._length is not None:
             self._doubt(found.opens & inside, _SEVERAL)
@@ -283,6 +304,8 @@ class Capture:
         self._refuse_unpackable()
         rows = sequences_of(found)
         self._doubt_mask(module, mask, arguments, rows)
+        lengths = torch.stack([row.diff()[places(row, tokens)[0]] for row in rows])
+        self._doubt_rope(lengths, ~found.pads, arguments, tokens)
         return rows
 
     def _given_rows(
@@ -293,7 +316,11 @@ class Capture:
         cu_seqlens, tokens = self._cu_seqlens.to(q.device), q.shape[2]
         if cu_seqlens.numel() > 2:
             self._refuse_unpackable()
+        sequence, position = places(cu_seqlens, tokens)
+        counts = cu_seqlens.diff() if self._length is None else self._length.to(q.device)
+        self._doubt_rope(cu_seqlens.diff()[sequence][None], (position <= counts[sequence])[None], arguments, tokens)
         if found is not None:
+            self._doubt(found.unclear & ~found.pads, _BIASED)
             begins = starts_of(cu_seqlens, tokens)[None]
             self._doubt(begins & ~(found.opens | beside(found.pads)), _GIVEN_BUT_JOINED)
             self._doubt(found.opens & ~begins, _NOT_GIVEN)
@@ -312,6 +339,14 @@ class Capture:
         """An error with `message` once the result is read, if any of `tokens` [B, N] is true."""
         self._doubts.append(_Doubt(tokens, message, self._name, self._implementation))
 
+    def _doubt_rope(self, lengths: Tensor, inside: Tensor, arguments: dict[str, Any], tokens: int) -> None:
+        """Tokens `inside` [B, N] of sequences of `lengths` [B or 1, N or 1] must have the RoPE that the sequence has alone."""
+        if not (self._rope.differ and self.refuse_other_rope):
+            return
+        positions = positions_of(arguments, self._positions)
+        longest = lengths.new_tensor(tokens) if positions is None else positions.max().to(lengths.device) + 1
+        self._doubt(self._rope.other(lengths, longest) & inside, _OTHER_ROPE)
+
     def _doubt_mask(self, module: Any, mask: Any, arguments: dict[str, Any], rows: list[Tensor]) -> None:
         """The tokens of packed rows must see every earlier one of their sequence and nothing else; [B, 1, N, N] masks."""
         if not (isinstance(mask, Tensor) and mask.ndim == 4) or all(row.numel() <= 2 for row in rows):
@@ -322,6 +357,7 @@ class Capture:
         expected = position.clamp(min=1, max=self._window(module, arguments))
         sees_itself = seen.diagonal(dim1=-2, dim2=-1)
         self._doubt((seen.sum(-1) != expected) & sees_itself, _OTHER_MASK)
+        self._doubt(biased(mask[:, 0, :, :tokens]).any(-1) & sees_itself, _BIASED)
 
     def _reusable_lse(self, mask: Any, arguments: dict[str, Any], rows: list[Tensor] | None) -> str | None:
         """The attention implementation, when the log-sum-exp of its rows may be that of the rows that are scored.
@@ -439,7 +475,8 @@ def capture_incoming_attention(
     **Packed rows.** Several sequences in one row (padding-free training) are scored one by one, each like the same sequence in
     a row to itself. They are given as `cu_seqlens`, or found in the attention call: where its mask cuts (`position_ids` that
     start again, with `attention_mask=None` and `use_cache=False`), or in what flash attention is told. `captured.cu_seqlens`
-    says which they are.
+    says which they are. LongRoPE and dynamic RoPE go by the largest position of a forward: sequences that have another RoPE
+    there than alone are an error, in padded rows with `start` or `length` too.
 
     Every forward inside the block replaces the result of the one before; so does gradient checkpointing's second pass,
     with the same values. No gradient flows through a result, and attention dropout is not part of it. One thread at a time
@@ -470,7 +507,7 @@ def capture_incoming_attention(
         RuntimeError: a forward with a key-value cache in use, or with a position bias or sparse indices; packed rows of a model
             whose layers carry a state from one sequence into the next (linear attention, Mamba). Reading `captured.incoming`
             before a forward, or when attention kept other sequences apart than those that are to be scored, or none (gpt-oss
-            but under flash attention).
+            but under flash attention), when its mask biases scores, or when a sequence has another RoPE than alone.
 
     Source: docs/method.md, incoming attention.
     """
@@ -494,6 +531,8 @@ def capture_incoming_attention(
         name=name,
         layer_type=layer_type,
         unpackable=_unpackable(model),
+        rope=RopeGroups(_transformers_model(model)),
+        position_ids=_position_ids_of(model),
         statistic=statistic,
         head_reduction=head_reduction,
         backend=backend,
@@ -657,14 +696,6 @@ def _refuse_dropped_softcap(module: Any) -> None:
         )
 
 
-def transformers_version() -> tuple[int, int]:
-    """Major and minor version of the transformers that is installed."""
-    import transformers
-
-    major, minor = transformers.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 def attention_layers(model: nn.Module) -> list[tuple[str, Any, str]]:
     """Name, attention module, and layer type of every decoder layer that goes through transformers' attention interface.
 
@@ -715,8 +746,28 @@ def _unpackable(model: nn.Module) -> str | None:
     return None
 
 
+def _position_ids_of(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """What takes `position_ids` out of the arguments of the model's call, positional ones included.
+
+    Wrappers (DDP, PEFT) take any arguments and hand them on; the first model inside that names its own tells their order.
+    """
+    signatures = (inspect.signature(module.forward) for module in model.modules())
+    named = next(s for s in signatures if all(p.kind is not p.VAR_POSITIONAL for p in s.parameters.values()))
+
+    def position_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = kwargs.get("position_ids")
+        return named.bind_partial(*args).arguments.get("position_ids") if given is None and args else given
+
+    return position_ids
+
+
 def _text_config(model: nn.Module) -> Any:
     """The config of the text decoder inside any wrapper."""
+    return _transformers_model(model).config.get_text_config(decoder=True)
+
+
+def _transformers_model(model: nn.Module) -> Any:
+    """The model inside any wrapper that has a transformers config."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "get_text_config"):
@@ -725,7 +776,7 @@ def _text_config(model: nn.Module) -> Any:
                     f"{type(module).__name__} (model_type={config.model_type!r}) is an encoder-decoder model; "
                     "incoming attention is defined for decoder-only language models, pass one of those"
                 )
-            return config.get_text_config(decoder=True)
+            return module
     raise ValueError(f"model is a {type(model).__name__} without a transformers config; pass a transformers causal LM")
 
 

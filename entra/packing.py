@@ -29,6 +29,8 @@ class Separation(NamedTuple):
     """Tokens that do not even see themselves."""
     joined: Tensor
     """Tokens at which the call's arguments begin a sequence, but which do see the token before them."""
+    unclear: Tensor
+    """Tokens to whose score with themselves or with the token before the mask adds neither 0 nor what hides a key."""
     may_open: bool
     """False where `opens` cannot hold anything, known without waiting for the device."""
 
@@ -46,13 +48,14 @@ def separation(
     """
     batch, _, tokens, _ = q.shape
     nothing = torch.zeros(batch, tokens, dtype=torch.bool, device=q.device)
-    opens, pads, lost, may_open = nothing, nothing, nothing, True
+    opens, pads, lost, unclear, may_open = nothing, nothing, nothing, nothing, True
     named = _named_starts(arguments, nothing)
     if isinstance(mask, Tensor) and mask.ndim == 4:
         square = mask[:, 0, :, :tokens]
-        opens, pads = _opened(
-            visible(square.diagonal(dim1=-2, dim2=-1)), visible(square.diagonal(-1, dim1=-2, dim2=-1)), nothing
-        )
+        itself, last = square.diagonal(dim1=-2, dim2=-1), square.diagonal(-1, dim1=-2, dim2=-1)
+        opens, pads = _opened(visible(itself), visible(last), nothing)
+        unclear = nothing | biased(itself)
+        unclear[:, 1:] |= biased(last)
     elif hasattr(mask, "mask_mod"):
         row = torch.arange(batch, device=q.device)[:, None]
         token = torch.arange(tokens, device=q.device)[None]
@@ -72,7 +75,7 @@ def separation(
     else:
         return None
     claimed = (named | _restarts(arguments, positions, nothing) | lost) & ~beside(pads)
-    return Separation(opens, pads, claimed & ~opens, may_open)
+    return Separation(opens, pads, claimed & ~opens, unclear, may_open)
 
 
 def begins_sequences(arguments: dict[str, Any], q: Tensor, positions: Any = None) -> Tensor:
@@ -116,7 +119,16 @@ def shortened(cu_seqlens: Tensor, length: Tensor) -> Tensor:
 
 def visible(mask: Tensor) -> Tensor:
     """bool, whether an entry of an attention mask lets its key be seen; float masks are added to the scores."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return mask if mask.dtype == torch.bool else mask > _HIDDEN
+
+
+def biased(mask: Tensor) -> Tensor:
+    """bool, whether an entry of an attention mask neither leaves a score as it is nor hides its key (ALiBi, NaN)."""
+    return torch.zeros_like(mask) if mask.dtype == torch.bool else (mask != 0) & ~(mask <= _HIDDEN)
+
+
+# Masks are filled with -inf, a dtype's lowest number, -1e9 or -1e4; exp(-1e3) is 0 even in float64.
+_HIDDEN = -1e3
 
 
 # transformers' flash attention goes by cu_seq_lens_q only where all of these are given.
@@ -148,13 +160,23 @@ def starts_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def _restarts(arguments: dict[str, Any], positions: Any, nothing: Tensor) -> Tensor:
-    """bool [B, N], where `position_ids` do not go on but start again; those of the model's call where attention gets none."""
-    positions = arguments.get("position_ids", positions)
-    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] != nothing.shape[1]:
+    """bool [B, N], where `position_ids` [B, N] or [planes, B, N] do not go on but start again."""
+    positions = positions_of(arguments, positions)
+    if not isinstance(positions, Tensor) or positions.ndim not in (2, 3) or positions.shape[-1] != nothing.shape[1]:
         return nothing
+    planes = positions.to(nothing.device).view(-1, *positions.shape[-2:])
+    steps = planes.diff(dim=-1)
+    # Inside of a picture planes (time, height, width) fall one by one; in text all are the same.
+    text = (planes == planes[:1]).all(0)[:, :-1]
     restarts = nothing.clone()
-    restarts[:, 1:] = positions.diff(dim=-1).to(nothing.device) < 1
+    restarts[:, 1:] = (steps < 0).all(0) | ((steps < 1).all(0) & text)
     return restarts
+
+
+def positions_of(arguments: dict[str, Any], positions: Any) -> Any:
+    """The `position_ids` that an attention call gets, or those of the model's call where it gets none."""
+    given = arguments.get("position_ids")
+    return positions if given is None else given
 
 
 def _flash_starts(arguments: dict[str, Any], nothing: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entra.capture import transformers_version
-
 _LONG = ("longrope", "su")  # the second is Phi-3's first name for it
 
 # RoPE, but not alone: a norm with weights after it (Hunyuan), attention scaled by the position (Beam, Llama 4; Ministral 3 and
@@ -55,6 +53,20 @@ class RopeGroups:
         stretched = self._stretched_from is not None and length > self._stretched_from
         return sum(length > limit for limit in self._limits), length if stretched else 0
 
+    @property
+    def differ(self) -> bool:
+        """Whether there is more than one group."""
+        return bool(self._limits) or self._stretched_from is not None
+
+    def other(self, lengths: Tensor, longest: Tensor) -> Tensor:
+        """bool, shaped as `lengths`: whether `of` differs from that of `longest`, a number; waits for no device."""
+        other = torch.zeros_like(lengths, dtype=torch.bool)
+        for limit in self._limits:
+            other |= (lengths > limit) != (longest > limit)
+        if self._stretched_from is not None:
+            other |= (lengths != longest) & (torch.maximum(lengths, longest) > self._stretched_from)
+        return other
+
 
 def sees_left_pads(model: Any) -> bool:
     """Whether a row's numbers may change with the pads before it; models without RoPE are taken for such."""
@@ -66,6 +78,14 @@ def sees_left_pads(model: Any) -> bool:
         or any(one.get(_ABSOLUTE_PARAMETER) is not None for one in parameters)
         or (_reads_pads_of_one_row() and any(isinstance(module, nn.Conv1d) for module in model.modules()))
     )
+
+
+def transformers_version() -> tuple[int, int]:
+    """Major and minor version of the transformers that is installed."""
+    import transformers
+
+    major, minor = transformers.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _reads_pads_of_one_row() -> bool:

@@ -123,6 +123,7 @@ class _LivePolicy:
                 ) as captured,
                 _riding(model, captured, input_ids[part], attention_mask[part], start[part], length[part]) as ride,
             ):
+                captured.refuse_other_rope = False  # the rollout leaves such rows out
                 logprobs.append(logprobs_of(model, input_ids[part], attention_mask[part], logits_to_keep, **kwargs)[0])
             incoming.append(ride.incoming())
             if not ride.fits:

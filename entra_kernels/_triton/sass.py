@@ -66,6 +66,13 @@ def tile_of(case: KernelCase) -> str:
     return " x ".join(str(case.constexprs[name]) for name in names if name in case.constexprs)
 
 
+def warps_and_stages(case: KernelCase) -> tuple[str, str]:
+    """Of a ring: two groups of warps and the one that copies, and the tiles in shared memory."""
+    if case.scores:
+        return "4 + 4 + 1", str(case.constexprs["STAGES"])
+    return str(case.num_warps), str(case.num_stages)
+
+
 def row(case: KernelCase, chip: Chip, compiled: aot.Compiled) -> list[str]:
     """One row of the table, a cell per entry of `COLUMNS`; "-" where there is nothing to count."""
     counts, scores = compiled.counts, compiled.scores
@@ -76,8 +83,7 @@ def row(case: KernelCase, chip: Chip, compiled: aot.Compiled) -> list[str]:
         case.label,
         chip.arch,
         tile_of(case),
-        "4 + 4 + 1" if case.scores else case.num_warps,
-        str(case.constexprs.get("STAGES", case.num_stages)),
+        *warps_and_stages(case),
         f"{per_score:.2f}" if per_score is not None else None,
         f"{counts.exponentials / scores:.2f}" if counts and scores else None,
         f"{counts.shuffles / counts.exponentials:.3f}" if counts and scores else None,

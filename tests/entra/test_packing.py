@@ -17,6 +17,7 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DataCollatorWithFlattening,
     PreTrainedModel,
 )
@@ -335,6 +336,80 @@ def test_positions_that_the_model_does_not_hand_on_to_attention_are_seen() -> No
     with pytest.raises(RuntimeError, match=r"token 9 of row 0 .* does not keep it apart"):
         _ = capture(model, ids, positions, {"use_cache": True}).incoming
     assert len(model._forward_pre_hooks) == before
+
+
+def test_positions_that_are_not_given_by_name_are_seen() -> None:
+    """GPT-BigCode takes them as its fifth argument, wrappers hand them on."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_bigcode", **sizes)).eval()
+    ids, positions = packed()
+    for called in (model, torch.nn.DataParallel(model)):
+        with torch.no_grad(), capture_incoming_attention(called) as captured:
+            called(ids, None, torch.ones_like(ids), None, positions, use_cache=False)
+        with pytest.raises(RuntimeError, match=r"token 9 of row 0 .* does not keep it apart"):
+            _ = captured.incoming
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def multimodal(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A model whose positions have three planes: time, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 48}
+    tokens = {"image_token_id": 95, "video_token_id": 96, "vision_start_token_id": 97, "vision_end_token_id": 98}
+    config = AutoConfig.for_model(
+        request.param, text_config={**sizes, **heads, "rope_parameters": rope}, vision_config=vision, **tokens
+    )
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.mark.parametrize("planes", [0, 3, 4])
+def test_multimodal_positions_that_start_again_are_scored_apart_or_refused(planes: int, multimodal: PreTrainedModel) -> None:
+    """The models cut their masks by a plane of text positions, which is the first of four; Qwen3-VL by two dimensions too."""
+    ids, positions = packed()
+    positions = positions if planes == 0 else positions.expand(planes, 1, -1)
+    captured = capture(multimodal, ids, positions)
+    if planes == 4 or (planes == 0 and multimodal.config.model_type == "qwen3_vl"):
+        assert_each_as_alone(captured, multimodal)
+        return
+    with pytest.raises(RuntimeError, match=r"token 9 of row 0 .* does not keep it apart"):
+        _ = captured.incoming
+
+
+def test_positions_inside_of_a_picture_begin_no_sequence(multimodal: PreTrainedModel) -> None:
+    """Height falls at the next frame of a video and width at the next line, but never time; text goes on after the last."""
+    picture = torch.tensor([[2] * 4 + [3] * 4, [2, 2, 3, 3] * 2, [2, 3] * 4])
+    text = torch.arange(2).expand(3, -1)
+    positions = torch.cat([text, picture, 4 + torch.arange(4).expand(3, -1)], dim=1)[:, None]
+    ids = packed()[0][:, : positions.shape[-1]]
+    assert capture(multimodal, ids, positions).cu_seqlens is None
+
+
+@pytest.mark.parametrize("fill", [-1e9, -1e4, torch.finfo(torch.float32).min, -float("inf")])
+def test_hand_made_float_masks_cut_whatever_they_are_filled_with(
+    fill: float, model_of: Callable[[str], PreTrainedModel]
+) -> None:
+    ids, positions = packed()
+    seen = torch.block_diag(*(torch.ones(n, n) for n in LENGTHS)).tril().bool()
+    mask = torch.where(seen, 0.0, fill)[None, None]
+    for given in (None, positions):
+        captured = capture(model_of("llama"), ids, given, {"attention_mask": mask})
+        assert_each_as_alone(captured, model_of("llama"))
+
+
+def test_masks_that_bias_scores_are_refused(model_of: Callable[[str], PreTrainedModel]) -> None:
+    model, ids = model_of("llama"), packed()[0]
+    hidden = torch.full((TOKENS, TOKENS), -1e9).triu(1)
+    slope = -0.1 * (torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)).clamp(min=0)  # ALiBi
+    for options in ({}, {"length": [TOKENS]}, {"cu_seqlens": [0, TOKENS]}):
+        with pytest.raises(RuntimeError, match=r"adds a number to the scores of token 1 of row 0 .* pass a bool mask"):
+            _ = capture(model, ids, None, {"attention_mask": (hidden + slope)[None, None]}, **options).incoming
+    apart = torch.block_diag(*(torch.ones(n, n) for n in LENGTHS)).tril().bool()
+    mask = torch.where(apart, 0.0, -1e9)
+    mask[20, 10] = -3.0
+    with pytest.raises(RuntimeError, match="adds a number to the scores of token 20"):
+        _ = capture(model, ids, None, {"attention_mask": mask[None, None]}).incoming
 
 
 def test_geometry_that_is_not_that_of_the_call(model_of: Callable[[str], PreTrainedModel]) -> None:

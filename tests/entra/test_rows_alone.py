@@ -5,9 +5,8 @@ import torch
 from tiny_models import FAMILIES, VOCABULARY, build
 
 import entra
-from entra.capture import transformers_version
 from entra.forward import token_signals
-from entra.rope import has_seen_longer, sees_left_pads
+from entra.rope import has_seen_longer, sees_left_pads, transformers_version
 
 # The same numbers up to the order of additions in the model's own matrix products; another RoPE is off by more than 1e-2.
 LOGPROB_TOLERANCE, INCOMING_TOLERANCE = 2e-5, 1e-6
@@ -101,6 +100,56 @@ def test_a_row_is_scored_as_if_no_longer_one_had_run_before(family, overrides, r
         model(torch.tensor([rows[0]]), use_cache=False)  # whoever runs the model, not only scoring
     for i in (4, 2, 1):
         assert_equal(*score(model, [rows[i]]), *score(build(family, **overrides), [rows[i]]))
+
+
+def capture(model, ids, **options):
+    positions = options.pop("position_ids", None)
+    with torch.no_grad(), entra.capture_incoming_attention(model, **options) as captured:
+        model(torch.as_tensor(ids), position_ids=positions, use_cache=False)
+    return captured
+
+
+@pytest.mark.parametrize(("family", "overrides"), [*CASES, pytest.param("llama", {}, id="default-llama")])
+@pytest.mark.parametrize("layout", ["found", "cu_seqlens", "length", "start"])
+def test_a_captured_sequence_has_the_rope_it_has_alone_or_is_refused(family, overrides, layout, rows):
+    def joined(first, second):
+        """Both sequences in one forward, in the layout asked for."""
+        model = build(family, **overrides)
+        lengths, width = [len(first), len(second)], max(len(first), len(second))
+        if layout in ("found", "cu_seqlens"):
+            positions = torch.cat([torch.arange(n) for n in lengths])[None]
+            given = {} if layout == "found" else {"cu_seqlens": [0, lengths[0], sum(lengths)]}
+            return capture(model, [first + second], position_ids=positions, **given)
+        starts = [0, 0] if layout == "length" else [width - n for n in lengths]
+        padded = [[0] * s + row + [0] * (width - s - len(row)) for s, row in zip(starts, (first, second), strict=True)]
+        given = {"length": lengths} if layout == "length" else {"start": starts}
+        mask = torch.tensor([[s <= i < s + n for i in range(width)] for s, n in zip(starts, lengths, strict=True)])
+        with torch.no_grad(), entra.capture_incoming_attention(model, **given) as captured:
+            model(torch.tensor(padded), attention_mask=mask.long(), use_cache=False)
+        return captured
+
+    def assert_as_alone(first, second):
+        incoming = joined(first, second).incoming
+        for r, row in enumerate((first, second)):
+            alone = capture(build(family, **overrides), [row]).incoming[0]
+            at = 0 if layout == "length" else incoming.shape[1] - len(row)
+            got = incoming[r, at : at + len(row)] if len(incoming) > 1 else incoming[0].split([len(first), len(second)])[r]
+            torch.testing.assert_close(got, alone, rtol=0, atol=INCOMING_TOLERANCE)
+
+    short, long = rows[1], rows[4]
+    assert_as_alone(short, rows[2])
+    assert_as_alone(rows[0], rows[5])
+    if not overrides:
+        assert_as_alone(short, long)
+        return
+    with pytest.raises(RuntimeError, match="another RoPE in this forward than its sequence alone"):
+        _ = joined(short, long).incoming
+
+
+def test_pads_that_stretch_rope_are_refused_in_a_capture(rows):
+    model = build("llama", **longrope(20))
+    with pytest.raises(RuntimeError, match="token 0 of row 0 has another RoPE"):
+        _ = capture(model, [rows[1] + [0] * 20], length=[9]).incoming
 
 
 def test_dynamic_rope_is_as_before_after_scoring(rows):

@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, VOCABULARY, build
 from tiny_tokenizer import build_tokenizer
 
 import entra
-from entra.capture import transformers_version
+from entra.rope import transformers_version
 from entra.score import Scores
 
 # float32 forwards of two attention implementations; measured differences are below 4e-6 on every family.

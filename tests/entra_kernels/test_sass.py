@@ -227,7 +227,7 @@ def test_the_printed_table_is_of_the_launch_sizes_in_use():
     section = text.partition(sass.BEGIN)[2].partition(sass.END)[0]
     printed = [row.split(" | ")[:5] for row in section.splitlines() if re.match(r"\| [a-z_]+ ?.* \| (sm_|gfx)", row)]
     expected = [
-        [f"| {case.label}", aot.CHIPS[job.chip].arch, sass.tile_of(case), str(case.num_warps), str(case.num_stages)]
+        [f"| {case.label}", aot.CHIPS[job.chip].arch, sass.tile_of(case), *sass.warps_and_stages(case)]
         for job in aot.jobs(sass.SHOWN)
         for case in (job.case(),)
     ]
