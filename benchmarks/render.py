@@ -173,9 +173,9 @@ def section(content: Content, plots: list[str]) -> Iterator[str]:
 
 
 def draw(content: Content, folder: Path, stem: str) -> list[Path]:
-    """Time against N and share of the bounds against N, as SVG; nothing without matplotlib or records."""
+    """Time against N and share of the bounds against N, as SVG; nothing without matplotlib, or with a single N."""
     records = [record for record in _sweep(content) if "ms" in record]
-    if not records or importlib.util.find_spec("matplotlib") is None:
+    if len({record["tokens"] for record in records}) < 2 or importlib.util.find_spec("matplotlib") is None:
         return []
     import matplotlib
 
