@@ -393,7 +393,7 @@ def test_decoding_on_a_cache_is_refused(model_of: Callable[[str], PreTrainedMode
                 "index_head_dim": 16,
                 "index_topk": 4,
             },
-            "of type indexed_attention|attends with indices",
+            "of type (indexed_attention|deepseek_sparse_attention)|attends with indices",
             id="sparse",
         ),
         pytest.param("bloom", {}, "BloomAttention", id="own-attention-code"),
