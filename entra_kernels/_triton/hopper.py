@@ -28,18 +28,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from entra_kernels._triton.attention import HIGHEST, LOG2_E, LOWEST
 from entra_kernels._triton.launch import FUSED, Chip, KernelCase, Ring, attention_launch, gluon_is_known
-from entra_kernels._triton.plan import Plan
+from entra_kernels._triton.plan import PIECE_FIELDS, TILE_FIELDS, Plan
 
 RESIDENT = 256
 PART = gl.constexpr(64)
 """Resident tokens of one product: the rows of a warp group's matrix instruction."""
-
-LOG2_E = gl.constexpr(1.4426950408889634)
-LOWEST = gl.constexpr(-3.0e38)  # below every score, and finite: two of them subtracted give 0, not NaN
-HIGHEST = gl.constexpr(3.0e38)
-TILE_FIELDS = gl.constexpr(3)
-PIECE_FIELDS = gl.constexpr(5)
 
 GROUPS = {"num_warps": 4, "maxnreg": 168, "REGISTERS": 232, **FUSED}
 """Warps of the first group; registers of a thread when the program starts, which three groups of 4 warps can have; and of a
