@@ -29,6 +29,8 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from entra.capture import CapturedLayer, capture_incoming_attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # What has to be told apart (another layer of the same model) differs by at least this.
 DISTINCT = 1e-2
 
@@ -55,15 +57,6 @@ EXPECTED_LAYER: dict[str, tuple[int, int | None, float | None, float, bool]] = {
     "phimoe": (1, WINDOW, None, 20**-0.5, False),
     "cohere2": (1, None, None, 20**-0.5, False),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models run faster on one thread than on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

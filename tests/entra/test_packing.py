@@ -5,7 +5,7 @@ The reference is that of test_capture.py: every sequence alone through the eager
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,21 +27,14 @@ import entra.capture
 from entra.capture import Capture, capture_incoming_attention
 from entra_kernels import incoming_attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = (9, 14, 1, 6)
 TOKENS = sum(LENGTHS)
 CU_SEQLENS = [0, 9, 23, 24, 30]
 
 # Layers that carry a state over, and masks that are built without position_ids.
 REFUSED = {"qwen3_next": "linear_attention", "qwen3_5": "linear_attention", "gpt_oss": "does not keep it apart"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models run faster on one thread than on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

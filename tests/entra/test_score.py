@@ -15,18 +15,12 @@ import entra
 from entra.rope import transformers_version
 from entra.score import Scores
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # float32 forwards of two attention implementations; measured differences are below 4e-6 on every family.
 LOGPROB_TOLERANCE = 2e-5
 ATTENTION_TOLERANCE = 2e-6
 LENGTHS = [(4, 13), (9, 1), (1, 30), (6, 22)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
