@@ -22,7 +22,7 @@ from torch import Tensor
 
 from entra_kernels._spans import Spans
 from entra_kernels._triton import attention
-from entra_kernels._triton.launch import AttentionLaunch, Chip, attention_launch, chip_of
+from entra_kernels._triton.launch import AttentionLaunch, Chip, Ring, attention_launch, chip_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VARIANTS = ("plain", "window", "softcap")
@@ -42,8 +42,13 @@ class Trial(NamedTuple):
 
 
 def candidates(current: AttentionLaunch, element_size: int, chip: Chip) -> Iterator[AttentionLaunch]:
-    """The size in use, then all that fit into shared memory and leave a thread registers beside its accumulators."""
+    """The size in use; where that has a ring, the others, and the plain passes; then all plain sizes that fit into shared
+    memory and leave a thread registers beside its accumulators."""
     yield current
+    if current.ring is not None:
+        yield from (size for size in rings(current, element_size, chip) if size != current)
+        current = current._replace(ring=None)
+        yield current
     for resident, streamed, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (1, 2, 3)):
         accumulators = resident * streamed // (32 * warps)
         shared = (resident + stages * streamed) * current.depth * element_size
@@ -55,6 +60,14 @@ def candidates(current: AttentionLaunch, element_size: int, chip: Chip) -> Itera
                 size = AttentionLaunch(resident, streamed, current.depth, warps, stages, registers, current.least_piece, ahead)
                 if size != current:
                     yield size
+
+
+def rings(current: AttentionLaunch, element_size: int, chip: Chip) -> Iterator[AttentionLaunch]:
+    """Rings that fit into shared memory. With the resident tile in registers too, 128 streamed tokens would spill."""
+    for streamed, stages, in_registers in itertools.product((128, 64), (3, 4, 6), (False, True)):
+        shared = (current.resident + stages * streamed) * current.depth * element_size + 4 * stages * streamed + 1024
+        if shared <= chip.shared_memory and not (in_registers and streamed == 128):
+            yield current._replace(streamed=streamed, ring=Ring(stages, in_registers))
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -125,8 +138,13 @@ def table(found: Sequence[Trial], current: AttentionLaunch, flops: float) -> str
         rate = "" if trial.column is None else f"{flops / trial.column / 1e9:.0f}"
         times = ["" if value is None else f"{value:.3f}" for value in (trial.column, trial.both)]
         note = trial.reason or ("in use" if size == current else "")
+        warps, stages, registers = str(size.num_warps), str(size.num_stages), str(size.max_registers or "-")
+        if size.ring is not None:
+            warps, stages, registers = "4 + 4 + 1", f"ring of {size.ring.stages}", "-"
+            if size.ring.in_registers:
+                stages += ", resident tile in registers"
         lines.append(
-            f"| {size.resident} x {size.streamed} | {size.num_warps} | {size.num_stages} | {size.max_registers or '-'} "
+            f"| {size.resident} x {size.streamed} | {warps} | {stages} | {registers} "
             f"| {'yes' if size.ahead else ''} | {times[0]} | {rate} | {times[1]} | {note} |"
         )
     return "\n".join(lines)

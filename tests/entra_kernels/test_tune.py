@@ -23,7 +23,9 @@ def test_candidates_fit_and_hold_the_size_in_use(tune):
             sizes = list(tune.candidates(current, 2, chip))
             assert sizes[0] == current
             assert len(set(sizes)) == len(sizes) > 5
-            assert all((s.resident + s.num_stages * s.streamed) * s.depth * 2 <= chip.shared_memory for s in sizes[1:])
+            tiles = {s: s.resident + (s.ring.stages if s.ring else s.num_stages) * s.streamed for s in sizes}
+            assert all(tiles[s] * s.depth * 2 <= chip.shared_memory for s in sizes[1:])
+            assert (current.ring is not None) == (current._replace(ring=None) in sizes[1:])
             assert all(s.resident % s.streamed == 0 for s in sizes)
 
 
