@@ -165,7 +165,7 @@ def test_launch_sizes_fit_every_chip():
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    "options", [{}, {"sliding_window": 150}, {"row_weights": True, "softcap": 3.0}], ids=["full", "window", "weights, softcap"]
+    "options", [{}, {"sliding_window": 75}, {"row_weights": True, "softcap": 3.0}], ids=["full", "window", "weights, softcap"]
 )
 def test_starting_a_product_ahead_changes_no_bit(options, target, monkeypatch):
     """`AttentionLaunch.ahead` is another order of the same operations. Enough tokens for no, one and many tiles ahead."""
@@ -173,10 +173,10 @@ def test_starting_a_product_ahead_changes_no_bit(options, target, monkeypatch):
         pytest.skip("Triton's interpreter is off because a GPU is present")
     attention = importlib.import_module("entra_kernels._triton.attention")
     launch = importlib.import_module("entra_kernels._triton.launch")
-    q, k, arguments = problem(*target, lengths=(300, 64, 80, 13), heads=2, kv_heads=1, **options)
+    q, k, arguments = problem(*target, lengths=(150, 32, 40, 13), heads=2, kv_heads=1, **options)
     results = []
     for ahead in (False, True):
-        size = launch.AttentionLaunch(64, 16, 32, 4, 1, None, least_piece=8, ahead=ahead)
+        size = launch.AttentionLaunch(32, 16, 32, 4, 1, None, least_piece=4, ahead=ahead)
         if target[1] == torch.float32:
             size = size._replace(depth=16)
         monkeypatch.setattr(attention, "attention_launch", lambda *_, size=size, **__: size)
