@@ -155,6 +155,7 @@ def test_training_step(results: Results, once: Any, tmp_path: Path, case: str) -
         runs["ours, the pass alone"] = lambda: token_signals(policy, rows, [COMPLETION_TOKENS] * len(rows), config)
         runs["one no-grad forward"] = forward
         runs["TRL's no-grad log-prob pass"] = log_prob_pass
+
     def check(name: str, result: Any) -> None:
         # The Trainer leaves NaN losses out of its log; a policy of NaN ends the next generation by an assertion on the GPU.
         lost = [n for n, p in trainers[name].model.named_parameters() if not p.isfinite().all()] if name in trainers else []

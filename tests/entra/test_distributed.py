@@ -25,6 +25,7 @@ from transformers.distributed import DistributedConfig
 
 import entra
 from entra import forward
+from entra.rope import transformers_version
 
 pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
 pytestmark = pytest.mark.timeout(600)  # one test may have to launch two runs
@@ -81,6 +82,8 @@ def ddp(folder, killed):
 
 @pytest.fixture(scope="module")
 def resumed(folder, killed):
+    if transformers_version() < (5, 18):
+        pytest.skip("this transformers asks torch for a device cpu:0 when several ranks load an optimizer")
     status, output = launch("resume", folder)
     assert status == 0, output
     return seen("resume", folder)
@@ -192,6 +195,8 @@ def test_fsdp2_unequal_numbers_of_forwards(fsdp2):
 
 @pytest.mark.parametrize("run", ["riding", "own_pass"])
 def test_fsdp2_training(fsdp2, run):
+    if run == "riding" and transformers_version() < worker.TRAINS_WHAT_IT_SHARDED:
+        pytest.skip("this transformers does not train a model that it sharded")
     ranks = [rank[run] for rank in fsdp2]
     assert {rank["wrapped_by"] for rank in ranks} == {"FSDPQwen3ForCausalLM"}
     assert_scores_of_one_process(ranks, rode=run == "riding")

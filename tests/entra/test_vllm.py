@@ -13,6 +13,9 @@ import entra
 import entra.rollout
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+platforms = pytest.importorskip("vllm.platforms")
+if not platforms.current_platform.is_cpu():
+    pytest.skip("needs vLLM's CPU build: make test-vllm", allow_module_level=True)
 trl = pytest.importorskip("trl", reason="needs TRL: make test-vllm")
 
 STEPS = 3
