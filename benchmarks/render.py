@@ -93,7 +93,7 @@ def _details(records: list[dict[str, Any]]) -> Iterator[str]:
     units = {record["case"]: record["ms"] for record in records if record["name"] == baseline and "ms" in record}
     rows = (
         [
-            record["case"],
+            f"{record['case']}, {record['date']}" if "date" in record else record["case"],
             record["name"],
             *(show(record) if field in record else "" for _, field, show in columns),
             *([f"{record['ms'] / units[record['case']]:.3g}" if record["case"] in units else ""] if units else []),
