@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from entra.cli import CommandError, one_line
+from entra.commands import CommandError, one_line
 
 
 def is_finite(value: Any) -> bool:

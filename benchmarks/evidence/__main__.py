@@ -1,4 +1,4 @@
-"""`python -m entra.experiments.evidence COMMAND`: what `make evidence` and `make evidence-full` call.
+"""`python -m benchmarks.evidence COMMAND`: what `make evidence` and `make evidence-full` call.
 
 Each run is a process of its own with one thread, two at a time, and writes one JSON file; files that exist are not made again.
 """
@@ -14,12 +14,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from entra.cli.flags import add_flags
+from benchmarks.evidence.arms import ARMS
+from benchmarks.evidence.problems import KINDS
+from benchmarks.evidence.processes import Run, make_missing, say
+from benchmarks.evidence.report import FRESH
 from entra.config import ScoreConfig
-from entra.experiments.evidence.arms import ARMS
-from entra.experiments.evidence.problems import KINDS
-from entra.experiments.evidence.processes import Run, make_missing, say
-from entra.experiments.evidence.report import FRESH
+from entra.flags import add_flags
 
 SHORT_ARMS = ("accuracy", "entra-banded")
 FRESH_ARMS = ("entra-banded", "kimi")
@@ -28,7 +28,7 @@ RESULTS = Path("benchmarks/results/evidence")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 when a run failed."""
-    parser = argparse.ArgumentParser(prog="python -m entra.experiments.evidence", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     short = commands.add_parser("short", help="SFT, accuracy only and gated ENTRA with one seed, table and plot")
     full = commands.add_parser("full", help="all arms, three seeds; finished runs are skipped")
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("--into", type=Path, default=Path("docs"), help="folder of evidence.md and evidence.svg")
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
-    options.shown = " ".join(["python -m entra.experiments.evidence", *words])
+    options.shown = " ".join(["python -m benchmarks.evidence", *words])
     actions = {"short": _many, "full": _many, "sft": _sft, "base": _base, "one": _one, "report": _report}
     return actions[options.command](options)
 
@@ -96,8 +96,8 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _sft(options: argparse.Namespace) -> int:
-    from entra.experiments.evidence.run import environment
-    from entra.experiments.evidence.sft import train_sft
+    from benchmarks.evidence.run import environment
+    from benchmarks.evidence.sft import train_sft
 
     def progress(step: int, steps: int, loss: float) -> None:
         if step % 100 == 1 or step == steps:
@@ -112,7 +112,7 @@ def _sft(options: argparse.Namespace) -> int:
 def _base(options: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from entra.experiments.evidence.run import environment, evaluated
+    from benchmarks.evidence.run import environment, evaluated
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(options.sft), AutoTokenizer.from_pretrained(options.sft)
     result = evaluated(model, tokenizer, options.sft, options.seed, **_given(options, "held_out"))
@@ -122,7 +122,7 @@ def _base(options: argparse.Namespace) -> int:
 
 
 def _one(options: argparse.Namespace) -> int:
-    from entra.experiments.evidence.run import run
+    from benchmarks.evidence.run import run
 
     score_config = ScoreConfig(**{field.name: getattr(options, field.name) for field in fields(ScoreConfig)})
     sizes = _given(options, "steps", "prompts_per_step", "held_out", "kinds")
@@ -138,7 +138,7 @@ def _one(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from entra.experiments.evidence.report import write_report
+    from benchmarks.evidence.report import write_report
 
     print(write_report(options.results, options.into))
     return 0

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.evidence.evaluate import MAX_NEW_TOKENS
+from benchmarks.evidence.model import EOS_ID
+from benchmarks.evidence.problems import Problem, correct
 from entra.config import ScoreConfig
-from entra.experiments.evidence.evaluate import MAX_NEW_TOKENS
-from entra.experiments.evidence.model import EOS_ID
-from entra.experiments.evidence.problems import Problem, correct
 from entra.reward import EntraReward, gated, group_gated
 from entra.score import score_batch
 

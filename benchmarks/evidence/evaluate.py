@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from entra.experiments.evidence.problems import Problem, correct
+from benchmarks.evidence.problems import Problem, correct
 
 MAX_NEW_TOKENS = 192
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from entra.experiments.evidence.problems import vocabulary
+from benchmarks.evidence.problems import vocabulary
 
 EOS_ID = 1
 HIDDEN = 128

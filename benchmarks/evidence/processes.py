@@ -56,11 +56,11 @@ def say(line: str) -> None:
 
 
 def _process(*words: Any, threads: int = 1, **flags: Any) -> int:
-    """`python -m entra.experiments.evidence` in a process of its own; the exit code."""
+    """`python -m benchmarks.evidence` in a process of its own; the exit code."""
     named: list[str] = []
     for name, value in flags.items():
         values = value if isinstance(value, list | tuple) else [value]
         named += [f"--{name.replace('_', '-')}", *map(str, values)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "entra.experiments.evidence", *map(str, words), *named]
+    command = [sys.executable, "-m", "benchmarks.evidence", *map(str, words), *named]
     return subprocess.run(command, env=environment, stdout=sys.__stderr__, check=False).returncode

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from entra.experiments.evidence.arms import ARMS
-from entra.experiments.evidence.problems import KINDS
+from benchmarks.evidence.arms import ARMS
+from benchmarks.evidence.problems import KINDS
 from entra.metrics import Interval, mean_interval, paired_difference, pareto_front, quantile
 
 SFT = "sft"

@@ -16,11 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.arms import DEAD_BAND, GROUP_GATE, HALVE_AT, WEIGHT, rewards_of
+from benchmarks.evidence.evaluate import MAX_NEW_TOKENS, graded, mean_logprobs, sample
+from benchmarks.evidence.problems import KINDS, Problem, mixed
+from benchmarks.experiments.results import cpu_name
 from entra.config import ScoreConfig
-from entra.experiments.evidence.arms import DEAD_BAND, GROUP_GATE, HALVE_AT, WEIGHT, rewards_of
-from entra.experiments.evidence.evaluate import MAX_NEW_TOKENS, graded, mean_logprobs, sample
-from entra.experiments.evidence.problems import KINDS, Problem, mixed
-from entra.experiments.results import cpu_name
 
 STEPS = 70
 HELD_OUT = 1000

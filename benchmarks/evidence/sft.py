@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from entra.experiments.evidence.model import build_model, build_tokenizer
-from entra.experiments.evidence.problems import Problem, mixed, trace
+from benchmarks.evidence.model import build_model, build_tokenizer
+from benchmarks.evidence.problems import Problem, mixed, trace
 
 BATCH = 32
 SORTED_BATCHES = 16

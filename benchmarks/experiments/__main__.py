@@ -1,25 +1,29 @@
-"""`entra experiment NAME`: one question about the method, answered with numbers, tables and plots in a folder."""
+"""`python -m benchmarks.experiments NAME`: a question about the method, answered with numbers, tables and plots."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from entra.cli import CommandError, one_line, say
-from entra.cli.rows import read_rows, survey
-from entra.experiments import EXPERIMENTS
+from benchmarks.experiments import EXPERIMENTS, results
+from entra.commands import CommandError, Parser, one_line, refuse, say
+from entra.rows import read_rows, survey
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add `entra experiment` to the subparsers of the command line."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "experiment",
-        allow_abbrev=False,
-        help="answer a question about the method with numbers and plots",
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one experiment with `arguments` (None: those of the process) and return the exit code: 0 finished, 1 stopped by
+    something that the message names, 2 bad usage.
+
+    Raises:
+        SystemExit: from argparse, for `--help` and options that it cannot parse (exit code 2).
+    """
+    parser = Parser(
+        prog="python -m benchmarks.experiments",
         description="Run one experiment. Its numbers (JSON, CSV), plots (SVG, PNG) and a section of Markdown go into --output.",
+        allow_abbrev=False,
     )
     names = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
     for name, module in EXPERIMENTS.items():
@@ -30,18 +34,26 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         )
         added.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing: tables and plots of an earlier result")
         experiment.add_arguments(added)
-    parser.set_defaults(run=run)
-    return parser
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        refuse(unknown, names.choices[options.experiment])
+    try:
+        run(options)
+    except CommandError as error:
+        say(f"{options.experiment}: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("", f"{options.experiment}: interrupted")
+        return 130
+    return 0
 
 
 def run(options: argparse.Namespace) -> None:
-    """`entra experiment` with parsed options.
+    """One experiment with parsed options.
 
     Raises:
-        CommandError: what stops an experiment.
+        CommandError: what stops it.
     """
-    from entra.experiments import results
-
     experiment = importlib.import_module(EXPERIMENTS[options.experiment])
     if getattr(options, "traces", None) is not None and not options.redraw:
         survey(options.traces)
@@ -53,3 +65,7 @@ def run(options: argparse.Namespace) -> None:
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         raise CommandError(one_line(error), 1) from error
     say(*markdown.removesuffix("\n").split("\n"), file=sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

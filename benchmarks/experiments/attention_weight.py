@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.experiments import traces
+from benchmarks.experiments.drawing import COLOURS, REFERENCE
+from benchmarks.experiments.results import Figure, Result, Table, with_interval
+from benchmarks.experiments.twins import compare, over_problems, rewards_of
 from entra.config import ScoreConfig, Statistic
-from entra.experiments import traces
-from entra.experiments.drawing import COLOURS, REFERENCE
-from entra.experiments.results import Figure, Result, Table, with_interval
-from entra.experiments.twins import compare, over_problems, rewards_of
 from entra.view.traces import pieces_of
 
 QUESTION = (
@@ -56,7 +56,7 @@ _TITLES = {"mean": "mean attention", "lift": "lift"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `entra experiment lambda`."""
+    """The flags of the experiment `lambda`."""
     traces.add_arguments(parser)
     parser.add_argument(
         "--attention-weight",

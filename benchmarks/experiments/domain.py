@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.experiments import traces
+from benchmarks.experiments.drawing import COLOURS, dots
+from benchmarks.experiments.results import Figure, Result, Table, with_interval
+from benchmarks.experiments.token_kinds import kinds_of
 from entra.config import ScoreConfig
 from entra.encode import Encoder
-from entra.experiments import traces
-from entra.experiments.drawing import COLOURS, dots
-from entra.experiments.results import Figure, Result, Table, with_interval
-from entra.experiments.token_kinds import kinds_of
 from entra.forward import unwrapped
 from entra.metrics import Interval, mean_interval, resampled_ratio, wilson_interval
 from entra.policy import Policy
@@ -91,7 +91,7 @@ _DRAWS = 12  # how many problems are drawn for each that is used; prompts that a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `entra experiment domain`."""
+    """The flags of the experiment `domain`."""
     parser.add_argument("--model", default="smollm2", help='a folder, a hub name, or "smollm2" (default: %(default)s)')
     parser.add_argument("--problems", type=int, default=24, help="per domain, its tasks in turn (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=160, help="per completion (default: %(default)s)")

@@ -1,8 +1,8 @@
 """Protected against unprotected tokens by kind of token, and which term of the importance decides.
 
-Each completion is scored once. Its tokens are sorted into kinds by their text (`entra.experiments.token_kinds`), and for each
-kind it is counted how many are protected, when tokens are ranked by the importance log P + lambda * mu, by log P alone and by
-mu alone. Tokens of one trace depend on each other, and so do traces of one problem: intervals resample problems.
+Each completion is scored once. Its tokens are sorted into kinds by their text (`benchmarks.experiments.token_kinds`), and for
+each kind it is counted how many are protected, when tokens are ranked by the importance log P + lambda * mu, by log P alone and
+by mu alone. Tokens of one trace depend on each other, and so do traces of one problem: intervals resample problems.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.experiments import traces
+from benchmarks.experiments.drawing import REFERENCE, dots
+from benchmarks.experiments.results import Figure, Result, Table, with_interval
+from benchmarks.experiments.token_kinds import KINDS, kinds_of
 from entra.config import ScoreConfig
-from entra.experiments import traces
-from entra.experiments.drawing import REFERENCE, dots
-from entra.experiments.results import Figure, Result, Table, with_interval
-from entra.experiments.token_kinds import KINDS, kinds_of
 from entra.metrics import resampled_ratio
 from entra.score import Scores
 
@@ -49,7 +49,7 @@ _TERMS = {"logprob": "log P", "incoming": "μ", "importance": "I"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `entra experiment importance`."""
+    """The flags of the experiment `importance`."""
     traces.add_arguments(parser)
     parser.add_argument("--attention-weight", type=float, default=2.0, help="lambda (default: %(default)s)")
     parser.add_argument("--protect-fraction", type=float, default=0.2, help="tau (default: %(default)s)")

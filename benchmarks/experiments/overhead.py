@@ -28,8 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from entra.experiments.drawing import COLOURS
-from entra.experiments.results import Figure, Result, Table
+from benchmarks.experiments.drawing import COLOURS
+from benchmarks.experiments.results import Figure, Result, Table
 from entra.progress import progress_bar
 
 QUESTION = "What do scores cost in time and memory, against model size and length, beside eager attention?"
@@ -60,7 +60,7 @@ class Shape(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `entra experiment overhead`; what is not given depends on the device."""
+    """The flags of the experiment `overhead`; what is not given depends on the device."""
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: cuda when there is one)")
     parser.add_argument("--models", nargs="+", metavar="HIDDENxLAYERS", help=f"(default: {_choices(_MODELS)})")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="TOKENS", help=f"(default: {_choices(_LENGTHS)})")

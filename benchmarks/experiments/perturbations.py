@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from entra.experiments import traces
+from benchmarks.experiments import traces
 from entra.policy import Policy
 from entra.score import Scores
 

@@ -2,7 +2,7 @@
 
 Decisions taken here:
 
-- Influence is measured twice (`entra.experiments.influence`): by leaving a token out, and by Bayes' rule. The method takes
+- Influence is measured twice (`benchmarks.experiments.influence`): by leaving a token out, and by Bayes' rule. The method takes
   `log P(x_i | x_<i) + lambda * mu_i` for the log-probability of a token given both sides; the Bayes target is that
   log-probability, and what it adds to log P, the *Bayes gain*, is what lambda * mu stands for.
 - Leave-one-out is compared as the sum over the later tokens: what the text loses, in the unit of the Bayes gain. Its mean per
@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from entra.experiments import traces
-from entra.experiments.influence import (
+from benchmarks.experiments import traces
+from benchmarks.experiments.influence import (
     Replay,
     bidirectional,
     bidirectional_plan,
@@ -37,9 +37,9 @@ from entra.experiments.influence import (
     leave_one_out_plan,
     likely_alternatives,
 )
-from entra.experiments.proxy_report import FEWEST_TOKENS, Row, compared, figures, tables
-from entra.experiments.ranks import spearman, top_overlap
-from entra.experiments.results import Result
+from benchmarks.experiments.proxy_report import FEWEST_TOKENS, Row, compared, figures, tables
+from benchmarks.experiments.ranks import spearman, top_overlap
+from benchmarks.experiments.results import Result
 from entra.metrics import mean_interval
 from entra.progress import progress_bar
 
@@ -111,7 +111,7 @@ _SHIPPED_KINDS = ("concise", "overthinking")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `entra experiment proxy`."""
+    """The flags of the experiment `proxy`."""
     traces.add_arguments(parser)
     parser.add_argument(
         "--kinds", nargs="+", metavar="KIND", help=f"of completions (default: {' '.join(_SHIPPED_KINDS)}; of a file all)"
@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> Result:
 
     Raises:
         ValueError: flags outside their range, no traces, fewer than two problems, no model, or one whose influence cannot be
-            measured (`entra.experiments.influence`).
+            measured (`benchmarks.experiments.influence`).
     """
     _check(options)
     found = traces.load(options)

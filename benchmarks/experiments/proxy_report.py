@@ -1,4 +1,4 @@
-"""Tables and plots of `entra experiment proxy`, from its JSON alone."""
+"""Tables and plots of the experiment `proxy`, from its JSON alone."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from entra.experiments.drawing import REFERENCE, dots
-from entra.experiments.ranks import ranks, top
-from entra.experiments.results import Figure, Result, Table, with_interval
+from benchmarks.experiments.drawing import REFERENCE, dots
+from benchmarks.experiments.ranks import ranks, top
+from benchmarks.experiments.results import Figure, Result, Table, with_interval
 
 _TARGETS = {
     "loo": "leave-one-out",

@@ -1,4 +1,4 @@
-"""docs/experiments.md from the results of the experiments: `python -m entra.experiments.report RESULTS DOCUMENT`.
+"""docs/experiments.md from the results of the experiments: `python -m benchmarks.experiments.report RESULTS DOCUMENT`.
 
 What stands in the document is drawn from the JSON files alone; each experiment's `READING` says in words what its numbers say.
 """
@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from entra.experiments import EXPERIMENTS
-from entra.experiments.results import Result, read, section
+from benchmarks.experiments import EXPERIMENTS
+from benchmarks.experiments.results import Result, read, section
 
 _INTRODUCTION = """\
 # Experiments

@@ -2,7 +2,7 @@
 
 An experiment is a module with `QUESTION` (one line), `add_arguments(parser)` and `run(options) -> Result`; what reads and draws
 its numbers are `tables(result)` and `figures(result)`, which need nothing but the JSON, so that a report can be drawn again
-without measuring again. `READING` says in words what the committed numbers say. `entra.experiments.EXPERIMENTS` names it.
+without measuring again. `READING` says in words what the committed numbers say. `benchmarks.experiments.EXPERIMENTS` names it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Result:
     """One experiment's numbers, all of them what JSON can hold."""
 
     name: str
-    """As in `entra experiment NAME`."""
+    """As in `python -m benchmarks.experiments NAME`."""
     settings: dict[str, Any]
     """Every option that the numbers depend on."""
     rows: list[dict[str, Any]]
@@ -79,7 +79,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
-        "command": " ".join(["entra", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.experiments", *sys.argv[1:]]),
     }
 
 
@@ -112,7 +112,7 @@ def check_folder(folder: Path, name: str) -> None:
     except (OSError, ValueError, TypeError):
         ours = False
     if not ours:
-        raise ValueError(f"{there[0]} exists, and entra experiment did not write it; use another --output, or remove it")
+        raise ValueError(f"{there[0]} exists, and no experiment wrote it; use another --output, or remove it")
 
 
 def read(path: Path) -> Result:

@@ -7,7 +7,7 @@ Decisions taken here:
 - Beside the importance's choice stands a random choice of as many tokens, mean of some draws, and tau = 0: what a random
   choice separates as well is no merit of the importance.
 - Protected sets are nested from one tau to the next by construction. Stable therefore means: the same tokens under a change
-  that leaves the completion as it is (`entra.experiments.perturbations`).
+  that leaves the completion as it is (`benchmarks.experiments.perturbations`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.experiments import traces
+from benchmarks.experiments.drawing import COLOURS, REFERENCE
+from benchmarks.experiments.perturbations import CHANGES, PERTURBATIONS, measure_again, stability_of
+from benchmarks.experiments.results import Figure, Result, Table, with_interval
+from benchmarks.experiments.twins import PAIRS, compare, over_problems, rewards_of
 from entra.config import ScoreConfig
-from entra.experiments import traces
-from entra.experiments.drawing import COLOURS, REFERENCE
-from entra.experiments.perturbations import CHANGES, PERTURBATIONS, measure_again, stability_of
-from entra.experiments.results import Figure, Result, Table, with_interval
-from entra.experiments.twins import PAIRS, compare, over_problems, rewards_of
 
 QUESTION = "What does the threshold tau do to the reward, to the order of the twins, and how stable is the protected set?"
 
@@ -50,7 +50,7 @@ IMPORTANCE, RANDOM = "importance", "random"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `entra experiment threshold`."""
+    """The flags of the experiment `threshold`."""
     traces.add_arguments(parser)
     parser.add_argument(
         "--protect-fraction",

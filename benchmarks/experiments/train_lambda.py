@@ -1,6 +1,6 @@
 """Training with other attention weights lambda: what GRPO makes of each on the small model of the evidence runs.
 
-`entra experiment lambda` looks at the scores of finished traces; here the policy answers to them. Each value is one GRPO run
+The experiment `lambda` looks at the scores of finished traces; here the policy answers to them. Each value is one GRPO run
 of 70 steps, 4 to 5 minutes with one thread; two run at a time.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-from entra.experiments import train_options, trained
-from entra.experiments.results import Result
-from entra.experiments.train_options import figures, tables
+from benchmarks.experiments import train_options, trained
+from benchmarks.experiments.results import Result
+from benchmarks.experiments.train_options import figures, tables
 
 __all__ = ["QUESTION", "READING", "add_arguments", "figures", "run", "tables"]
 

@@ -12,10 +12,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.experiments.drawing import COLOURS
+from benchmarks.experiments.results import Figure, Result, Table
+from benchmarks.experiments.trained import SFT, Variant, compare, curve, signed, trained
 from entra.config import ScoreConfig
-from entra.experiments.drawing import COLOURS
-from entra.experiments.results import Figure, Result, Table
-from entra.experiments.trained import SFT, Variant, compare, curve, signed, trained
 from entra.metrics import mean_interval
 
 ARM = "entra-gated"

@@ -2,7 +2,7 @@
 
 Decisions taken here:
 
-- A variant is one GRPO run of `entra.experiments.evidence` from its SFT model, with everything but the option in question as it
+- A variant is one GRPO run of `benchmarks.evidence` from its SFT model, with everything but the option in question as it
   is there. Runs are processes of one thread, two at a time, and finished ones are kept, so a stopped experiment goes on.
 - A run of `make evidence-full` is taken as it is when it started from the same SFT model (the facts of its making agree) with
   the same settings; `summary["runs"]` says which runs that is true of.
@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.evidence.problems import KINDS
+from benchmarks.evidence.processes import Run, make_missing, make_sft
+from benchmarks.experiments.results import Result
 from entra.config import ScoreConfig
-from entra.experiments.evidence.problems import KINDS
-from entra.experiments.evidence.processes import Run, make_missing, make_sft
-from entra.experiments.results import Result
 from entra.metrics import Interval, paired_difference, quantile
 
 SFT = "SFT model (start)"
@@ -71,7 +71,7 @@ def trained(name: str, variants: Sequence[Variant], options: argparse.Namespace)
     Raises:
         ValueError: a run failed, or a file in `options.runs` is of other settings.
     """
-    from entra.experiments.evidence.run import HELD_OUT, PROMPTS_PER_STEP, STEPS, recorded
+    from benchmarks.evidence.run import HELD_OUT, PROMPTS_PER_STEP, STEPS, recorded
 
     steps, held_out = options.steps or STEPS, options.held_out or HELD_OUT
     prompts_per_step = options.prompts_per_step or PROMPTS_PER_STEP

@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from entra.experiments import trained
-from entra.experiments.drawing import COLOURS
-from entra.experiments.evidence.problems import KINDS
-from entra.experiments.results import Figure, Result, Table
-from entra.experiments.trained import SFT, Variant, compare, signed
+from benchmarks.evidence.problems import KINDS
+from benchmarks.experiments import trained
+from benchmarks.experiments.drawing import COLOURS
+from benchmarks.experiments.results import Figure, Result, Table
+from benchmarks.experiments.trained import SFT, Variant, compare, signed
 
 QUESTION = "Does conciseness carry over to kinds of problems that GRPO was not trained on, and is accuracy kept there?"
 READING = """\

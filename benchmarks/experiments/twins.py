@@ -7,8 +7,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from benchmarks.experiments import traces
 from entra.config import ScoreConfig
-from entra.experiments import traces
 from entra.metrics import paired_difference, resampled_ratio, wilson_interval
 
 PAIRS = (("overthinking", "concise"), ("overthinking", "control"))

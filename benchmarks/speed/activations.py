@@ -7,8 +7,9 @@ import importlib.util
 from typing import NamedTuple
 
 import torch
-from measure import DEVICE, DTYPE
 from torch import Tensor
+
+from benchmarks.speed.measure import DEVICE, DTYPE
 
 
 class Activations(NamedTuple):

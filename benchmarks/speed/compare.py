@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from measure import DEVICE, peak_memory, side_by_side, synchronize
-from results import Results
+
+from benchmarks.speed.measure import DEVICE, peak_memory, side_by_side, synchronize
+from benchmarks.speed.results import Results
 
 Run = Callable[[], Any]
 

@@ -144,7 +144,7 @@ def bounds() -> Bounds:
     source = torch.zeros(by_size(tiny=2**20, small=2**28, full=2**31), dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     if DEVICE == "cuda":
-        from exp_rate import exp2_launch
+        from benchmarks.speed.exp_rate import exp2_launch
 
         exponentials, count = exp2_launch()
     else:

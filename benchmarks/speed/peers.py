@@ -14,9 +14,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import DEVICE
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.speed.measure import DEVICE
 
 Peer = Callable[[], Tensor] | str
 

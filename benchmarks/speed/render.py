@@ -1,4 +1,4 @@
-"""Results as tables and plots: `python benchmarks/render.py DIR [--readme FILE]` reads DIR/*.json.
+"""Results as tables and plots: `python -m benchmarks.speed.render DIR [--readme FILE]` reads DIR/*.json.
 
 Without --readme the tables go between the markers of benchmarks/README.md, with it into a file of their own. Plots go beside
 the JSON, where matplotlib is installed.
@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from targets import Content, verdicts
+from benchmarks.speed.targets import Content, verdicts
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-README = Path(__file__).with_name("README.md")
+README = Path(__file__).parents[1] / "README.md"
 
 
 def _milliseconds(record: dict[str, Any]) -> str:

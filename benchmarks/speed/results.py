@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import DEVICE, SIZES, bounds
+
+from benchmarks.speed.measure import DEVICE, SIZES, bounds
 
 PACKAGES = ("triton", "transformers", "flash-colreduce", "liger-kernel", "cut-cross-entropy")
 

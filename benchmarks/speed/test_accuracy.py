@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from activations import random_activations, real_activations
-from compare import compare
-from measure import DTYPE, by_size
-from peers import eager, error_of_allowed, row_lse
 
+from benchmarks.speed.activations import random_activations, real_activations
+from benchmarks.speed.compare import compare
+from benchmarks.speed.measure import DTYPE, by_size
+from benchmarks.speed.peers import eager, error_of_allowed, row_lse
 from entra_kernels import incoming_attention
 
 HEADS, KV_HEADS, HEAD_DIM = by_size(tiny=(4, 2, 32), small=(9, 3, 64), full=(32, 8, 128))

@@ -6,9 +6,10 @@ On a GPU in bfloat16 at the shape of Qwen3-8B (32 query and 8 kv heads, D = 128)
 
 import pytest
 import torch
-from compare import NO_TIME, compare
-from measure import DEVICE, DTYPE, bounds, by_size, peak_memory
-from peers import (
+
+from benchmarks.speed.compare import NO_TIME, compare
+from benchmarks.speed.measure import DEVICE, DTYPE, bounds, by_size, peak_memory
+from benchmarks.speed.peers import (
     WITH_DIAGONAL,
     attention_forwards,
     attention_peers,
@@ -17,7 +18,6 @@ from peers import (
     error_of_allowed,
     row_lse,
 )
-
 from entra_kernels import incoming_attention
 
 HEADS, KV_HEADS, HEAD_DIM = by_size(tiny=(4, 2, 32), small=(9, 3, 64), full=(32, 8, 128))

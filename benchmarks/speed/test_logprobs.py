@@ -5,10 +5,10 @@ On a GPU at the heads of Llama 3 (C = 4,096, 131,072 of its vocabulary) and Qwen
 
 import pytest
 import torch
-from compare import compare
-from measure import DEVICE, DTYPE, bounds, by_size
-from peers import logprob_peers
 
+from benchmarks.speed.compare import compare
+from benchmarks.speed.measure import DEVICE, DTYPE, bounds, by_size
+from benchmarks.speed.peers import logprob_peers
 from entra_kernels import linear_token_logprobs, token_logprobs
 
 SHAPES = by_size(tiny=[(64, 32, 500)], small=[(1024, 576, 49_152)], full=[(8192, 4096, 131_072), (32_768, 4096, 151_936)])

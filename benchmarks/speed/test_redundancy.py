@@ -4,10 +4,10 @@ import time
 
 import pytest
 import torch
-from compare import compare
-from measure import DEVICE, by_size, synchronize
-from peers import with_unique
 
+from benchmarks.speed.compare import compare
+from benchmarks.speed.measure import DEVICE, by_size, synchronize
+from benchmarks.speed.peers import with_unique
 from entra_kernels import redundancy
 
 SEQUENCES, TOKENS = by_size(tiny=(4, 64), small=(16, 2048), full=(64, 16_384))

@@ -7,10 +7,10 @@ import importlib.util
 
 import pytest
 import torch
-from compare import compare
-from measure import DEVICE, DTYPE, SIZES, by_size
 
 import entra
+from benchmarks.speed.compare import compare
+from benchmarks.speed.measure import DEVICE, DTYPE, SIZES, by_size
 from entra_kernels import incoming_attention
 
 TOKENS = by_size(tiny=64, small=2048, full=16_384)

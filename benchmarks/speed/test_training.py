@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from compare import compare
-from measure import DEVICE, DTYPE, by_size, synchronize
-from results import Results
 
 import entra
 import entra.capture
+from benchmarks.speed.compare import compare
+from benchmarks.speed.measure import DEVICE, DTYPE, by_size, synchronize
+from benchmarks.speed.results import Results
 from entra.forward import token_signals
 
 PROMPT_TOKENS = by_size(tiny=8, small=32, full=256)

@@ -1,6 +1,6 @@
-"""Make `traces.jsonl`: sample SmolLM2 on reasoning-gym problems and join the written-out variants.
+"""Make `entra/data/traces.jsonl`: sample SmolLM2 on reasoning-gym problems and join the written-out variants.
 
-    python -m entra.data.make_traces [output]
+    python -m benchmarks.traces.make_traces [output]
 
 Needs reasoning-gym beside the demo's packages (`pip install reasoning-gym`, which compiles pycosat). Every problem
 draws its samples from its own seed on one CPU thread, so that problems can be added without changing the others. The
@@ -23,7 +23,8 @@ from entra.traces import TRACES_FILE
 INSTRUCTION = "Solve this problem in a few short steps. Write down each step, then state the answer.\n\n"
 SAMPLING = {"temperature": 0.5, "top_p": 0.95, "max_new_tokens": 100, "num_return_sequences": 8}
 MODEL_NAME = "SmolLM2-135M-Instruct"
-FOLDER = Path(__file__).parent
+WRITTEN = Path(__file__).with_name("written.md")
+SHIPPED = Path(__file__).parents[2] / "entra" / "data" / TRACES_FILE
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ RECIPES = (
 )
 
 
-def main(output: Path = FOLDER / TRACES_FILE) -> None:
+def main(output: Path = SHIPPED) -> None:
     """Write the traces to `output`, one problem a line, once all of them are made.
 
     Raises:
@@ -110,7 +111,7 @@ def main(output: Path = FOLDER / TRACES_FILE) -> None:
         raise RuntimeError("making the traces needs reasoning-gym; get it with: pip install reasoning-gym") from None
     import torch
 
-    written = read_written((FOLDER / "written.md").read_text(encoding="utf-8"))
+    written = read_written(WRITTEN.read_text(encoding="utf-8"))
     if list(written) != [recipe.id for recipe in RECIPES]:
         raise ValueError(f"written.md holds {list(written)}; it must hold the ids of RECIPES in the same order")
     torch.set_num_threads(1)

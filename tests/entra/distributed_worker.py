@@ -1,6 +1,6 @@
 """One rank of the runs that `tests/entra/test_distributed.py` starts: it does the work and writes down what came out.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/distributed_worker.py TASK FOLDER
+    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/entra/distributed_worker.py TASK FOLDER
 
 FOLDER holds the policy (`FOLDER/model`) and takes `TASK.RANK.pt`, what a rank has seen; nothing is judged here.
 """

@@ -8,10 +8,10 @@ import pytest
 pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
 pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
 
-from entra.experiments.evidence import arms, processes
-from entra.experiments.evidence.__main__ import main
-from entra.experiments.evidence.model import EOS_ID, build_tokenizer
-from entra.experiments.evidence.problems import KINDS, correct, mixed, tokens_of, trace
+from benchmarks.evidence import arms, processes
+from benchmarks.evidence.__main__ import main
+from benchmarks.evidence.model import EOS_ID, build_tokenizer
+from benchmarks.evidence.problems import KINDS, correct, mixed, tokens_of, trace
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_from_sft_to_the_report(tmp_path, capsys):
     result = json.loads((results / "entra-banded-seed0.json").read_text())
     assert len(result["held_out"]["tokens"]) == len(result["held_out"]["correct"]) == 8
     assert len(result["curve"]["within_group_std"]) == 1
-    assert result["command"].startswith("python -m entra.experiments.evidence ")
+    assert result["command"].startswith("python -m benchmarks.evidence ")
     assert main(["report", "--results", str(results), "--into", str(tmp_path)]) == 0
     page, plot = (tmp_path / "evidence.md").read_text(), (tmp_path / "evidence.svg").read_text()
     assert f"| {arms.ARMS['entra-banded']} | 0.0 | +0.0 (+0.0 to +0.0) |" in page

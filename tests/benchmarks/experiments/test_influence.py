@@ -12,14 +12,14 @@ from tiny_models import VOCABULARY, build
 from torch import Tensor
 from transformers import AttentionInterface
 
-from entra.capture import capture_incoming_attention
-from entra.experiments.influence import (
+from benchmarks.experiments.influence import (
     Replay,
     bidirectional,
     layer_attention,
     leave_one_out,
     likely_alternatives,
 )
+from entra.capture import capture_incoming_attention
 
 PROMPT = 4
 # float32 log-probs of these models differ by up to 1e-5 between a packed and a plain forward; sums have up to 20 of them.

@@ -5,8 +5,8 @@ import argparse
 import pytest
 import torch
 
-from entra.cli import main
-from entra.experiments import overhead, results
+from benchmarks.experiments import overhead, results
+from benchmarks.experiments.__main__ import main
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -45,7 +45,7 @@ def test_limits_leave_out_and_redraw_gives_the_same_page(tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--device", "cpu", "--models", "64x1", "128x1", "--lengths", "80", "160", "--rounds", "2"]
     # 128 x 1 has 4.3 M parameters: at 160 tokens it is beyond the limit of work; 3 matrices of 160 x 160 need 0.0003 GiB
-    assert main(["experiment", "overhead", *words, "--work-limit", "5e8", "--memory-limit", "2e-4", "--output", str(out)]) == 0
+    assert main(["overhead", *words, "--work-limit", "5e8", "--memory-limit", "2e-4", "--output", str(out)]) == 0
     written = (out / "overhead.md").read_text()
     result = results.read(out / "overhead.json")
     assert [(row["model"], row["tokens"]) for row in result.rows[::4]] == [("64x1", 80), ("64x1", 160), ("128x1", 80)]
@@ -59,7 +59,7 @@ def test_limits_leave_out_and_redraw_gives_the_same_page(tmp_path, capsys):
     assert ratio["time"] == pytest.approx(entra["seconds"] / forward["seconds"], abs=1e-3)
     capsys.readouterr()
     again = ["--redraw", str(out / "overhead.json"), "--output", str(tmp_path / "again")]
-    assert main(["experiment", "overhead", *again]) == 0
+    assert main(["overhead", *again]) == 0
     assert (tmp_path / "again" / "overhead.md").read_text() == written == capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""`entra experiment proxy` on a tiny model, and its statistics on tokens whose answer is known."""
+"""The experiment `proxy` on a tiny model, and its statistics on tokens whose answer is known."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import tiny_models
 import torch
 from tiny_tokenizer import build_tokenizer
 
-from entra.cli import main
+from benchmarks.experiments import proxy
+from benchmarks.experiments.__main__ import main
+from benchmarks.experiments.influence import Replay, bidirectional, leave_one_out, likely_alternatives
 from entra.encode import Encoder
-from entra.experiments import proxy
-from entra.experiments.influence import Replay, bidirectional, leave_one_out, likely_alternatives
 from entra.traces import load_traces
 
 
@@ -84,7 +84,7 @@ def model_folder(tmp_path_factory):
 
 
 def test_the_command_measures_and_draws_again(model_folder, tmp_path, capsys):
-    flags = ["experiment", "proxy", "--limit", "2", "--max-tokens", "14", "--alternatives", "3", "--kinds", "concise"]
+    flags = ["proxy", "--limit", "2", "--max-tokens", "14", "--alternatives", "3", "--kinds", "concise"]
     assert main([*flags, "--model", str(model_folder), "--output", str(tmp_path / "first")]) == 0
     shown = capsys.readouterr()
     assert "tokens to run, about" in shown.err
@@ -109,7 +109,7 @@ def test_the_command_measures_and_draws_again(model_folder, tmp_path, capsys):
     gains = torch.tensor([row["bayes"] - row["logprob"] for row in own])
     torch.testing.assert_close(torch.tensor([row["gain"] for row in own]), gains, atol=1e-3, rtol=0)
 
-    again = ["experiment", "proxy", "--redraw", str(tmp_path / "first" / "proxy.json"), "--output", str(tmp_path / "second")]
+    again = ["proxy", "--redraw", str(tmp_path / "first" / "proxy.json"), "--output", str(tmp_path / "second")]
     assert main(again) == 0
     files = {path.name for path in (tmp_path / "first").iterdir()}
     assert files == {path.name for path in (tmp_path / "second").iterdir()}
@@ -131,5 +131,5 @@ def test_the_command_measures_and_draws_again(model_folder, tmp_path, capsys):
     ],
 )
 def test_bad_flags_say_what_to_do_before_a_model_is_loaded(flags, message, tmp_path, capsys):
-    assert main(["experiment", "proxy", "--model", "none", *flags, "--output", str(tmp_path)]) == 1
+    assert main(["proxy", "--model", "none", *flags, "--output", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err

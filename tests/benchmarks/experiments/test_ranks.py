@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from entra.experiments.ranks import ranks, spearman, top, top_overlap
+from benchmarks.experiments.ranks import ranks, spearman, top, top_overlap
 
 
 def test_equal_values_share_the_mean_of_their_ranks():

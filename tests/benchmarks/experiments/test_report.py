@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from entra.cli import main
-from entra.experiments import EXPERIMENTS, results
-from entra.experiments.report import report
-from entra.experiments.results import read, section
+from benchmarks.experiments import EXPERIMENTS, results
+from benchmarks.experiments.__main__ import main
+from benchmarks.experiments.report import report
+from benchmarks.experiments.results import read, section
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
 DOCUMENT = ROOT / "docs" / "experiments.md"
 
@@ -73,12 +73,12 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path, capsys):
     folder.mkdir()
     results.check_folder(folder, "domain")
     (folder / "domain.md").write_text("mine")
-    command = ["experiment", "domain", "--output", str(folder), "--redraw", str(tmp_path / "none.json")]
+    command = ["domain", "--output", str(folder), "--redraw", str(tmp_path / "none.json")]
     assert main(command) == 1
-    assert f"{folder / 'domain.md'} exists, and entra experiment did not write it" in capsys.readouterr().err
+    assert f"{folder / 'domain.md'} exists, and no experiment wrote it" in capsys.readouterr().err
     written = results.Result(name="domain", settings={}, rows=[{"a": 1}], summary={}, environment={})
     results.write(written, folder, [], [])
     results.check_folder(folder, "domain")
     (folder / "domain.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"domain\.csv exists, and entra experiment did not write it"):
+    with pytest.raises(ValueError, match=r"domain\.csv exists, and no experiment wrote it"):
         results.check_folder(folder, "domain")

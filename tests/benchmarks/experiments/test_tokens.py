@@ -1,4 +1,4 @@
-"""`entra experiment importance`, `threshold` and `lambda` with a tiny model: what they count; reports can be redrawn."""
+"""The experiments `importance`, `threshold` and `lambda` with a tiny model: what they count; reports can be redrawn."""
 
 import json
 import math
@@ -12,9 +12,9 @@ import torch
 from tiny_tokenizer import build_tokenizer
 
 import entra
-from entra.cli import main
-from entra.experiments import attention_weight, importance, perturbations, results, threshold, traces, twins
-from entra.experiments.token_kinds import KINDS, kinds_of
+from benchmarks.experiments import attention_weight, importance, perturbations, results, threshold, traces, twins
+from benchmarks.experiments.__main__ import main
+from benchmarks.experiments.token_kinds import KINDS, kinds_of
 from entra.policy import Policy
 
 PROBLEMS = [
@@ -77,7 +77,7 @@ def folder(policy, tmp_path_factory):
         patch.setattr(results, "draw", lambda figure, folder: None)
         for name in NAMES:
             arguments = ["--model", "tiny", "--traces", str(folder / "traces.jsonl"), "--output", str(folder)]
-            assert main(["experiment", name, *arguments, *(["--draws", "3"] if name == "threshold" else [])]) == 0
+            assert main([name, *arguments, *(["--draws", "3"] if name == "threshold" else [])]) == 0
     return folder
 
 
@@ -85,7 +85,7 @@ def folder(policy, tmp_path_factory):
 def test_redraw_writes_the_same_report_from_the_json_alone(name, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "draw", lambda figure, folder: None)
     monkeypatch.setattr(traces, "load_policy", None)
-    assert main(["experiment", name, "--redraw", str(folder / f"{name}.json"), "--output", str(tmp_path)]) == 0
+    assert main([name, "--redraw", str(folder / f"{name}.json"), "--output", str(tmp_path)]) == 0
     for ending in ("md", "json", "csv"):
         assert (tmp_path / f"{name}.{ending}").read_bytes() == (folder / f"{name}.{ending}").read_bytes()
 
@@ -103,7 +103,7 @@ def test_perturbations_that_apply_to_no_prompt_are_left_out(policy, tmp_path, mo
     rows = [{"prompt": prompt, "completion": text, "kind": kind} for prompt, texts in PROBLEMS for kind, text in texts.items()]
     (tmp_path / "traces.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["--model", "tiny", "--traces", str(tmp_path / "traces.jsonl"), "--output", str(tmp_path), "--draws", "2"]
-    assert main(["experiment", "threshold", *arguments]) == 0
+    assert main(["threshold", *arguments]) == 0
     stability = results.read(tmp_path / "threshold.json").summary["stability"]
     assert {row["perturbation"] for row in stability} == {"bfloat16", "polite"}
     left_out = "Left out, because no prompt here is made of chat messages: another system message, no chat template."
@@ -334,6 +334,6 @@ def test_each_trace_counts_once_in_a_bin_of_positions(measured):
 )
 def test_bad_usage_is_one_line(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(traces, "load_policy", None)  # found before the model is loaded
-    assert main(["experiment", *arguments]) in (1, 2)
+    assert main([*arguments]) in (1, 2)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line

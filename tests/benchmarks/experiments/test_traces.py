@@ -8,7 +8,7 @@ import torch
 from tiny_tokenizer import build_tokenizer
 
 import entra
-from entra.experiments import traces
+from benchmarks.experiments import traces
 from entra.policy import Policy
 from entra.traces import load_traces
 

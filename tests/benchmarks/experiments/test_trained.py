@@ -10,13 +10,13 @@ import pytest
 pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
 pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
 
+from benchmarks.evidence import run as evidence_run
+from benchmarks.evidence.__main__ import main as evidence_main
+from benchmarks.evidence.model import build_model, build_tokenizer
+from benchmarks.evidence.problems import KINDS
+from benchmarks.experiments import results, train_lambda, train_threshold, trained, transfer
+from benchmarks.experiments.__main__ import main as experiments_main
 from entra import ScoreConfig
-from entra.cli import main as entra_main
-from entra.experiments import results, train_lambda, train_threshold, trained, transfer
-from entra.experiments.evidence import run as evidence_run
-from entra.experiments.evidence.__main__ import main as evidence_main
-from entra.experiments.evidence.model import build_model, build_tokenizer
-from entra.experiments.evidence.problems import KINDS
 from entra.metrics import paired_difference
 
 FACTS = {"parameters": 1, "final_loss": 0.5, "steps": 2, "traces": 64, "seed": 0, "versions": {"torch": "2"}}
@@ -99,7 +99,7 @@ def test_options_and_kinds_reach_the_training(folder, monkeypatch):
             """The model stays as it is."""
 
     monkeypatch.setattr(evidence_run, "_recording_trainer", lambda: Trainer)
-    monkeypatch.setattr("entra.experiments.evidence.evaluate.MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr("benchmarks.evidence.evaluate.MAX_NEW_TOKENS", 4)
     into = folder / "run.json"
     words = ["--steps", "2", "--prompts-per-step", "4", "--held-out", "8", "--sft", str(folder / "sft"), "--into", str(into)]
     flags = ["--protect-fraction", "0.5", "--attention-weight", "100", "--kinds", "sum", "sort"]
@@ -179,7 +179,7 @@ def test_drawn_again_from_the_json_alone(folder, asked, module, capsys):
     result = module.run(options(module, folder))
     written = results.write(result, folder / "out", module.tables(result), module.figures(result))
     path = folder / "out" / f"{result.name}.json"
-    assert entra_main(["experiment", result.name, "--redraw", str(path), "--output", str(folder / "again")]) == 0
+    assert experiments_main([result.name, "--redraw", str(path), "--output", str(folder / "again")]) == 0
     assert (folder / "again" / f"{result.name}.md").read_text() == written == capsys.readouterr().out
     svg = f"{result.name}.svg"
     assert Path(folder, "again", svg).read_bytes() == Path(folder, "out", svg).read_bytes()

@@ -2,14 +2,12 @@
 
 import json
 
-import peers
 import pytest
-import render
-import targets
 import torch
-from compare import NO_TIME, compare
-from results import Results
 
+from benchmarks.speed import peers, render, targets
+from benchmarks.speed.compare import NO_TIME, compare
+from benchmarks.speed.results import Results
 from entra_kernels import incoming_attention, linear_token_logprobs
 
 
@@ -123,7 +121,7 @@ class TestPage:
 class TestRecords:
     @pytest.fixture
     def results(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("results.bounds", lambda: Bounds())
+        monkeypatch.setattr("benchmarks.speed.results.bounds", lambda: Bounds())
         return Results(tmp_path, None)
 
     def test_what_does_not_work_is_recorded_and_the_rest_is_timed(self, results):
@@ -154,7 +152,7 @@ class TestRecords:
             compare(results, "op", "case", {"ours": lambda: 0.0}, check=lambda name, result: 2.0)
 
     def test_after_the_time_given_nothing_starts(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("results.bounds", lambda: Bounds())
+        monkeypatch.setattr("benchmarks.speed.results.bounds", lambda: Bounds())
         records = compare(Results(tmp_path, 0.0), "op", "case", {"ours": lambda: pytest.fail("it started")})
         assert records["ours"]["skipped"] == NO_TIME
 
