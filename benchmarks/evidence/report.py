@@ -1,4 +1,7 @@
-"""From the JSON files of the runs to `evidence.md` and `evidence.svg`. Tables pool the seeds; one shows them one by one."""
+"""From the JSON files of the runs to `evidence.md` and `evidence.svg`. Tables pool the seeds; one shows them one by one.
+
+`introduction.md` opens the page, with the runs' settings for its names in braces; `reading.md` says where others do better.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +125,7 @@ def _introduction(arms: dict[str, Pooled]) -> str:
     config: dict[str, Any] = next((pooled.runs[0]["config"] for arm, pooled in arms.items() if arm != SFT), {})
     count = len(arms[SFT].correct) // len(arms[SFT].seeds)
     machine, versions = sft["machine"], sft["versions"]
-    return _INTRODUCTION.format(
+    return _prose("introduction.md").format(
         parameters=sft["parameters"] / 1e6,
         traces=sft["traces"],
         sft_minutes=sft["seconds"] / 60,
@@ -135,6 +138,10 @@ def _introduction(arms: dict[str, Pooled]) -> str:
         transformers=versions["transformers"],
         **config,
     )
+
+
+def _prose(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _fresh(folder: Path) -> list[str]:
@@ -156,7 +163,7 @@ def _sections(arms: dict[str, Pooled], fresh: list[str]) -> list[str]:
         _verdict(arms),
         "",
         *fresh,
-        *([_READING] if set(ARMS) <= set(arms) else []),
+        *([_prose("reading.md")] if set(ARMS) <= set(arms) else []),
         "## By kind of problem",
         "",
         "Accuracy in % / mean tokens. `guess` is the kind where the check is needed.",
@@ -332,52 +339,3 @@ def _plot(arms: dict[str, Pooled], path: Path) -> None:
     figure.supxlabel(caption, fontsize=9)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
-
-
-_READING = """\
-## Where others do better, and why
-
-- **Length rewards get shorter.** Kimi's and the cosine reward pay for length itself, and this task has no long answer that is
-  worth its length: nothing is lost by paying for it. ENTRA counts what is repeated. A dead end in words that occur nowhere else
-  costs it little, and the group gate leaves problems alone that are often got wrong. So a tail of completions with one episode
-  is left, while the medians are the same.
-- **Gated r is not shortest where it is highest.** One dead end in new words raises r over that of the bare core; that is what
-  the model learns to write. `halve_at` takes the pay away.
-- **Which tokens are protected matters little here, and by importance is not best.** Attention does help: without it
-  (lambda = 0) completions stay longer. But no protection at all, or a random one, leaves fewer tokens. The last tokens of a
-  completion have few future queries, so each of them has a high mean attention: in completions as short as these, much of what
-  is protected is the answer at the end, and little of the core.
-- **The gate was not what kept accuracy here.** The additive reward lost none: beside a reward for accuracy of weight 1, a wrong
-  answer gets at most the half that r is worth, and a right one at least 1. The gate is for where r is the only reward.
-"""
-
-_INTRODUCTION = """\
-# Evidence
-
-Does the reward stop a model from overthinking without costing accuracy, and do simpler rewards do as well? This page is
-written by `make evidence-full` from the raw results in `benchmarks/results/evidence/`; nothing in it is edited by hand.
-
-**The model** is a Qwen3-architecture model of {parameters:.2f} million parameters, made on the spot and trained for
-{sft_minutes:.1f} minutes on {traces:,} overthinking traces of four kinds of problems from reasoning-gym. A trace computes the
-answer and then re-verifies, restates, tries dead ends and second-guesses itself 0 to 4 times, in varied phrasings. In the kind
-`guess` the first thing is a mental guess, wrong in 40 % of the traces, and the check that follows it is needed; 15 % of the
-traces skip it.
-
-**Each arm** starts from that model and takes {steps} GRPO steps of {prompts_per_step} prompts with {group} completions through
-`entra.EntraGRPOTrainer`: learning rate {learning_rate:g} falling to 0, temperature 1, no KL term, `loss_type="{loss_type}"`,
-`scale_rewards="{scale_rewards}"`, at most {max_new_tokens} tokens. Accuracy has the weight 1 and the second reward of an arm
-{weight:g}; the cosine reward is both in one. The gated arms pay only for right answers, and only where at least
-{group_gate:.0%} of the prompt's completions are right.
-
-`halve_at` and the dead band are options that were added because gated r missed the target: `halve_at` after trials with seed 0,
-the dead band after the runs of seeds 0 and 1. The learning rate, its decay and the number of steps, the same for all arms, were
-chosen in trials of the `halve_at` arm with seed 0. That favours
-it over the baselines, which were not tuned. Fresh seeds, where they have been run, are shown apart.
-
-**Held out:** {held_out:,} problems for each of {seeds} seed(s), none of which is in the training data, one sample at
-temperature 1, the same problems and sampling seed for all. Differences are paired by problem, with 95 % intervals by the normal
-approximation. "Improbable" is the share of completions whose mean log-prob under the SFT model is below the 1st percentile of
-the SFT model's own: a sign of reward hacking.
-
-{cpu}, two runs at a time with one thread each, torch {torch}, transformers {transformers}, TRL {trl}, reasoning-gym {gym}.
-"""

@@ -29,25 +29,6 @@ QUESTION = (
     "What does lambda do to the importance, to the protected tokens and to the reward, with mean attention and with lift?"
 )
 
-READING = """
-**With mean attention λ hardly matters to r; with lift it puts one position bias in the place of another.** λ = 1e-4, the
-paper's value outside MATH, changes nothing: 99.8 % of the tokens protected at λ = 0 stay protected. λ = 2 keeps 90.3 % of them
-and moves the mean r by 0.0004 (-0.0017 to 0.0030); even λ = 100, which keeps 42.0 %, moves it by no more than -0.0034 (-0.0096
-to 0.0021). The reason is scale: within a completion the standard deviation of μ is 0.0107 and that of log P 1.657, so that λ
-would have to be 155 for equal spreads, and 32.3 among the more probable half of the tokens, where the threshold lies. It also
-depends on the completion: 8.06 there for the concise traces of 52 tokens, 19.4 for overthinking and 147 for the control of the
-same length. One λ is not one weight.
-
-In this model μ does not fall with the position, as it would if attention were uniform: it rises towards the end, as attention
-to near neighbours makes it. So a large λ protects the end: 10.7 % of the protected tokens are in the first fifth at λ = 100,
-against 25.0 % at λ = 0 and 20 % by chance. Lift corrects for uniform attention and therefore makes this worse: at λ = 2 only
-1.3 % are in the first fifth, and 22.4 % of the tokens protected at λ = 0 are left, little more than chance would keep.
-Attention also leads away from the question: the share of protected tokens whose text the question has falls from 47.1 % at λ =
-0 to 27.9 % with mean attention at λ = 100 and 24.3 % with lift, below the 35.8 % of all tokens.
-
-No λ, with mean attention or with lift, lets the length-adjusted reward tell overthinking from its concise twin (10 to 15 of
-26 pairs), and none is needed to tell it from the control (26 of 26 at λ = 0).
-"""
 
 STATISTICS: tuple[Statistic, ...] = ("mean", "lift")
 _FIRST = 0.2

@@ -40,19 +40,6 @@ from entra.progress import progress_bar
 from entra.view.traces import Trace
 
 QUESTION = "Do the reward's statistics differ between math, logic, code and common-sense problems?"
-READING = """\
-**r differs between domains, in part because short completions do.** Its mean is 0.829 in math and 0.749 in code. On the
-completions that are long enough for it, 10 to 21 in a domain, it is 0.759 and 0.707, and at 50 tokens 0.817 and 0.768: the
-adjustment raises the level and leaves the difference as it was, within the intervals. What it takes away is the relation with
-the length, -0.49 over all completions and -0.37 over those, of which -0.13 (-0.37 to 0.12) is left. So a threshold or a weight
-that was chosen for r in one domain need not fit another, and more completions would be needed to say why.
-
-What is protected follows the text: in math 30 % of the protected tokens are numbers (of all tokens 18 %), in logic 3 %, where
-63 % are words. In every domain words are protected less, and punctuation more, than their share.
-
-r says nothing about being right: its correlation with a right answer is 0.04 (-0.17 to 0.24) over all. But SmolLM2 answers
-only 4 % rightly, and none in code and common sense, so this asks little of it; a stronger model (`--model`) would tell more.
-"""
 
 DOMAINS: dict[str, dict[str, dict[str, Any]]] = {
     "math": {

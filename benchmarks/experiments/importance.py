@@ -26,20 +26,6 @@ from entra.score import Scores
 
 QUESTION = "Which kinds of tokens does the importance protect, and does log P or attention decide?"
 
-READING = """
-**log P decides, and it protects what is predictable.** Of the protected tokens 90.3 % would be protected by log P alone, and
-20.8 % by μ alone, where chance gives 19.4 %. Protected more often than chance are numbers (32.2 %), what stands in a formula
-(31.4 %) and punctuation (26.3 %); less often words (15.1 %), operators (15.0 %), reflection words (7.9 %) and connectives
-(7.3 %). So the score does spare much of the arithmetic, and "Wait", "check" and "again" are left in the part where repetition
-counts, as the method wants.
-
-Where it fails: it does not know what a step of reasoning is. A digit is protected when the model was sure of it, so in the
-traces below the digits after `=` often are and the operators seldom. In the controls 40.5 % of the punctuation is protected,
-because around it the words are improbable. Connectives, which carry the argument, are protected as seldom as reflection words.
-Attention has another opinion (by μ alone operators, 28.6 %, and connectives, 26.2 %, are above chance and numbers, 10.6 %,
-below), but at λ = 2 it is hardly heard. Kinds are assigned by lists of English words and patterns, and one small model read 26
-problems.
-"""
 
 FORMULA, ALL = "in a formula", "all"
 _SHOWN_KINDS = (*KINDS, FORMULA, ALL)

@@ -33,13 +33,6 @@ from benchmarks.experiments.results import Figure, Result, Table
 from entra.progress import progress_bar
 
 QUESTION = "What do scores cost in time and memory, against model size and length, beside eager attention?"
-READING = """\
-Scoring costs one forward: 0.95 to 1.08 times the time of the bare forward with logits, and 0.15 to 0.38 times its peak memory,
-because neither logits nor attention matrices are kept. Reading the same numbers off eager attention takes longer the longer the
-text is, 1.21 times at 512 tokens with 42 M parameters and 3.47 times at 4,096 tokens with 12 M for the last layer alone, and
-1.96 to 2.66 times the memory of the forward, up to 5.62 times for all layers, as transformers returns it; both grow with the
-square of the length. On a GPU it has not been measured.
-"""
 
 FORWARD, ENTRA, EAGER, EAGER_LAST = "forward", "ENTRA", "eager, all layers", "eager, last layer"
 METHODS = (FORWARD, ENTRA, EAGER_LAST, EAGER)

@@ -43,39 +43,9 @@ from benchmarks.experiments.results import Result
 from entra.metrics import mean_interval
 from entra.progress import progress_bar
 
-__all__ = ["PROXIES", "QUESTION", "READING", "TARGETS", "add_arguments", "figures", "run", "summarise", "tables"]
+__all__ = ["PROXIES", "QUESTION", "TARGETS", "add_arguments", "figures", "run", "summarise", "tables"]
 
 QUESTION = "How good is attention as a stand-in for a token's influence on the rest of the text?"
-READING = """\
-**On SmolLM2, attention says a little about influence, and hardly more than the position does.** μ is a mean over the later
-tokens, so its fair target is the leave-one-out change per later token: the last layer orders tokens by it at a rank
-correlation of 0.28 (0.23 to 0.32), where a random order gets 0.01 and 1 would be perfect, and finds 42 % of the top 20 %,
-where chance gives 18 %. "Later first" gets 0.28 and 50 % without looking at attention. Given the position, 0.14 (0.09 to
-0.19) is left; given log P too, 0.11 (0.06 to 0.16). The mean of all layers is better (0.35, and 0.22 given the position).
-Lift is no better than μ. With the sum over all later tokens, what the text loses in all, μ has next to no relation (0.05,
--0.01 to 0.11).
-
-**ENTRA's importance follows log P, and hiding an improbable token hurts more.** So it orders tokens the other way round from
-leave-one-out, at -0.21 in sum and -0.14 per later token, and has 9 and 14 % of the top 20 % in its own, less than chance: what
-it protects is what the later text misses least. With 2 lift instead of 2 μ attention decides, and 0.22 (0.17 to 0.27) per
-later token comes out.
-
-**Of the Bayes target, log P given both sides, log P alone says more than the importance does.** How much depends on the
-alternatives that were not run, 10.8 % of the probability on average and more than 20 % of it for 19.4 % of the tokens. With
-the upper bound log P correlates at 0.51 and I at 0.49, with the lower bound at 0.91 and 0.90; they find 0.67 and 0.63 of its
-top 20 %, or 0.84 and 0.74. Either way attention does not bring the importance nearer to what it approximates, and μ by itself
-points the wrong way, at -0.08 or -0.14. With the Bayes gain, the part that λμ stands for, taken from the upper bound, μ
-correlates at 0.15 (0.09 to 0.20), better than a random order, but given position and log P only 0.04 (-0.01 to 0.08) is left;
-the mean of all layers keeps 0.07 (0.03 to 0.12).
-
-**The targets are different things.** Leave-one-out asks what the later text loses, the Bayes target how sure a token is once
-all is read, and they have no relation (0.02, -0.05 to 0.08) or, with the lower bound, a weak opposite one (-0.16). The
-method's derivation means the second; whether the first is the better one to protect is open.
-
-**How far this goes.** One model of 135 M parameters, the last 40 tokens of short completions, half of them written out by
-hand. Hiding a token makes the later text less likely in 86 % of the cases. The bounds of the Bayes target differ by 0.07 nats
-in the median and by 1.19 at the 90th percentile, and order the tokens alike at only 0.58.
-"""
 
 TARGETS: dict[str, Callable[[Row], float]] = {
     "loo": lambda row: row["loo"],

@@ -2,7 +2,8 @@
 
 An experiment is a module with `QUESTION` (one line), `add_arguments(parser)` and `run(options) -> Result`; what reads and draws
 its numbers are `tables(result)` and `figures(result)`, which need nothing but the JSON, so that a report can be drawn again
-without measuring again. `READING` says in words what the committed numbers say. `benchmarks.experiments.EXPERIMENTS` names it.
+without measuring again. The Markdown file beside the module says in words what the committed numbers say, and
+`benchmarks.experiments.EXPERIMENTS` names the module.
 """
 
 from __future__ import annotations

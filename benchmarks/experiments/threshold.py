@@ -28,23 +28,6 @@ from entra.config import ScoreConfig
 
 QUESTION = "What does the threshold tau do to the reward, to the order of the twins, and how stable is the protected set?"
 
-READING = """
-**What r separates here, it separates without protecting anything.** At τ = 0 overthinking scores below its concise twin in 26
-of 26 pairs and below the control in 26 of 26; at τ = 20 % in 25 and 26. Against the twin, protecting as many tokens at random
-does as well or better: the importance's choice narrows the distance from -0.094 at τ = 0 to -0.066 at τ = 50 %, the random
-choice leaves it at -0.093. A likely reason: the protected tokens are the predictable ones, and in a text that repeats itself
-many of these are the repetitions, so that what should be counted is taken out of the count.
-
-Against the twin the separation is one of length. Adjusted for length, overthinking is lower in 9 to 12 of 26 pairs with an
-AUC of 0.42 to 0.50, no better than chance at any τ, and at τ = 50 % it scores higher by 0.014 (0.000 to 0.027). Against the
-control of about its own length the order is right in 26 of 26 pairs at every τ, adjusted or not, with either choice; the
-control goes on to new topics, so new words raise it, whatever they say. A larger τ raises every mean and pushes the control
-against 1 (0.979 at τ = 50 %).
-
-The protected set is stable under changes that should not matter: in bfloat16 98.3 % of the tokens protected at τ = 20 % stay
-protected, with another system message 95.7 %, with a polite sentence in front 95.5 %. Without the chat template it is 86.6 %,
-and 83.7 % at τ = 10 %. At τ = 20 % these changes move r by 0.0010 to 0.0059, little beside the 0.089 between twins.
-"""
 
 IMPORTANCE, RANDOM = "importance", "random"
 

@@ -12,17 +12,9 @@ from benchmarks.experiments import train_options, trained
 from benchmarks.experiments.results import Result
 from benchmarks.experiments.train_options import figures, tables
 
-__all__ = ["QUESTION", "READING", "add_arguments", "figures", "run", "tables"]
+__all__ = ["QUESTION", "add_arguments", "figures", "run", "tables"]
 
 QUESTION = "Does the attention weight lambda matter when the policy is trained on the reward?"
-READING = """\
-The default, lambda = 2, ends shortest: without attention completions stay 3.4 tokens longer, and with lambda = 100, where
-attention weighs most, 2.3 tokens longer; both intervals exclude 0. Accuracy cannot be told apart.
-The difference is small beside what all three save, 43 to 47 % of the tokens. The spread of the reward within a prompt is about
-the same for all; it wanders from step to step by as much as the values differ at the end. Each value is one run; those marked
-as such are the runs of `make evidence-full` with the same seed and settings, and [evidence.md](evidence.md) shows how far seeds
-of one setting lie apart.
-"""
 
 _OPTION, _SYMBOL = "attention_weight", "lambda"
 

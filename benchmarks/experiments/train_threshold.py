@@ -12,18 +12,9 @@ from benchmarks.experiments import train_options, trained
 from benchmarks.experiments.results import Result
 from benchmarks.experiments.train_options import figures, tables
 
-__all__ = ["QUESTION", "READING", "add_arguments", "figures", "run", "tables"]
+__all__ = ["QUESTION", "add_arguments", "figures", "run", "tables"]
 
 QUESTION = "Does the protected share tau matter when the policy is trained on the reward?"
-READING = """\
-With every share the model ends at about half of its tokens, and no accuracy can be told from that of the SFT model. The less is
-protected, the shorter: 42.3 tokens with 10 %, 45.3 with 20 %, 47.0 with 50 %, and both differences to 20 % exclude 0. With half
-of the tokens protected, 5.5 % of the completions are improbable under the SFT model, against 1.9 % with 20 %. The spread of the
-reward within a prompt is about the same for all; it wanders from step to step by as much as the values differ at the end. So
-protection is not what keeps accuracy here, and some of what it shields is repetition; the runs without protection and with a
-random protected set in [evidence.md](evidence.md) say the same. Each value is one run; those marked as such are the runs of
-`make evidence-full` with the same seed and settings, and its page shows how far seeds of one setting lie apart.
-"""
 
 _OPTION, _SYMBOL = "protect_fraction", "tau"
 

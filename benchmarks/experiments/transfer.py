@@ -20,15 +20,6 @@ from benchmarks.experiments.results import Figure, Result, Table
 from benchmarks.experiments.trained import SFT, Variant, compare, signed
 
 QUESTION = "Does conciseness carry over to kinds of problems that GRPO was not trained on, and is accuracy kept there?"
-READING = """\
-Conciseness carries over almost whole: trained on sums and sorting alone, gated ENTRA takes away 60.4 % of the tokens on the two
-kinds that it never saw, and 60.9 % when it is trained on them too. Accuracy gains do not carry over: on those kinds it is 3.6
-points lower than after training on all kinds, and just as much lower with the accuracy reward alone, so what is missing is
-rather training on those problems than something that conciseness takes away. The weak spot is `guess`, whose check is needed:
-there gated ENTRA trained elsewhere has its largest loss, 4.4 points, though the interval reaches from -10.2 to +1.4; trained on
-it, it gains 5.2. `reverse` loses nothing. So have the kinds in which checking pays in the training. One run each, and 250
-problems per kind: single kinds have intervals of up to 6 points each way.
-"""
 
 _NAMES = {"accuracy": "accuracy only", "entra-banded": "gated ENTRA"}
 

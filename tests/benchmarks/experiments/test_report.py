@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.experiments import EXPERIMENTS, results
 from benchmarks.experiments.__main__ import main
-from benchmarks.experiments.report import report
+from benchmarks.experiments.report import reading, report
 from benchmarks.experiments.results import read, section
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +34,7 @@ def test_every_decimal_of_a_reading_stands_in_the_tables_below_it(name):
     module = importlib.import_module(EXPERIMENTS[name])
     result = read(RESULTS / f"{name}.json")
     shown = section(module.tables(result), module.figures(result))
-    numbers = re.findall(r"\d+\.\d+", module.READING)
+    numbers = re.findall(r"\d+\.\d+", reading(name))
     assert numbers
     assert [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", shown)] == []
 
