@@ -149,11 +149,11 @@ experiments: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.experiments.report benchmarks/results/experiments docs/experiments.md
 
 compile-all: $(VENV)/dev.done
-	$(BIN)/python -m entra_kernels._triton.aot --all
+	$(BIN)/python -m benchmarks.static.aot --all
 
 # The table in benchmarks/README.md: what the inner loops cost, counted in machine code.
 static-proof: $(VENV)/dev.done
-	$(BIN)/python -m entra_kernels._triton.sass --write benchmarks/README.md
+	$(BIN)/python -m benchmarks.static.sass --write benchmarks/README.md
 
 # Other Tritons than the pinned one, each in a folder that goes before the environment on the path. Spills and budgets are
 # listed but not asserted: they are facts about one compiler.
@@ -165,7 +165,7 @@ TRITONS := 3.6 3.8 3.9
 
 compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	set -e; for version in $(TRITONS); do \
-	    PYTHONPATH=.venv-triton/$$version $(BIN)/python -m entra_kernels._triton.aot; \
+	    PYTHONPATH=.venv-triton/$$version $(BIN)/python -m benchmarks.static.aot; \
 	done
 
 clean:

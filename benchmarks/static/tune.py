@@ -1,4 +1,4 @@
-"""Times other launch sizes of the attention passes on this GPU: `python -m entra_kernels._triton.tune --head-dim 128`.
+"""Times other launch sizes of the attention passes on this GPU: `python -m benchmarks.static.tune --head-dim 128`.
 
 Prints one row per size, fastest first, as a table to paste beside the choice in `launch.py`. The size in use is marked, one
 whose result differs from it is named as wrong, and one that the chip cannot run is listed with the reason. `make static-proof`
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not interpreted:
-        parser.error("no GPU is visible to torch to time launch sizes on; python -m entra_kernels._triton.sass counts without")
+        parser.error("no GPU is visible to torch to time launch sizes on; python -m benchmarks.static.sass counts without")
     if options.heads % options.kv_heads:
         parser.error(f"--heads {options.heads} must be a multiple of --kv-heads {options.kv_heads}")
 

@@ -1,9 +1,9 @@
 """What the kernels' inner loops cost, counted in machine code, on a machine that needs no GPU.
 
-`python -m entra_kernels._triton.sass` prints the table of benchmarks/README.md, with `--write benchmarks/README.md` it replaces
+`python -m benchmarks.static.sass` prints the table of benchmarks/README.md, with `--write benchmarks/README.md` it replaces
 the one there. One launch size by hand, as resident x streamed x warps x stages, and x registers where they are bounded:
 
-    python -m entra_kernels._triton.sass --tile 256x64x8x2x128 --tile 256x128x8x2 --head-dim 128
+    python -m benchmarks.static.sass --tile 256x64x8x2x128 --tile 256x128x8x2 --head-dim 128
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import triton
 
-from entra_kernels._triton import aot
+from benchmarks.static import aot
 from entra_kernels._triton.launch import Chip, KernelCase
 
 BEGIN, END = "<!-- static counts: begin -->", "<!-- static counts: end -->"
@@ -154,7 +154,7 @@ def main() -> int:
         selected = aot.jobs(re.compile(f"^{re.escape(arguments.chip)} bf16 attention [\\w ]+ {re.escape(label)}$"))
         if not selected:
             parser.error(
-                f"no attention pass on {arguments.chip!r} ends in {label!r}; python -m entra_kernels._triton.aot lists them"
+                f"no attention pass on {arguments.chip!r} ends in {label!r}; python -m benchmarks.static.aot lists them"
             )
         try:
             cases = [(resized(job.case(), tile, arguments.ahead), job) for tile in arguments.tile for job in selected]

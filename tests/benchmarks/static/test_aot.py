@@ -14,19 +14,20 @@ from pathlib import Path
 import pytest
 import triton
 
-from entra_kernels._triton.aot import BUDGETS, PINNED, Compiled
+from benchmarks.static.aot import BUDGETS, PINNED, Compiled
 
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 TOO_LITTLE_MEMORY = """
-from entra_kernels._triton import aot, attention, launch
+from benchmarks.static import aot
+from entra_kernels._triton import attention, launch
 case = next(case for case in attention.aot_cases("bf16", launch.HOPPER) if case.head_dim == 16)
 chip = launch.Chip("sm_90", 1024)
 print(aot.inspect(case, chip, "row_lse").problem)
 """
 
 SUBSET_KERNELS = """
-from entra_kernels._triton import aot
+from benchmarks.static import aot
 jobs = aot.jobs(aot.SUBSET)
 for module in aot.MODULES:
     for index, chip in enumerate(aot.CHIPS):
@@ -42,7 +43,7 @@ def python(*arguments):
 
 def test_representative_kernels_compile_for_every_chip():
     """Their shared memory, spills, and on sm_90 the budgets of the attention passes: what breaks one fails the command."""
-    done = python("-m", "entra_kernels._triton.aot")
+    done = python("-m", "benchmarks.static.aot")
     assert done.returncode == 0, done.stdout + done.stderr
     for chip in CHIPS:
         for kernel in (
@@ -77,7 +78,7 @@ def test_the_subset_holds_every_kernel():
     ids=["no match", "invalid"],
 )
 def test_only_says_what_is_wrong(pattern, message):
-    done = python("-m", "entra_kernels._triton.aot", "--only", pattern)
+    done = python("-m", "benchmarks.static.aot", "--only", pattern)
     assert done.returncode == 2
     assert message in done.stderr
 
@@ -90,7 +91,7 @@ def test_too_much_shared_memory_is_a_problem():
 
 def test_spills_and_budgets_fail_the_command_with_the_pinned_triton_only(monkeypatch):
     """Triton 3.9 spills twice where the pinned one does not."""
-    pins = (Path(__file__).parents[2] / "constraints.txt").read_text()
+    pins = (Path(__file__).parents[3] / "constraints.txt").read_text()
     assert f"\ntriton=={PINNED}\n" in pins
     spilled = Compiled(name="column_sum", registers=128, shared_memory=1024, spills=2, excess="2 spills on sm_90")
     does_not_run = Compiled(name="column_sum", registers=128, shared_memory=1024, spills=0, problem="1025 B of shared memory")
@@ -118,7 +119,7 @@ def is_alive(process):
 def test_a_killed_compile_leaves_no_orphans():
     """A time limit kills the command alone, and the workers of a pool wait for a parent for ever."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "entra_kernels._triton.aot", "--all", "--processes", "1"]
+    command = [sys.executable, "-m", "benchmarks.static.aot", "--all", "--processes", "1"]
     running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         running.stdout.readline()  # a worker is there and has compiled something
@@ -137,7 +138,7 @@ def test_a_killed_compile_leaves_no_orphans():
 
 def test_the_interpreter_is_refused():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "entra_kernels._triton.aot"]
+    command = [sys.executable, "-m", "benchmarks.static.aot"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "unset it" in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from entra_kernels._triton import aot, disassembly, sass
+from benchmarks.static import aot, disassembly, sass
 
 PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0"
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
@@ -189,7 +189,7 @@ def test_a_broken_budget_is_named_with_its_number(change, problem):
 
 def test_a_pass_over_its_budget_fails_the_command():
     """With tiles this small the shuffles, once per tile and key, outweigh the exponentials."""
-    command = [sys.executable, "-m", "entra_kernels._triton.sass", "--tile", "64x32x4x1", "--head-dim", "64"]
+    command = [sys.executable, "-m", "benchmarks.static.sass", "--tile", "64x32x4x1", "--head-dim", "64"]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stderr
@@ -223,7 +223,7 @@ def test_a_tile_that_is_none_is_refused():
 
 def test_the_printed_table_is_of_the_launch_sizes_in_use():
     """Kernel, chip, tile, warps and stages of each row; what was counted is for `make static-proof` to renew."""
-    text = (Path(__file__).parents[2] / "benchmarks/README.md").read_text()
+    text = (Path(__file__).parents[3] / "benchmarks/README.md").read_text()
     section = text.partition(sass.BEGIN)[2].partition(sass.END)[0]
     printed = [row.split(" | ")[:5] for row in section.splitlines() if re.match(r"\| [a-z_]+ ?.* \| (sm_|gfx)", row)]
     expected = [

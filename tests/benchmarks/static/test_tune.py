@@ -12,7 +12,7 @@ SMALL = ["--tokens", "70", "--heads", "2", "--kv-heads", "1", "--head-dim", "16"
 
 @pytest.fixture
 def tune():
-    return importlib.import_module("entra_kernels._triton.tune")
+    return importlib.import_module("benchmarks.static.tune")
 
 
 def test_candidates_fit_and_hold_the_size_in_use(tune):

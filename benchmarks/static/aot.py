@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for every chip, on a machine that needs no GPU: `python -m entra_kernels._triton.aot [--all]`.
+"""Compile every Triton kernel for every chip, on a machine that needs no GPU: `python -m benchmarks.static.aot [--all]`.
 
 Triton's compiler does not fail when a kernel asks for more shared memory than the chip has, or when registers spill. This
 does, and when an attention pass takes more instructions than its budget. Spills and instructions are facts about one compiler:
@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from entra_kernels._triton import disassembly
+from benchmarks.static import disassembly
 from entra_kernels._triton.launch import FUSED, Chip, KernelCase
 
 MODULES = ("plan", "attention", "hopper", "sampled", "logprobs", "redundancy")
