@@ -1,9 +1,8 @@
 """What an experiment leaves behind: numbers as JSON and CSV, plots as SVG and PNG, and a section of Markdown that shows them.
 
-An experiment is a module with `QUESTION` (one line), `add_arguments(parser)` and `run(options) -> Result`; what reads and draws
-its numbers are `tables(result)` and `figures(result)`, which need nothing but the JSON, so that a report can be drawn again
-without measuring again. The Markdown file beside the module says in words what the committed numbers say, and
-`benchmarks.experiments.EXPERIMENTS` names the module.
+An experiment is a module with `add_arguments(parser)` and `run(options) -> Result`; what reads and draws its numbers are
+`tables(result)` and `figures(result)`, which need nothing but the JSON, so that a report can be drawn again without measuring
+again. `benchmarks.experiments` finds it by the Markdown beside it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Three problems with three completions each, measured by a tiny model; what three experiments wrote about them."""
 
+import functools
 import json
 
 import pytest
@@ -61,7 +62,7 @@ def measured(policy):
 
 @pytest.fixture(scope="session")
 def folder(policy, tmp_path_factory):
-    """What each experiment wrote about the problems and one bad row, without the plots."""
+    """Where an experiment wrote, without the plots, about the problems and one bad row; by its name, when it is asked for."""
     folder = tmp_path_factory.mktemp("experiments")
     rows = [
         {"prompt": [{"role": "user", "content": prompt}], "completion": text, "kind": kind, "id": str(i)}
@@ -70,10 +71,14 @@ def folder(policy, tmp_path_factory):
     ]
     lines = [*map(json.dumps, rows), '{"prompt": "no completion"}']
     (folder / "traces.jsonl").write_text("\n".join(lines))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traces, "load_policy", lambda name: policy)
-        patch.setattr(results, "draw", lambda figure, folder: None)
-        for name in ("importance", "threshold", "lambda"):
+
+    @functools.cache
+    def written(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(traces, "load_policy", lambda name: policy)
+            patch.setattr(results, "draw", lambda figure, folder: None)
             arguments = ["--model", "tiny", "--traces", str(folder / "traces.jsonl"), "--output", str(folder)]
             assert main([name, *arguments, *(["--draws", "3"] if name == "threshold" else [])]) == 0
-    return folder
+        return folder
+
+    return written

@@ -7,7 +7,7 @@ from benchmarks.experiments import attention_weight, results
 
 
 def test_lambda_zero_protects_what_log_p_protects(folder):
-    rows = results.read(folder / "lambda.json").rows
+    rows = results.read(folder("lambda") / "lambda.json").rows
     unweighted = [row for row in rows if row["attention_weight"] == 0]
     assert len(unweighted) == 18
     assert all((row["kept"], row["jaccard"], row["reward_change"]) == (1, 1, 0) for row in unweighted)

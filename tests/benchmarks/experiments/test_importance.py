@@ -10,7 +10,7 @@ from benchmarks.experiments.token_kinds import KINDS
 
 
 def test_importance_counts_every_token_once(folder, measured):
-    rows = results.read(folder / "importance.json").rows
+    rows = results.read(folder("importance") / "importance.json").rows
     scores = traces.scored(measured.traces, entra.ScoreConfig())
     by_mu = [trace.mean.argsort(descending=True, stable=True)[: int(0.2 * len(trace.mean) + 1e-9)] for trace in measured.traces]
     for i, trace in enumerate(measured.traces):
@@ -21,7 +21,7 @@ def test_importance_counts_every_token_once(folder, measured):
         digits = torch.tensor([piece.isdigit() for piece in trace.pieces])
         assert own["number"]["protected_by_incoming"] == int(digits[by_mu[i]].sum())
         assert math.isclose(own["number"]["sum_logprob"], float(trace.logprobs[digits].double().sum()), abs_tol=1e-9)
-    summary = results.read(folder / "importance.json").summary
+    summary = results.read(folder("importance") / "importance.json").summary
     everything = summary["by_kind"]["all"]["number"]
     counted = [row for row in rows if row["token_kind"] == "number"]
     share = sum(row["protected_by_logprob"] for row in counted) / sum(row["tokens"] for row in counted)

@@ -12,22 +12,23 @@ NAMES = {"importance": importance, "threshold": threshold, "lambda": attention_w
 def test_redraw_writes_the_same_report_from_the_json_alone(name, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "draw", lambda figure, folder: None)
     monkeypatch.setattr(traces, "load_policy", None)
-    assert main([name, "--redraw", str(folder / f"{name}.json"), "--output", str(tmp_path)]) == 0
+    assert main([name, "--redraw", str(folder(name) / f"{name}.json"), "--output", str(tmp_path)]) == 0
     for ending in ("md", "json", "csv"):
-        assert (tmp_path / f"{name}.{ending}").read_bytes() == (folder / f"{name}.{ending}").read_bytes()
+        assert (tmp_path / f"{name}.{ending}").read_bytes() == (folder(name) / f"{name}.{ending}").read_bytes()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_report_says_what_was_left_out(name, folder):
-    assert "Left out: 1 rows that cannot be scored, the first: row 10 has no completion." in (folder / f"{name}.md").read_text()
-    assert results.read(folder / f"{name}.json").summary["left_out_rows"] == ["row 10 has no completion"]
+    text = (folder(name) / f"{name}.md").read_text()
+    assert "Left out: 1 rows that cannot be scored, the first: row 10 has no completion." in text
+    assert results.read(folder(name) / f"{name}.json").summary["left_out_rows"] == ["row 10 has no completion"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_plots_have_labels_and_captions(name, folder):
     from matplotlib.figure import Figure
 
-    drawn = NAMES[name].figures(results.read(folder / f"{name}.json"))
+    drawn = NAMES[name].figures(results.read(folder(name) / f"{name}.json"))
     assert len({figure.name for figure in drawn}) == 3
     for figure in drawn:
         canvas = Figure()

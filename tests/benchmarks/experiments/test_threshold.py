@@ -34,7 +34,7 @@ def test_protected_sets_are_nested_over_tau(measured):
 
 
 def test_threshold_compares_twins(folder):
-    result = results.read(folder / "threshold.json")
+    result = results.read(folder("threshold") / "threshold.json")
     rows = {(row["protect_fraction"], row["selection"], row["trace"]): row for row in result.rows}
     assert {(tau, selection) for tau, selection, _ in rows if tau == 0} == {(0.0, "importance")}
     own = [rows[0.2, "importance", i]["reward"] for i in range(9)]
