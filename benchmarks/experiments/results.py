@@ -19,7 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_VERSIONS = ("entra", "torch", "transformers", "trl", "reasoning-gym")
+import entra
+
+_VERSIONS = ("torch", "transformers", "trl", "reasoning-gym")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ def environment() -> dict[str, Any]:
     """Date, machine and versions that a result is of."""
     import torch
 
-    versions = {}
+    versions = {"entra": entra.__version__}  # on PyPI, `entra` is another project
     for name in _VERSIONS:
         try:
             versions[name] = version(name)

@@ -2,6 +2,7 @@
 
 import pytest
 
+import entra
 from benchmarks.experiments import attention_weight, importance, results, threshold, traces
 from benchmarks.experiments.__main__ import main
 
@@ -15,6 +16,12 @@ def test_redraw_writes_the_same_report_from_the_json_alone(name, folder, tmp_pat
     assert main([name, "--redraw", str(folder(name) / f"{name}.json"), "--output", str(tmp_path)]) == 0
     for ending in ("md", "json", "csv"):
         assert (tmp_path / f"{name}.{ending}").read_bytes() == (folder(name) / f"{name}.{ending}").read_bytes()
+
+
+def test_a_result_records_the_version_of_this_project():
+    """It was left out since the distribution has another name than the package."""
+    assert list(results.environment()["versions"])[:2] == ["entra", "torch"]
+    assert results.environment()["versions"]["entra"] == entra.__version__
 
 
 @pytest.mark.parametrize("name", NAMES)
