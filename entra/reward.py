@@ -372,7 +372,7 @@ def dead_banded(rewards: Sequence[float | None], groups: Sequence[Hashable], wid
 
 
 def _within(rewards: Sequence[float | None], groups: Sequence[Hashable], width: float) -> list[bool]:
-    """Whose group has rewards that differ, but by less than `width` in all."""
+    """Whose group has rewards that differ, but all lie closer together than `width`."""
     within = [False] * len(rewards)
     for indices in _members(groups).values():
         values = [value for i in indices if (value := rewards[i]) is not None]

@@ -9,7 +9,7 @@ Decisions taken here:
   the reward functions run. No method of TRL's is copied; `tests/entra/test_trl_drift.py` says what is relied on.
 - TRL makes such a pass only when generation and optimisation steps are not aligned, or with vLLM and its importance sampling
   correction. Otherwise, and wherever its numbers are not those of `score_batch` (a temperature other than 1, dropout, rows that
-  are masked out, an adapter switched off), scoring makes one no-grad forward of its own.
+  are masked out, an adapter switched off), scoring runs one more forward, without gradients.
 - A pass may run the model on the rows as they are padded, or packed one after the other into a single row. Which, is read from
   the token ids that reach the embedding; on anything else scores do not ride, so that none is taken for another row's.
 - That forward is made before the reward functions are called, on every rank alike: what a gate decides cannot make ranks of a
