@@ -120,9 +120,9 @@ _BIASED = (
     "(0) nor hides it (-1000 or less), which incoming attention cannot reproduce; pass a bool mask, or one of 0 and -inf"
 )
 _OTHER_ROPE = (
-    "token {token} of row {row} has another RoPE in this forward than its sequence alone: LongRoPE and dynamic RoPE go by the "
-    "largest position of a forward, pads included; run sequences of up to original_max_position_embeddings tokens (dynamic: "
-    "max_position_embeddings) apart from longer ones (dynamic: those one by one), and pad no further than to the longest"
+    "token {token} of row {row} has another RoPE in this forward than its sequence alone, because LongRoPE and dynamic RoPE "
+    "depend on the largest position of a forward, pads included; run sequences of up to original_max_position_embeddings "
+    "tokens (dynamic: max_position_embeddings) apart from longer ones (dynamic: those one by one), and pad to the longest only"
 )
 _COMPILED = (
     "row {row} packs several sequences (the attention of {name} keeps token {token} apart from the one before it), which "
@@ -577,14 +577,14 @@ def _check_packed(start: Tensor | None, length: Tensor | None, cu_seqlens: Tenso
         )
     if length is not None and length.shape != (cu_seqlens.numel() - 1,):
         raise ValueError(
-            f"length has shape {tuple(length.shape)} but cu_seqlens {cu_seqlens.numel() - 1} sequences; give one entry for each"
+            f"length has shape {tuple(length.shape)} but cu_seqlens has {cu_seqlens.numel() - 1} sequences; give each an entry"
         )
     if cu_seqlens.device.type != "cpu" or (length is not None and length.device.type != "cpu"):
         return  # looking would wait for the device
     if int(cu_seqlens[0]) != 0 or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"cu_seqlens={cu_seqlens.tolist()} must start at 0 and never fall; pass running sums of the lengths")
     if length is not None and bool(((length < 0) | (length > cu_seqlens.diff())).any()):
-        raise ValueError(f"length={length.tolist()} must be 0 to the lengths of the sequences, {cu_seqlens.diff().tolist()}")
+        raise ValueError(f"length={length.tolist()} must lie in 0 to the sequences' lengths, {cu_seqlens.diff().tolist()}")
 
 
 def _capturing_attention(

@@ -317,7 +317,7 @@ def _training(inner: Any, args: Any, config: ScoreConfig) -> list[Finding]:
     """Whether a run is refused, whether scores ride on TRL's log-prob pass, and how the rows of that pass lie."""
     own = f"padded on the right, without a mask, up to {_budget(inner, config):,} tokens a forward"
     if args is None:
-        text = "by TRL's defaults scoring costs one no-grad forward of the generated batch; give the run's arguments to know"
+        text = "with TRL's defaults scoring costs one no-grad forward of the generated batch; give the run's arguments to know"
         return [Finding("training", "note", text), Finding("layout", "ok", own)]
     from entra.trl import _check_arguments, _check_sharding
 

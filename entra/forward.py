@@ -77,7 +77,7 @@ def check_scorable(model: Any) -> None:
     scored_layer(model)
     adapters = getattr(model, "peft_config", {})
     if isinstance(adapters, dict) and any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
-        raise ValueError("the adapter adds virtual tokens (prompt tuning), whose attention is not that of text; use LoRA, say")
+        raise ValueError("the adapter adds virtual tokens (prompt tuning), whose attention is not that of text; use LoRA")
     _head_of(unwrapped(model))
 
 

@@ -131,8 +131,8 @@ def reasoning_gym_reward(completions: Sequence[Any], entry: Sequence[str], **col
         entry: the column of that name of `load_problems`.
 
     Raises:
-        ImportError: reasoning-gym is missing; the message says how to install it.
-        UnsafeScorerError: a task that can only be scored by running text as code; a ValueError.
+        ImportError: reasoning-gym is missing. The message says how to install it.
+        UnsafeScorerError: a task that can only be scored by running text as code. It is a ValueError.
     """
     return [_score(extract_answer(_text(c)), json.loads(e)) for c, e in zip(completions, entry, strict=True)]
 
@@ -145,9 +145,9 @@ def unsafe_reasoning_gym_reward(completions: Sequence[Any], entry: Sequence[str]
     what you trust, or run it in a container that holds nothing of value.
 
     Raises:
-        ImportError: reasoning-gym is missing; the message says how to install it.
+        ImportError: reasoning-gym is missing. The message says how to install it.
         UnsafeScorerError: a task that the installed reasoning-gym does not have.
-        RuntimeError: the process cannot be started or ended before its time; the message says why.
+        RuntimeError: the process cannot be started, or ended too early. The message says why.
     """
     return [
         _score(extract_answer(_text(c)), json.loads(e), run_answers_as_code=True)
@@ -202,8 +202,8 @@ def _installed() -> str:
 def extract_answer(completion: str) -> str:
     r"""The final answer in a completion: what stands in the last `<answer>...</answer>`.
 
-    Without one, and this is what a model that has not learnt the format yet is scored by: in the last `\boxed{...}`; else the
-    last line that is not empty, from "answer is", "answer:" or "answer =" on where it has one, without a full stop.
+    Without one, what stands in the last `\boxed{...}`. Without that, the last line that is not empty, without a full stop; if
+    it has "answer is", "answer:" or "answer =", what follows. That is what scores a model that has not learnt the format yet.
     """
     for pattern in (_TAGGED, _BOXED):
         found = pattern.findall(completion)
