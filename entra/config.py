@@ -87,7 +87,7 @@ class ScoreConfig:
     """lambda in I = log P + lambda * mu. The paper used 2 for MATH and 1e-4 elsewhere. 0 ranks by log P alone."""
 
     protect_fraction: float = 0.2
-    """tau, in [0, 1]: the share of the completion's tokens that is protected. These have the highest importance, and the
+    """tau: the share of the completion's tokens that is protected, in [0, 1]. They are those of highest importance, and the
     reward does not look at them."""
 
     attention_statistic: Statistic = "mean"
