@@ -6,8 +6,8 @@ from typing import NamedTuple, overload
 
 from torch import Tensor
 
-from entra_kernels import _ops
-from entra_kernels._checks import (
+from . import _custom_ops
+from ._checks import (
     FLOATS,
     INTEGERS,
     check_dtype,
@@ -208,13 +208,13 @@ def incoming_attention(
     window, softcap, backend = check_window(sliding_window), check_softcap(softcap), choose_backend(backend, q)
     options = (scale, window, softcap, sinks, lse, row_weights)
     if sample_rows is None:
-        out = _ops.incoming_attention(q, k, starts, ends, sequences, *options, per_head, normalize, backend)
+        out = _custom_ops.incoming_attention(q, k, starts, ends, sequences, *options, per_head, normalize, backend)
         return out.squeeze(0) if packed else out
 
     sample_rows = check_sample(sample_rows, seed, tokens)
     if per_head:
         raise ValueError("per_head=True has no sampled form; drop sample_rows, or take the mean over heads")
-    sampled = _ops.sampled_incoming_attention(
+    sampled = _custom_ops.sampled_incoming_attention(
         q, k, starts, ends, sequences, sample_rows, int(seed), *options, normalize, backend
     )  # fmt: skip
     return SampledAttention(*(out.squeeze(0) if packed else out for out in sampled))

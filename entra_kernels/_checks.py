@@ -1,7 +1,7 @@
 """Checks that every operation shares: backend, gradients, dtype, device, options.
 
 Nothing here reads a tensor's values, so nothing here waits for a GPU or breaks a torch.compile graph. What needs values
-is checked inside the custom ops (`_ops.py`), on the CPU only, where looking costs nothing.
+is checked inside the custom ops (`_custom_ops.py`), on the CPU only, where looking costs nothing.
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from entra_kernels._checks import accumulation_dtype
-from entra_kernels._sampling import draw
-from entra_kernels._spans import Spans
+from ._checks import accumulation_dtype
+from ._sampling import draw
+from ._spans import Spans
 
-_MODULES = {"reference": "entra_kernels.reference", "torch": "entra_kernels._torch", "triton": "entra_kernels._triton"}
+_MODULES = {"reference": ".reference", "torch": "._torch", "triton": "._triton"}
 
 
 def _implementation(backend: str, tensor: Tensor) -> ModuleType:
@@ -39,7 +39,7 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
                 "backend='triton' runs on CUDA and ROCm tensors, and these are on the CPU; move them to a GPU, use "
                 "backend='torch', or set TRITON_INTERPRET=1 before triton is imported (slow, for tests)"
             )
-    return importlib.import_module(_MODULES[backend])
+    return importlib.import_module(_MODULES[backend], __package__)
 
 
 def _without_autocast(tensor: Tensor) -> torch.autocast:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from entra_kernels._spans import Spans
+from ._spans import Spans
 
 EXACT_SHARE = 4
 """One row in this many is spent on the last rows of the sequence."""

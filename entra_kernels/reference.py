@@ -1,7 +1,7 @@
 """The specification: every operation as docs/method.md writes it, in plain PyTorch.
 
 No speed, no cleverness. Runs in the inputs' precision but at least in float32; tests call it in float64 and hold the other
-backends to it. Sequences are spans (start, length), see `entra_kernels/_ops.py`.
+backends to it. Sequences are spans (start, length), see `entra_kernels/_custom_ops.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from entra_kernels._checks import accumulation_dtype
-from entra_kernels._sampling import SampledRows
-from entra_kernels._spans import Spans, packed_bounds
+from ._checks import accumulation_dtype
+from ._sampling import SampledRows
+from ._spans import Spans, packed_bounds
 
 
 def attention_probabilities(

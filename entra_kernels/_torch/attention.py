@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from entra_kernels._checks import accumulation_dtype
-from entra_kernels._sampling import SampledRows
-from entra_kernels._spans import Spans
+from .._checks import accumulation_dtype
+from .._sampling import SampledRows
+from .._spans import Spans
 
 # Scores in a block. On 2 CPU cores of 2 MiB L2 each, 2**20 float32 scores and at most 128 rows took 1.00 to 1.10 times one
 # fused SDPA call at 1k to 8k tokens; 2**18 took 1.16 to 1.31 times (small products), 256 rows up to 1.37. Elsewhere a block

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entra_kernels._spans import Spans
-from entra_kernels._triton.launch import (
+from .._spans import Spans
+from .launch import (
     FUSED,
     AttentionLaunch,
     Chip,
@@ -31,7 +31,7 @@ from entra_kernels._triton.launch import (
     chip_of,
     gluon_is_known,
 )
-from entra_kernels._triton.plan import PIECE_FIELDS, TILE_FIELDS, plan
+from .plan import PIECE_FIELDS, TILE_FIELDS, plan
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: two of them subtracted give 0, not NaN
@@ -488,7 +488,7 @@ def _launch(
 
     views = None
     if size.ring is not None and q.is_cuda and gluon_is_known() and not triton.knobs.runtime.interpret:
-        from entra_kernels._triton import hopper  # Gluon is loaded where it runs only
+        from . import hopper  # Gluon is loaded where it runs only
 
         views = hopper.Views.of(q, k, scale)
 

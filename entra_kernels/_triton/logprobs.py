@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entra_kernels._torch.logprobs import factor, product
-from entra_kernels._triton.attention import _tanh
-from entra_kernels._triton.launch import FUSED, Chip, KernelCase, check_products, chip_of
+from .._torch.logprobs import factor, product
+from .attention import _tanh
+from .launch import FUSED, Chip, KernelCase, check_products, chip_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entra_kernels._spans import Spans
-from entra_kernels._triton.launch import FUSED, AttentionLaunch, Chip, KernelCase
+from .._spans import Spans
+from .launch import FUSED, AttentionLaunch, Chip, KernelCase
 
 PROGRAMS = 528
 """Pieces times kv heads that a sequence is cut into, where it is long enough: two rounds of two programs for each of the 132

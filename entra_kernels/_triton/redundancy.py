@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entra_kernels._torch.redundancy import LOG_UNITS as _LOG_UNITS
-from entra_kernels._triton.launch import FUSED, Chip, KernelCase
+from .._torch.redundancy import LOG_UNITS as _LOG_UNITS
+from .launch import FUSED, Chip, KernelCase
 
 LOG_UNITS = tl.constexpr(_LOG_UNITS)
 

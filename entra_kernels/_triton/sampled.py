@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entra_kernels._sampling import SampledRows
-from entra_kernels._spans import Spans
-from entra_kernels._triton.attention import (
+from .._sampling import SampledRows
+from .._spans import Spans
+from .attention import (
     HEAD_DIMS,
     LOG2_E,
     LOWEST,
@@ -31,8 +31,8 @@ from entra_kernels._triton.attention import (
     score_factors,
     wide_tiles,
 )
-from entra_kernels._triton.launch import Chip, KernelCase, attention_launch, check_products, chip_of
-from entra_kernels._triton.plan import TILE_FIELDS, plan
+from .launch import Chip, KernelCase, attention_launch, check_products, chip_of
+from .plan import TILE_FIELDS, plan
 
 
 @triton.jit(do_not_specialize=["sampled", "heads", "group", "window"])

@@ -138,7 +138,7 @@ def test_unbiased(case):
 
 def test_a_biased_estimate_is_caught(monkeypatch):
     """What `test_unbiased` must see: every stratum's rows weighted by one stratum's size too few."""
-    module = importlib.import_module("entra_kernels._ops")
+    module = importlib.import_module("entra_kernels._custom_ops")
 
     def biased(*arguments):
         sample = draw(*arguments)
