@@ -11,15 +11,13 @@ from ._checks import (
     FLOATS,
     INTEGERS,
     check_dtype,
-    check_number,
     check_same_device,
     check_sample,
     check_scoring_only,
     check_shape,
-    check_softcap,
-    check_window,
     choose_backend,
 )
+from .reference import AttentionOptions
 
 
 class SampledAttention(NamedTuple):
@@ -147,12 +145,11 @@ def incoming_attention(
 
     Source: arXiv 2601.07123; docs/method.md.
     """
-    check_dtype(FLOATS, q=q, k=k, sinks=sinks, lse=lse, row_weights=row_weights)
+    floats = {"q": q, "k": k, "sinks": sinks, "lse": lse, "row_weights": row_weights}
+    check_dtype(FLOATS, **floats)
     check_dtype(INTEGERS, start=start, length=length, cu_seqlens=cu_seqlens)
-    check_same_device(
-        q=q, k=k, sinks=sinks, lse=lse, row_weights=row_weights, start=start, length=length, cu_seqlens=cu_seqlens
-    )
-    check_scoring_only(q=q, k=k, sinks=sinks, lse=lse, row_weights=row_weights)
+    check_same_device(**floats, start=start, length=length, cu_seqlens=cu_seqlens)
+    check_scoring_only(**floats)
     if q.dtype != k.dtype:
         raise TypeError(f"k has dtype {k.dtype} but q has {q.dtype}; they must be the same: use k.to(q.dtype)")
 
@@ -200,22 +197,28 @@ def incoming_attention(
         raise ValueError(f"q_heads={q_heads} must be a multiple of kv_heads={kv_heads}; check the model's config")
     if not 1 <= head_dim <= 512:
         raise ValueError(f"head_dim={head_dim} must be 1 to 512")
-    if lse is not None and sinks is not None:
-        raise ValueError("sinks and lse were both given; lse already holds the sinks' share, so pass one of them")
     check_shape("sinks", sinks, (q_heads,), "[H]")
-
-    scale = head_dim**-0.5 if scale is None else check_number("scale", scale, "finite; None for head_dim ** -0.5")
-    window, softcap, backend = check_window(sliding_window), check_softcap(softcap), choose_backend(backend, q)
-    options = (scale, window, softcap, sinks, lse, row_weights)
+    options = AttentionOptions(
+        scale=head_dim**-0.5 if scale is None else scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        lse=lse,
+        row_weights=row_weights,
+        per_head=per_head,
+        normalize=normalize,
+    )
+    flat = [getattr(options, name) for name in _custom_ops.OPTIONS]
+    backend = choose_backend(backend, q)
     if sample_rows is None:
-        out = _custom_ops.incoming_attention(q, k, starts, ends, sequences, *options, per_head, normalize, backend)
+        out = _custom_ops.incoming_attention(q, k, starts, ends, sequences, backend, *flat)
         return out.squeeze(0) if packed else out
 
     sample_rows = check_sample(sample_rows, seed, tokens)
     if per_head:
         raise ValueError("per_head=True has no sampled form; drop sample_rows, or take the mean over heads")
     sampled = _custom_ops.sampled_incoming_attention(
-        q, k, starts, ends, sequences, sample_rows, int(seed), *options, normalize, backend
+        q, k, starts, ends, sequences, backend, sample_rows, int(seed), *flat
     )  # fmt: skip
     return SampledAttention(*(out.squeeze(0) if packed else out for out in sampled))
 

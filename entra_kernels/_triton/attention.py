@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._spans import Spans
+from ..reference import AttentionOptions
 from .launch import (
     FUSED,
     AttentionLaunch,
@@ -403,20 +404,7 @@ def _add_kernel(
     tl.store(out + (batch * rows + row) * row_tokens + start + key, total / divisor, mask=key < tokens)
 
 
-def incoming_attention(
-    q: Tensor,
-    k: Tensor,
-    spans: Spans,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    per_head: bool,
-    normalize: bool,
-) -> Tensor:
+def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOptions) -> Tensor:
     """See `entra_kernels.incoming_attention`; spans as in `entra_kernels/_spans.py`. q and k are read where they are.
 
     Beside the result it takes 4 bytes per token for each query head (the log-sum-exp) and for each kv head (the sums; with
@@ -427,44 +415,25 @@ def incoming_attention(
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    rows = heads if per_head else 1
-    out = torch.zeros(batch, rows, tokens, dtype=torch.float32, device=q.device)
+    out = torch.zeros(batch, heads if options.per_head else 1, tokens, dtype=torch.float32, device=q.device)
     if spans.count and out.numel():
-        options = any(option is not None for option in (sliding_window, softcap, row_weights))
-        size = attention_launch(head_dim, group, q.element_size(), chip_of(q.device), options=options)
+        more = any(option is not None for option in (options.sliding_window, options.softcap, options.row_weights))
+        size = attention_launch(head_dim, group, q.element_size(), chip_of(q.device), options=more)
         with torch.cuda.device_of(q):
-            _launch(
-                q, k, spans, out, size,
-                scale=scale, window=sliding_window, softcap=softcap, sinks=sinks, lse=lse, row_weights=row_weights,
-                per_head=per_head, normalize=normalize,
-            )  # fmt: skip
-    return out if per_head else out[:, 0]
+            _launch(q, k, spans, out, size, options)
+    return out if options.per_head else out[:, 0]
 
 
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    spans: Spans,
-    out: Tensor,
-    size: AttentionLaunch,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    per_head: bool,
-    normalize: bool,
-) -> None:
-    """Fills `out` [B, rows, N], which is 0 outside the spans."""
+def _launch(q: Tensor, k: Tensor, spans: Spans, out: Tensor, size: AttentionLaunch, options: AttentionOptions) -> None:
+    """Fills `out` [B, H, N] or [B, 1, N], which is 0 outside the spans."""
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
     packed = batch == 1
-    tables = plan(spans, size=size, kv_heads=kv_heads, window=window, device=q.device)
+    tables = plan(spans, size=size, kv_heads=kv_heads, window=options.sliding_window, device=q.device)
     strides = (*q.stride(), *k.stride())
-    factor, cap = score_factors(scale, softcap)
+    factor, cap = score_factors(options)
+    window, sinks = options.sliding_window or 0, options.sinks
     constexprs = {
         "HEAD_DIM": head_dim,
         "DEPTH": size.depth,
@@ -472,8 +441,8 @@ def _launch(
         "STREAMED": size.streamed,
         "WIDE": wide_tiles(q, size) or wide_tiles(k, size),
         "PACKED": packed,
-        "SOFTCAP": softcap is not None,
-        "WINDOW": window is not None,
+        "SOFTCAP": options.softcap is not None,
+        "WINDOW": options.sliding_window is not None,
         **size.options,
     }
 
@@ -490,10 +459,10 @@ def _launch(
     if size.ring is not None and q.is_cuda and gluon_is_known() and not triton.knobs.runtime.interpret:
         from . import hopper  # Gluon is loaded where it runs only
 
-        views = hopper.Views.of(q, k, scale)
+        views = hopper.Views.of(q, k, options.scale)
 
-    if lse is not None:
-        negative_lse = lay_out(lse, -LOG2_E.value, -math.inf)
+    if options.lse is not None:
+        negative_lse = lay_out(options.lse, -LOG2_E.value, -math.inf)
     else:
         negative_lse = torch.empty(heads, tables.slots, size.resident, dtype=torch.float32, device=q.device)
         if size.ring is not None and views is not None:
@@ -501,33 +470,41 @@ def _launch(
         else:
             _row_lse_kernel[(tables.slots * heads,)](
                 q, k, sinks, negative_lse, tables.tiles, tables.spans, *strides, 0 if sinks is None else sinks.stride(0),
-                tables.slots, heads, group, window or 0, abs(factor), cap, FLIPPED=scale < 0, **constexprs,
+                tables.slots, heads, group, window, abs(factor), cap, FLIPPED=options.scale < 0, **constexprs,
             )  # fmt: skip
-    weights = None if row_weights is None else lay_out(row_weights.unsqueeze(1), 1.0, 0.0)
-    sums = heads if per_head else kv_heads
+    weights = None if options.row_weights is None else lay_out(options.row_weights.unsqueeze(1), 1.0, 0.0)
+    sums = heads if options.per_head else kv_heads
     partial = torch.empty(tables.entries, sums, size.resident, dtype=torch.float32, device=q.device)
     if size.ring is not None and views is not None:
         hopper.column_sum(
-            views, size.ring, size.streamed, negative_lse, partial, tables, packed=packed, per_head=per_head, scale=factor
+            views,
+            size.ring,
+            size.streamed,
+            negative_lse,
+            partial,
+            tables,
+            packed=packed,
+            per_head=options.per_head,
+            scale=factor,
         )
     else:
         _column_sum_kernel[(tables.entries * kv_heads,)](
             q, k, negative_lse, weights, partial, tables.pieces, tables.spans, *strides,
-            tables.slots, kv_heads, group, window or 0, factor, cap, PER_HEAD=per_head, AHEAD=size.ahead, **constexprs,
+            tables.slots, kv_heads, group, window, factor, cap, PER_HEAD=options.per_head, AHEAD=size.ahead, **constexprs,
         )  # fmt: skip
     rows = out.shape[1]
     _add_kernel[(tables.slots * rows,)](
-        partial, out, tables.tiles, tables.of_slot, tables.spans, tokens, kv_heads, heads, rows, window or 0,
-        RESIDENT=size.resident, PACKED=packed, WINDOW=window is not None, PER_HEAD=per_head, NORMALIZE=normalize,
-        **FUSED,
+        partial, out, tables.tiles, tables.of_slot, tables.spans, tokens, kv_heads, heads, rows, window,
+        RESIDENT=size.resident, PACKED=packed, WINDOW=options.sliding_window is not None, PER_HEAD=options.per_head,
+        NORMALIZE=options.normalize, **FUSED,
     )  # fmt: skip
 
 
-def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+def score_factors(options: AttentionOptions) -> tuple[float, float]:
     """Scores are in log2 units, because the hardware has exp2: log2(e) * s, or log2(e) * softcap * tanh(s / softcap)."""
-    if softcap:
-        return scale / softcap, softcap * LOG2_E.value
-    return scale * LOG2_E.value, 0.0
+    if options.softcap is not None:
+        return options.scale / options.softcap, options.softcap * LOG2_E.value
+    return options.scale * LOG2_E.value, 0.0
 
 
 def wide_tiles(tensor: Tensor, size: AttentionLaunch) -> bool:

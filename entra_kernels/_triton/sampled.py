@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._sampling import SampledRows
 from .._spans import Spans
+from ..reference import AttentionOptions
 from .attention import (
     HEAD_DIMS,
     LOG2_E,
@@ -164,18 +165,7 @@ def _sampled_columns_kernel(
 
 
 def sampled_incoming_attention(
-    q: Tensor,
-    k: Tensor,
-    spans: Spans,
-    sample: SampledRows,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    normalize: bool,
+    q: Tensor, k: Tensor, spans: Spans, sample: SampledRows, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """See `entra_kernels.incoming_attention` with `sample_rows`. Beside the results: the sampled queries and their
     log-sum-exp, m times H D entries."""
@@ -198,12 +188,12 @@ def sampled_incoming_attention(
     place = (first + rows.clamp(min=0)).clamp(max=tokens - 1)  # [S, sampled]
     row = torch.zeros_like(place) if batch == 1 else torch.arange(batch, device=q.device)[:, None].expand_as(place)
     q_sampled = q[row, :, place].contiguous()  # [S, sampled, H, D]
-    factors = torch.ones_like(weights) if row_weights is None else row_weights[row, place].float().contiguous()
+    factors = torch.ones_like(weights) if options.row_weights is None else options.row_weights[row, place].float().contiguous()
     none = rows < 0
     rows = rows.int()
 
     packed = batch == 1
-    factor, cap = score_factors(scale, softcap)
+    factor, cap = score_factors(options)
     constexprs = {
         "HEAD_DIM": head_dim,
         "DEPTH": size.depth,
@@ -211,25 +201,25 @@ def sampled_incoming_attention(
         "STREAMED": size.streamed,
         "WIDE": wide_tiles(k, size),
         "PACKED": packed,
-        "SOFTCAP": softcap is not None,
-        "WINDOW": sliding_window is not None,
+        "SOFTCAP": options.softcap is not None,
+        "WINDOW": options.sliding_window is not None,
         **size.options,
     }
-    window = sliding_window or 0
+    window, sinks = options.sliding_window or 0, options.sinks
     with torch.cuda.device_of(q):
-        tables = plan(spans, size=size, kv_heads=kv_heads, window=sliding_window, device=q.device)
-        if lse is not None:
-            negative_lse = (lse[row, :, place].float() * -LOG2_E.value).masked_fill(none[..., None], -torch.inf)
+        tables = plan(spans, size=size, kv_heads=kv_heads, window=options.sliding_window, device=q.device)
+        if options.lse is not None:
+            negative_lse = (options.lse[row, :, place].float() * -LOG2_E.value).masked_fill(none[..., None], -torch.inf)
             negative_lse = negative_lse.transpose(1, 2).contiguous()  # [S, H, sampled]
         else:
             negative_lse = torch.empty(spans.count, heads, sampled, dtype=torch.float32, device=q.device)
             _sampled_lse_kernel[(spans.count * (sampled // size.resident) * heads,)](
                 q_sampled, k, sinks, rows, negative_lse, tables.spans, *k.stride(), 0 if sinks is None else sinks.stride(0),
-                sampled, heads, group, window, abs(factor), cap, FLIPPED=scale < 0, **constexprs,
+                sampled, heads, group, window, abs(factor), cap, FLIPPED=options.scale < 0, **constexprs,
             )  # fmt: skip
         _sampled_columns_kernel[(tables.slots,)](
             q_sampled, k, negative_lse, rows, factors, weights, spread, estimate, error, tables.tiles, tables.spans,
-            *k.stride(), sampled, tokens, kv_heads, group, window, factor, cap, NORMALIZE=normalize, **constexprs,
+            *k.stride(), sampled, tokens, kv_heads, group, window, factor, cap, NORMALIZE=options.normalize, **constexprs,
         )  # fmt: skip
     return estimate, error
 
