@@ -28,9 +28,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .attention import HIGHEST, LOG2_E, LOWEST
 from .launch import FUSED, Chip, KernelCase, Ring, attention_launch, gluon_is_known
 from .plan import PIECE_FIELDS, TILE_FIELDS, Plan
+from .primitives import HIGHEST, LOG2_E, LOWEST
 
 RESIDENT = 256
 PART = gl.constexpr(64)
