@@ -334,7 +334,7 @@ def _launch(q: Tensor, k: Tensor, spans: Spans, out: Tensor, size: AttentionLaun
     else:
         negative_lse = torch.empty(heads, tables.slots, size.resident, dtype=torch.float32, device=q.device)
         if size.ring is not None and views is not None:
-            hopper.row_lse(views, size.ring, size.streamed, sinks, negative_lse, tables, packed=packed, scale=factor)
+            hopper.row_lse(views, size.ring, size.streamed, options, negative_lse, tables)
         else:
             _row_lse_kernel[(tables.slots * heads,)](
                 q, k, sinks, negative_lse, tables.tiles, tables.spans, *strides, 0 if sinks is None else sinks.stride(0),
