@@ -104,18 +104,18 @@ def incoming_attention(
 
     Two layouts, neither of which is copied (any strides):
 
-    - padded: q [B, H, N, D], k [B, Hkv, N, D]; the tokens of row b are start[b] ... start[b] + length[b] - 1, which
-      describes left and right padding. Everything outside gets 0 and influences nothing.
+    - padded: q [B, H, N, D], k [B, Hkv, N, D]; the tokens of batch element b are start[b] ...
+      start[b] + length[b] - 1, which describes left and right padding. Everything outside gets 0 and influences nothing.
     - packed: q [T, H, D], k [T, Hkv, D] and cu_seqlens [S + 1], as for FlashAttention's varlen functions.
 
     Args:
         q: queries after RoPE; bfloat16, float16, float32 or (not with Triton) float64. D is 1 to 512.
         k: keys after RoPE, same dtype; H must be a multiple of Hkv (GQA, MQA), keys are not repeated.
         start: int [B], padded layout only; None means 0.
-        length: int [B], padded layout only; None means up to the end of the row.
+        length: int [B], padded layout only; None means up to the last token.
         cu_seqlens: int [S + 1], packed layout only: 0, then the running sums of the sequence lengths.
-            Sequences that leave their row, or a cu_seqlens that falls, are an error on a CPU. On a GPU, where looking would
-            wait for the device, they are clamped to the row; packed sequences that then overlap may count as empty.
+            Sequences that leave their tokens, or a cu_seqlens that falls, are an error on a CPU. On a GPU, where looking
+            would wait for the device, they are clamped to the tokens; packed sequences that then overlap may count as empty.
         scale: factor on q @ k.T; None means D ** -0.5.
         sliding_window: W >= 1, in tokens, the query itself counted; None for full attention.
         softcap: c > 0 (1e-30 to 1e30) turns each scaled score s into c * tanh(s / c); None or 0 for none.
@@ -171,7 +171,7 @@ def incoming_attention(
         check_shape("k", k, (tokens, k.shape[1], head_dim), "[T, Hkv, D]")
         check_shape("lse", lse, (q_heads, tokens), "[H, T]")
         check_shape("row_weights", row_weights, (tokens,), "[T]")
-        # The packed layout is the padded one with a single row that holds every sequence.
+        # The packed layout is the padded one with a single batch element that holds every sequence.
         q, k = q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0)
         starts, ends, sequences = cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.shape[0] - 1
         lse = None if lse is None else lse.unsqueeze(0)
@@ -224,7 +224,7 @@ def incoming_attention(
 
 
 def _ends(start: Tensor | None, length: Tensor | None) -> Tensor | None:
-    """One past each row's last token; None for the row's end. As few operations on the device as can be."""
+    """One past each sequence's last token; None for all tokens. As few operations on the device as can be."""
     if start is None or length is None:
         return length
     return start + length

@@ -124,8 +124,9 @@ def check_window(sliding_window: int | None) -> int | None:
 
 
 def check_sample(sample_rows: int, seed: int, tokens: int) -> int:
-    """`sample_rows`, at most the `tokens` of a row: more are all of them. Raises when they cannot make one stratum of two and
-    the last rows, or `seed` is no seed."""
+    """`sample_rows`, at most the `tokens` that there are: more are all of them.
+
+    Raises when they cannot make one stratum of two and the last rows, or `seed` is no seed."""
     for name, value in (("sample_rows", sample_rows), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}; pass int({name})")

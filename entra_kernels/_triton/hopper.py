@@ -35,7 +35,7 @@ from .primitives import LOWEST, first_slot, negative_log_sum, read_piece, read_t
 
 RESIDENT = 256
 PART = gl.constexpr(64)
-"""Resident tokens of one product: the rows of a warp group's matrix instruction."""
+"""Resident tokens of one product: the height of a warp group's matrix instruction."""
 
 GROUPS = {"num_warps": 4, "maxnreg": 168, "REGISTERS": 232, **FUSED}
 """Warps of the first group; registers of a thread when the program starts, which three groups of 4 warps can have; and of a

@@ -79,9 +79,16 @@ def score_factors(options: AttentionOptions) -> tuple[float, float]:
 
 
 @triton.jit
+def read_span(spans, sequence):
+    """First token of a sequence, and its number of tokens."""
+    return tl.load(spans + 2 * sequence), tl.load(spans + 2 * sequence + 1)
+
+
+@triton.jit
 def _read_entry(address, spans):
     sequence = tl.load(address + 1)
-    return Entry(address, tl.load(address), sequence, tl.load(spans + 2 * sequence), tl.load(spans + 2 * sequence + 1))
+    start, tokens = read_span(spans, sequence)
+    return Entry(address, tl.load(address), sequence, start, tokens)
 
 
 @triton.jit

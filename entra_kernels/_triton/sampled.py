@@ -33,6 +33,7 @@ from .primitives import (
     negative_log_sum,
     probabilities,
     products,
+    read_span,
     read_tile,
     scan_keys,
     score_factors,
@@ -55,12 +56,11 @@ def _sampled_lse_kernel(
     head = (program % heads).to(tl.int64)
     block = blocks - 1 - program // heads % blocks
     sequence = (program // heads // blocks).to(tl.int64)
-    start = tl.load(spans + 2 * sequence).to(tl.int64)
-    tokens = tl.load(spans + 2 * sequence + 1)
+    start, tokens = read_span(spans, sequence)
     entry = block * RESIDENT + tl.arange(0, RESIDENT)
     query = tl.load(rows + sequence * sampled + entry)  # -1: none, sees nothing
     batch = 0 if PACKED else sequence
-    k_first = k + batch * k_stride_batch + head // group * k_stride_head + start * k_stride
+    k_first = k + batch * k_stride_batch + head // group * k_stride_head + start.to(tl.int64) * k_stride
     keys = Tile(k_first, k_stride, k_stride_dim, tokens)
     q_first = q + ((sequence * sampled + block * RESIDENT) * heads + head) * HEAD_DIM
     queries = Tile(q_first, heads * HEAD_DIM, 1, RESIDENT)

@@ -10,6 +10,7 @@ tiles on the diagonal, tiles off it and a last one cut short; `test_launch_sizes
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -678,6 +679,20 @@ REFUSALS = {
 def test_refusals(tensors, arguments, error, message):
     with pytest.raises(error, match=message):
         incoming_attention(*tensors, **arguments)
+
+
+def test_options_are_checked_where_they_are_made():
+    """A backend that is called by itself takes nothing that the public function would refuse."""
+    options = AttentionOptions(scale=1, sliding_window=2**40, softcap=0)
+    assert (options.scale, options.sliding_window, options.softcap) == (1.0, 2**30, None)
+    with pytest.raises(ValueError, match="scale=nan must be finite"):
+        AttentionOptions(scale=math.nan)
+    with pytest.raises(ValueError, match="sliding_window=0 must be at least 1 token"):
+        AttentionOptions(scale=1.0, sliding_window=0)
+    with pytest.raises(ValueError, match="sinks and lse were both given"):
+        AttentionOptions(scale=1.0, sinks=torch.zeros(4), lse=torch.zeros(2, 4, 8))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.scale = 2.0
 
 
 def test_no_grad_is_enough():
