@@ -86,9 +86,10 @@ def read_span(spans, sequence):
 
 @triton.jit
 def _read_entry(address, spans):
+    listed = tl.load(address)
     sequence = tl.load(address + 1)
     start, tokens = read_span(spans, sequence)
-    return Entry(address, tl.load(address), sequence, start, tokens)
+    return Entry(address, listed, sequence, start, tokens)
 
 
 @triton.jit
