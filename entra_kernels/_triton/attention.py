@@ -344,17 +344,7 @@ def _launch(q: Tensor, k: Tensor, spans: Spans, out: Tensor, size: AttentionLaun
     sums = heads if options.per_head else kv_heads
     partial = torch.empty(tables.entries, sums, size.resident, dtype=torch.float32, device=q.device)
     if size.ring is not None and views is not None:
-        hopper.column_sum(
-            views,
-            size.ring,
-            size.streamed,
-            negative_lse,
-            partial,
-            tables,
-            packed=packed,
-            per_head=options.per_head,
-            scale=factor,
-        )
+        hopper.column_sum(views, size.ring, size.streamed, options, negative_lse, partial, tables)
     else:
         _column_sum_kernel[(tables.entries * kv_heads,)](
             q, k, negative_lse, weights, partial, tables.pieces, tables.spans, *strides,
