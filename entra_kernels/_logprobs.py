@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from entra_kernels import _ops
-from entra_kernels._checks import (
+from . import _custom_ops
+from ._checks import (
     FLOATS,
     INTEGERS,
     check_dtype,
@@ -53,7 +53,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0,
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits has shape {list(logits.shape)}; it must be [..., V] with V at least 1")
     check_shape("targets", targets, tuple(logits.shape[:-1]), "logits.shape[:-1]")
-    return _ops.token_logprobs(logits, targets, check_temperature(temperature), choose_backend(backend, logits))
+    return _custom_ops.token_logprobs(logits, targets, check_temperature(temperature), choose_backend(backend, logits))
 
 
 class LogprobsAndEntropy(NamedTuple):
@@ -168,7 +168,7 @@ def linear_token_logprobs(
     if rows is not None:
         rows = _indices(rows, targets)
         shape = rows.shape
-    results = _ops.linear_token_logprobs(
+    results = _custom_ops.linear_token_logprobs(
         hidden,
         weight,
         targets,

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from entra_kernels import _ops
-from entra_kernels._checks import (
+from . import _custom_ops
+from ._checks import (
     FLOATS,
     INTEGERS,
     check_dtype,
@@ -88,7 +88,7 @@ def redundancy(
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1]")
     return Redundancy(
-        *_ops.redundancy(
+        *_custom_ops.redundancy(
             logprobs,
             incoming,
             token_ids,
