@@ -116,7 +116,7 @@ test-vllm: .venv-vllm/done
 
 bench: $(VENV)/dev.done
 	$(BIN)/pytest benchmarks/ --benchmark-only --results benchmarks/results
-	$(BIN)/python benchmarks/render.py benchmarks/results
+	$(BIN)/python -m benchmarks.speed.render benchmarks/results
 
 # The next two take a GPU machine as it is: no .venv, nothing is installed, at most 8 minutes each, a few files into RESULTS.
 gpu-test:
@@ -130,23 +130,23 @@ gpu-bench:
 	  $(PYTHON) -m pytest benchmarks/ --benchmark-only --timeout 0 --results $(RESULTS) --max-minutes 6.5 \
 	  > $(RESULTS)/bench.log 2>&1 || code=$$?; \
 	rm -rf $$caches; cat $(RESULTS)/bench.log; \
-	$(PYTHON) benchmarks/render.py $(RESULTS) --readme $(RESULTS)/README.md && exit $$code
+	PYTHONPATH=. $(PYTHON) -m benchmarks.speed.render $(RESULTS) --readme $(RESULTS)/README.md && exit $$code
 
 # A model made on the spot, trained to overthink and then by GRPO not to: accuracy only and gated ENTRA, one seed. Into build/evidence.
 evidence: $(VENV)/dev.done
-	$(BIN)/python -m entra.experiments.evidence short
+	$(BIN)/python -m benchmarks.evidence short
 
 # All rewards with three seeds, about two hours on two cores, two runs at a time; what is finished is not run again.
 # Raw results into benchmarks/results/evidence, docs/evidence.md and docs/evidence.svg from them.
 evidence-full: $(VENV)/dev.done
-	$(BIN)/python -m entra.experiments.evidence full
+	$(BIN)/python -m benchmarks.evidence full
 
 # Every experiment on SmolLM2 and on the small model of the evidence, about an hour on two cores; docs/experiments.md from it.
 experiments: $(VENV)/dev.done
-	set -e; for name in $$($(BIN)/python -c "from entra.experiments import EXPERIMENTS; print(*EXPERIMENTS)"); do \
-	    $(BIN)/entra experiment $$name --output benchmarks/results/experiments; \
+	set -e; for name in $$($(BIN)/python -c "from benchmarks.experiments import EXPERIMENTS; print(*EXPERIMENTS)"); do \
+	    $(BIN)/python -m benchmarks.experiments $$name --output benchmarks/results/experiments; \
 	done
-	$(BIN)/python -m entra.experiments.report benchmarks/results/experiments docs/experiments.md
+	$(BIN)/python -m benchmarks.experiments.report benchmarks/results/experiments docs/experiments.md
 
 compile-all: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.static.aot --all

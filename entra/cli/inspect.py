@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 from entra import __version__
 from entra.cli import CommandError, say
 from entra.cli.output import check_destination, recorded
-from entra.cli.rows import Row, Survey, is_finite, read_rows, survey
 from entra.cli.scoring import (
     DETAIL_COLUMNS,
     ERROR_COLUMN,
@@ -48,6 +47,7 @@ from entra.cli.scoring import (
 from entra.config import ScoreConfig
 from entra.encode import as_ids
 from entra.progress import progress_bar
+from entra.rows import Row, Survey, is_finite, read_rows, survey
 from entra.traces import load_traces
 from entra.view.page import is_page
 from entra.view.traces import Trace, pieces_of
