@@ -188,9 +188,11 @@ def _head(dtype: str) -> Iterator[Call]:
     for more, options in (("", {}), ("with entropy", {"return_entropy": True}), ("with all options", every)):
         for channels in (1024, 16_384):
             yield _project(more, dtype, matrix(4096, channels), matrix(4096, channels), **options)
-        yield _project(f"{more} uneven channels".strip(), dtype, matrix(150, 90), matrix(4096, 90), **options)
+        yield _project(f"{more} uneven channels".strip(), dtype, matrix(150, 1040), matrix(4096, 1040), **options)
     if dtype == "fp32":
         return
+    yield _project("odd channels", dtype, matrix(150, 90), matrix(4096, 90))
+    yield _project("odd channels with all options", dtype, matrix(150, 90), matrix(4096, 90), **every)
     yield _project("uneven sizes", dtype, matrix(151, 97), matrix(3001, 97))
     yield _project("one row", dtype, matrix(1, 64), matrix(1, 64))
     yield _project("one of all", dtype, matrix(1, 1), matrix(1, 1))

@@ -44,8 +44,8 @@ def test_descriptors_are_recorded(recorded):
     assert case(recorded, "sm_90 bf16 attention column_sum d=128")["constexprs"]["RESIDENT"] == 256
 
 
-def test_a_bool_is_a_bool(recorded):
-    assert case(recorded, "sm_90 fp32 redundancy select")["types"]["protected_out"] == "*i1"
+def test_a_bool_is_of_one_byte(recorded):
+    assert case(recorded, "sm_90 fp32 redundancy select")["types"]["protected_out"] == "*u1"
 
 
 def test_rocm_knows_tensors_of_less_than_2_gib(recorded):
