@@ -46,7 +46,7 @@ def python(*arguments: str) -> tuple[str, ...]:
 def benchmark(name: str, seconds: float, select: str) -> Part:
     """The speed tests that `select` matches, as pytest's -k does. They start none in their last quarter."""
     minutes = str(0.75 * seconds / 60)
-    pytest = python("-m", "pytest", "benchmarks", "--benchmark-only", "--timeout", "0", "-q", "-p", "no:cacheprovider")
+    pytest = python("-m", "pytest", "benchmarks", "--benchmark-only", "--timeout", "0", "-q", "-s", "-p", "no:cacheprovider")
     return Part(name=name, seconds=seconds, command=(*pytest, "-k", select, "--max-minutes", minutes), is_benchmark=True)
 
 
@@ -73,7 +73,7 @@ def first_parts(rehearse: bool) -> list[Part]:
     logprobs = "test_linear_token_logprobs" + ("" if rehearse else " and 32768")
     return [
         Part(name="machine", seconds=20, command=python("-c", MACHINE)),
-        Part(name="smoke", seconds=70, command=python("-m", "benchmarks.gpu.smoke", "--seconds", "60")),
+        Part(name="smoke", seconds=80, command=python("-m", "benchmarks.gpu.smoke", "--seconds", "60")),
         benchmark("lengths", 150, lengths),
         benchmark("logprobs", 60, logprobs),
         benchmark("training", 110, "test_training_step"),
@@ -99,7 +99,7 @@ def further_parts(rehearse: bool) -> list[Part]:
 
     tests = python("-m", "pytest", "tests", "-m", "gpu", "-q", "--timeout", "60", *workers)
     return [
-        Part(name="smoke", seconds=60, command=(*smoke, "--seconds", "50")),
+        Part(name="smoke", seconds=70, command=(*smoke, "--seconds", "50")),
         Part(name="tests", seconds=110, command=tests),
         sanitized("memcheck"),
         Part(name="workspace", seconds=25, command=python("-m", "benchmarks.gpu.workspace")),
