@@ -38,33 +38,34 @@ class EntraReward:
 
         trainer = trl.GRPOTrainer(reward_funcs=[entra.EntraReward(model=frozen, tokenizer=tok, gate=accuracy_reward)], ...)
 
-    Picklable when its parts are, named, synchronous. Scores with a model of its own (a frozen scorer), or with the live policy
-    in `entra.EntraGRPOTrainer`, or in any trainer when `entra.bind_policy` is around `trainer.train()`.
+    It is picklable if its parts are. A frozen scorer scores if you pass one as `model`. Otherwise the live policy scores: in
+    `entra.EntraGRPOTrainer`, or in any trainer if `entra.bind_policy` is around `trainer.train()`.
 
     Args:
-        model: a frozen scorer, as for `score_batch`; None: the live policy. With a tokenizer it scores the text, as the ids of
-            the policy may be others; without one, the ids that the trainer gives. TRL's trainers give none of prompts: there
-            prompts must be ids, or the trainer `entra.EntraGRPOTrainer` or `entra.EntraRLOOTrainer`, which knows them.
-        tokenizer: its tokenizer.
-        config: the options of the method; None: the defaults.
-        gate: any TRL reward function, such as an accuracy reward. Each reward is multiplied by what it returns (at least 0), so
-            only right answers are paid for being concise; None from the gate gives None. An asynchronous one is awaited. In
+        model: a frozen scorer, as for `score_batch`. None: the live policy. With a tokenizer the scorer reads the text, because
+            the policy's ids may mean something else to it. Without one it scores the ids that the trainer gives. TRL's trainers
+            give no ids of prompts. Without a tokenizer you need prompts that are ids, or ENTRA's trainers, which know them.
+        tokenizer: the scorer's tokenizer.
+        config: the options of the method. None: the defaults.
+        gate: any TRL reward function, such as an accuracy reward. It multiplies each reward by what it returns, at least 0, so
+            only right answers are paid for being concise. None from the gate gives None. An asynchronous gate is awaited. In
             ENTRA's trainers a gate that is also a reward, or the gate of another, is called once for each batch.
         min_length: completions of fewer tokens get 0, because few tokens never repeat.
-        min_mean_logprob: completions whose mean log P is lower get 0, because gibberish never repeats either; None: no floor.
-        halve_at: h in tokens; the reward is then 1 / (1 + D / h) instead of r, with D = M (1 - r) redundant tokens among the M
-            unprotected ones: a total, where r is a mean, which words that are new and say nothing raise. None: r.
-        group_gate: completions of a prompt get 0 unless at least this share of them is right (mean of the gate's values, cut
-            to 0..1): brevity is paid for only where the policy can afford it. In [0, 1]; 0: off. Needs a gate.
-        dead_band: rewards of one prompt's completions that differ by less than this in all are set to their mean, so that noise
-            gives no advantage. 0: off.
+        min_mean_logprob: completions whose mean log P is lower get 0, because gibberish never repeats either. None: no floor.
+        halve_at: h in tokens. The reward is then 1 / (1 + D / h) instead of r. D = M (1 - r) is how many of the M unprotected
+            tokens are redundant. D is a total; r is a mean, which new words that say nothing raise. None: r.
+        group_gate: the share of a prompt's completions that must be right, in [0, 1]. If fewer are, they all get 0: brevity
+            pays only where the policy can afford it. The share is the mean of the gate's values, cut to 0..1. 0: off. Needs a
+            gate.
+        dead_band: if the rewards of one prompt's completions lie closer together than this, all are set to their mean, so that
+            noise gives no advantage. 0: off.
         skip_truncated: completions without an EOS at the end get None (not scored). Needs completion ids, and a scorer with the
             policy's EOS.
-        name: how the trainer logs it.
+        name: the name under which the trainer logs it.
 
     Raises:
         ValueError: an option outside its range, or a model that cannot be found or scored.
-        TypeError: an option of another type, or an unknown one (the nearest right one is named).
+        TypeError: an option of another type, or an unknown one (the message names the nearest right one).
         RuntimeError: a model without a language-model head.
 
     Source: docs/method.md, "The reward as an objective".
@@ -131,12 +132,19 @@ class EntraReward:
     ) -> list[float | None]:
         """One reward per completion, or None for those that are not scored. `columns` go to the gate.
 
-        Under TRL it logs, as metrics and as columns of the completions table (all under its name): `score` (r before gate and
-        guards), `redundant_tokens` (M (1 - r)), `protected_share`, `incoming` (mean incoming attention of a token); and as
-        metrics alone `group_std` (mean over prompts of the standard deviation of the rewards of one prompt),
-        `length_correlation` (of reward and tokens), and for each guard that is on `stopped/gate`, `stopped/group_gate`,
-        `stopped/min_length`, `stopped/min_mean_logprob`, `stopped/dead_band`: the share of the scored completions that it
-        stops, whatever the others do (the dead band: that it levels).
+        Under TRL it logs under its name, as metrics and as columns of the completions table:
+
+        - `score`: r before gate and guards;
+        - `redundant_tokens`: M (1 - r);
+        - `protected_share`;
+        - `incoming`: mean incoming attention of a token.
+
+        As metrics only:
+
+        - `group_std`: the standard deviation of the rewards of one prompt, mean over prompts;
+        - `length_correlation`: of reward and tokens;
+        - `stopped/gate`, `stopped/group_gate`, `stopped/min_length`, `stopped/min_mean_logprob`, `stopped/dead_band`, for each
+          guard that is on: the share of the scored completions that it stops (the dead band: levels), whatever the others do.
 
         Raises:
             ValueError: `skip_truncated` without completion ids or EOS id, a gate that does not return one finite number or
@@ -364,7 +372,7 @@ def dead_banded(rewards: Sequence[float | None], groups: Sequence[Hashable], wid
 
 
 def _within(rewards: Sequence[float | None], groups: Sequence[Hashable], width: float) -> list[bool]:
-    """Whose group has rewards that differ, but by less than `width` in all."""
+    """Whose group has rewards that differ, but all lie closer together than `width`."""
     within = [False] * len(rewards)
     for indices in _members(groups).values():
         values = [value for i in indices if (value := rewards[i]) is not None]

@@ -29,13 +29,13 @@ _OPTIONS = ("completion_ids", "model", "tokenizer", "logprobs", "incoming", "con
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Rewards and, for every completion of n tokens, what they were made of: lists with one CPU tensor [n] each.
+    """The rewards, and what each was made of: lists with one CPU tensor [n] for each completion of n tokens.
 
-    Tokens are the completion's without pads and trailing EOS.
+    The tokens are the completion's, without pads and trailing EOS.
     """
 
     rewards: list[float | None]
-    """r in [0, 1], high when the unprotected tokens do not repeat; None where a log-prob or attention is not finite."""
+    """r in [0, 1], high when the unprotected tokens do not repeat. None where a log-prob or attention is not finite."""
     token_ids: list[Tensor]
     """int64 ids."""
     logprobs: list[Tensor]
@@ -45,20 +45,20 @@ class Scores:
     importance: list[Tensor]
     """float32, log P + lambda * mu."""
     protected: list[Tensor]
-    """bool, the top share by importance, which the reward does not look at."""
+    """bool, the tokens of highest importance, which the reward does not look at."""
     config: ScoreConfig
     """The options that produced all this."""
     tokenizer: Any = field(default=None, repr=False, compare=False)
-    """Of the policy, for the text of the tokens; None where ids were scored without one."""
+    """The policy's, for the text of the tokens. None where ids were scored without one."""
 
     def show(self, rows: int | slice | None = None) -> NotebookView:
-        """The completions with every token shaded by importance, in a notebook; as text elsewhere.
+        """Show completions in a notebook, with every token shaded by importance; elsewhere, as text.
 
         Args:
-            rows: one completion's index, or a slice of them; None: the first 20.
+            rows: the index of one completion, or a slice. None: the first 20.
 
         Raises:
-            IndexError: no completion of that index.
+            IndexError: there is no completion of that index.
         """
         from entra.view.notebook import NotebookView
         from entra.view.traces import Trace, pieces_of
@@ -129,34 +129,34 @@ def score_batch(
 ) -> list[float | None] | Scores:
     """`entropy(unprotected token ids) / log(M)` of each completion: 1 when nothing repeats, 0 when all is the same.
 
-    Has the signature of a TRL reward function, so it is one: `reward_funcs=[accuracy_reward, entra.score_batch]`. Called by TRL
-    (`trainer_state` is among the keywords), every other keyword is a dataset column and is left alone, whatever its name; the
-    policy is then the bound one (`entra.EntraGRPOTrainer`, `entra.bind_policy`). For options under TRL use `entra.EntraReward`.
+    It has the signature of a TRL reward function, so it is one: `reward_funcs=[accuracy_reward, entra.score_batch]`. TRL passes
+    `trainer_state`. Then the bound policy scores (`entra.EntraGRPOTrainer`, `entra.bind_policy`), and every other keyword is a
+    dataset column that is left alone, whatever its name. For options under TRL use `entra.EntraReward`.
 
     Args:
-        prompts: one per completion: text, chat messages, or token ids. Rows may come as a list, a Series, or an array or tensor
-            [B, N]; so may those of the next arguments.
-        completions: text, assistant messages, or token ids; may be None when `completion_ids` is given.
-        completion_ids: token ids that are scored instead of tokenising `completions`; pads and trailing EOS are dropped.
+        prompts: one per completion: text, chat messages, or token ids. Here and in the next arguments, rows may come as a list,
+            a Series, or an array or tensor [B, N].
+        completions: text, assistant messages, or token ids. May be None if `completion_ids` is given.
+        completion_ids: token ids to score, instead of tokenising `completions`. Pads and trailing EOS are dropped.
         model: a transformers causal LM (also wrapped by PEFT, DDP, FSDP2 or torch.compile), a folder or hub name, or "smollm2".
             None: the policy bound by `entra.bind_policy`.
-        tokenizer: the model's; not needed for token ids, nor for a model given by name.
-        logprobs: float [n] per completion, log P of its tokens (natural log, at most 0), from a trainer's own pass. With
-            `incoming` given too, no forward runs.
-        incoming: float [n] per completion, its tokens' mean incoming attention, in 0 to 1 (lift: at least 0), from
+        tokenizer: the model's. Not needed for token ids, nor for a model given by name.
+        logprobs: float [n] per completion, log P of its tokens (natural log, at most 0), for example from a trainer's pass.
+            With `logprobs` and `incoming` given, no forward runs.
+        incoming: float [n] per completion, the mean incoming attention of its tokens, in 0 to 1 (lift: at least 0), from
             `entra.capture_incoming_attention`.
-        config: the options of the method; None: the defaults.
+        config: the options of the method. None: the defaults.
         details: return `Scores` instead of the rewards alone.
 
     Returns:
-        One float in [0, 1] per completion, or None (with a warning) where a value was not finite; with `details` a `Scores`.
+        One float in [0, 1] per completion, or None (with a warning) where a value was not finite. With `details` a `Scores`.
 
     Raises:
         ValueError: numbers of rows that differ, a row that cannot be encoded (see `entra.encode`), logprobs or incoming that do
             not fit the tokens or are out of their range, a model that cannot be scored.
-        TypeError: an unknown keyword (the nearest right one is named), an argument that does not hold rows, or a row that is
-            neither text nor messages nor ids.
-        RuntimeError: no model at all; logprobs or incoming that require grad; a model whose logits cannot be reproduced.
+        TypeError: an unknown keyword (the message names the nearest right one), an argument that does not hold rows, or a row
+            that is neither text nor messages nor ids.
+        RuntimeError: no model at all, logprobs or incoming that require grad, a model whose logits cannot be reproduced.
 
     Source: arXiv 2601.07123; docs/method.md.
     """

@@ -24,9 +24,6 @@ from entra.config import ScoreConfig
 from entra.metrics import resampled_ratio
 from entra.score import Scores
 
-QUESTION = "Which kinds of tokens does the importance protect, and does log P or attention decide?"
-
-
 FORMULA, ALL = "in a formula", "all"
 _SHOWN_KINDS = (*KINDS, FORMULA, ALL)
 _FEWEST = 5  # problems; of fewer, no interval over problems means anything

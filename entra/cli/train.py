@@ -76,7 +76,7 @@ class TrainOptions:
     """Completions whose mean log P is lower get 0 from "entra": gibberish never repeats either. Default: no floor."""
 
     dead_band: float = 0.0
-    """Rewards of "entra" within a group that differ by less in all are set to their mean, so that noise gives no advantage."""
+    """If a group's rewards of "entra" lie closer together than this, they become their mean: noise gives no advantage."""
 
     skip_truncated: bool = False
     """Completions that were cut off are not scored by "entra"."""
