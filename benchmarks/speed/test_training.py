@@ -161,6 +161,7 @@ def test_training_step(results: Results, once: Any, tmp_path: Path, case: str) -
         lost = [n for n, p in trainers[name].model.named_parameters() if not p.isfinite().all()] if name in trainers else []
         if lost:
             raise ValueError(f"not finite after its optimiser steps: {len(lost)} parameters, first {lost[0]}")
+        print(f"{case}, {name}: ran" + (", all weights finite" if name in trainers else ""), flush=True)
 
     records = compare(
         results,

@@ -1,18 +1,16 @@
 """Compile every Triton kernel for every chip, on a machine that needs no GPU: `python -m benchmarks.static.aot [--all]`.
 
-Triton's compiler does not fail when a kernel asks for more shared memory than the chip has, or when registers spill. This
-does, and when an attention pass takes more instructions than its budget. Spills and instructions are facts about one compiler:
-with another Triton than the pinned one they are listed and fail nothing. Without `--all` it takes the subset that the tests
-take.
+What is compiled are the launches of real calls, recorded without a GPU (`calls.py`, `launches.py`), in every distinct form.
 
-Every case has a stride of 1 along the innermost dimension (head dim, channels, vocabulary), as a model's tensors have. Other
-strides run as well, but as other code: loads are scalar there and registers may spill.
+Triton's compiler does not fail when a kernel asks for more shared memory or registers than the chip has, or when registers
+spill. This does, and when an attention pass takes more instructions than its budget. Spills and instructions are facts about
+one compiler: with another Triton than the pinned one they are listed and fail nothing. Without `--all` it takes the subset that
+the tests take.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import os
 import re
@@ -22,24 +20,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from benchmarks.static import disassembly
-from entra_kernels._triton.launch import FUSED, Chip, KernelCase
+from benchmarks.static.launches import Case, record, target_of
+from entra_kernels._triton.launch import Chip
 
 MODULES = ("plan", "attention", "hopper", "sampled", "logprobs", "redundancy")
-DTYPES = ("bf16", "fp32")
-
+"""Those with kernels, in the order of the output."""
 
 CHIPS = (
     Chip("sm_80", 163 * 1024),
@@ -54,8 +50,17 @@ CHIPS = (
 PINNED = "3.7.1"
 """The Triton that spills and budgets are asserted for: that of the torch which constraints.txt pins."""
 
-NO_SPILLS_UP_TO = 128
-"""Head dim up to which a spill on sm_90 is an error; beyond it the tile of K alone can exceed the registers."""
+SPILLS = {
+    r"^(?!sm_90 )": "launch sizes are chosen for sm_90; other chips take the first that fits",
+    r"d=(192|256|512)": "the tile of K alone can exceed the registers",
+    r"d=72": "heads lie 72 apart, no multiple of 16: loads are narrower, and each has an address of its own",
+    r"column_sum d=(80|96) window": "the end of the head dim is masked besides, and 3 words do not fit into 128 registers",
+    r"fp32 sampled": "on FMA units the tile of sums over heads does not fit beside that of products",
+    r"(rows with a gap|every second|tokens innermost|not aligned|transposed|odd|uneven sizes|one of all)": (
+        "no vectors can be loaded: every value has an address of its own"
+    ),
+}
+"""By name, where registers may spill and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,25 +134,12 @@ class Compiled:
         return f"{text}  FAIL: {self.problem}" if self.problem else text
 
 
-def compile_case(case: KernelCase, chip: Chip) -> Any:
+def compile_case(case: Case) -> Any:
     """Triton's compiled kernel, with `.asm` and `.metadata`."""
-    names = case.kernel.arg_names
-    signature = {name: "constexpr" if name in case.constexprs else case.arguments[name] for name in names}
-    source = (GluonASTSource if case.kernel.is_gluon() else ASTSource)(
-        case.kernel,
-        signature,
-        constexprs=case.constexprs,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
+    source = (GluonASTSource if case.is_gluon else ASTSource)(
+        case.kernel, case.signature, constexprs=case.constexprs, attrs=case.attributes
     )
-    target = (
-        GPUTarget("cuda", int(chip.arch.removeprefix("sm_")), chip.lanes)
-        if chip.is_nvidia
-        else GPUTarget("hip", chip.arch, chip.lanes)
-    )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED}
-    if case.max_registers is not None and chip.is_nvidia:
-        options["maxnreg"] = case.max_registers
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target_of(case.chip), options=case.options)
 
 
 def nvidia_tool(name: str, option: str, cubin: bytes) -> str:
@@ -159,9 +151,9 @@ def nvidia_tool(name: str, option: str, cubin: bytes) -> str:
         return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def inspect(case: KernelCase, chip: Chip, name: str) -> Compiled:
+def inspect(case: Case) -> Compiled:
     """Compiles one case, reads its resources from the machine code, and holds them against its chip and its budget."""
-    kernel = compile_case(case, chip)
+    kernel, chip = compile_case(case), case.chip
     if chip.is_nvidia:
         registers = _number(r"REG:(\d+)", nvidia_tool("cuobjdump", "-res-usage", kernel.asm["cubin"]))
         text = nvidia_tool("nvdisasm", "-c", kernel.asm["cubin"])
@@ -170,23 +162,36 @@ def inspect(case: KernelCase, chip: Chip, name: str) -> Compiled:
         text = kernel.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s+(\d+)", text)
         spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
-    # One trip of an attention pass is one tile. Other kernels have no tile of scores: the loop of their products, if any.
-    tile = case.constexprs.get("RESIDENT", 0) * case.constexprs.get("STREAMED", 0)
-    scores = case.scores or tile / (case.num_warps * chip.lanes)
-    counts = disassembly.count(disassembly.parse(text), math.ceil(scores))
+    counts = disassembly.count(disassembly.parse(text), math.ceil(case.scores))
     compiled = Compiled(
-        name=name, registers=registers, shared_memory=kernel.metadata.shared, spills=spills, scores=scores, counts=counts
+        name=case.name,
+        registers=registers,
+        shared_memory=kernel.metadata.shared,
+        spills=spills,
+        scores=case.scores,
+        counts=counts,
     )
-    problem = excess = ""
-    if kernel.metadata.shared > chip.shared_memory:
-        problem = f"{kernel.metadata.shared} B of shared memory, {chip.arch} has {chip.shared_memory}"
-    if chip.arch == "sm_90":
-        budget = BUDGETS.get(case.label) if any("bf16" in kind for kind in case.arguments.values()) else None
-        if spills and not case.may_spill and (case.head_dim or 0) <= NO_SPILLS_UP_TO:
-            excess = f"{spills} spills on sm_90"
-        elif budget:
-            excess = over_budget(compiled, budget)
+    problem = too_much(compiled, chip, kernel.metadata.num_warps)
+    budget = BUDGETS.get(case.label) if chip.arch == "sm_90" and case.dtype == "bf16" else None
+    excess = ""
+    if spills and not any(re.search(pattern, case.name) for pattern in SPILLS):
+        excess = f"{spills} spills, and SPILLS gives no reason"
+    elif budget:
+        excess = over_budget(compiled, budget)
     return replace(compiled, problem=problem, excess=excess)
+
+
+def too_much(compiled: Compiled, chip: Chip, num_warps: int) -> str:
+    """What a compiled kernel takes more of than its chip has; "" where nothing."""
+    if compiled.shared_memory > chip.shared_memory:
+        return f"{compiled.shared_memory} B of shared memory, {chip.arch} has {chip.shared_memory}"
+    # On NVIDIA chips registers are given out in 256 per warp, 65,536 to an SM; a SIMD of a CDNA chip has 512 per lane for the
+    # warps that it holds, and a compute unit has 4 SIMDs.
+    if chip.is_nvidia:
+        taken, limit = -(-compiled.registers * chip.lanes // 256) * 256 * num_warps, 65_536
+    else:
+        taken, limit = compiled.registers * -(-num_warps // 4), 512
+    return f"{taken} registers, {chip.arch} has {limit}" if taken > limit else ""
 
 
 def over_budget(compiled: Compiled, budget: Budget) -> str:
@@ -218,38 +223,30 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-class Job(NamedTuple):
-    """Names a case: the kernel module, the chip's place in `CHIPS`, the dtype, the label. Small, for a process of its own."""
+class Selection(NamedTuple):
+    """Which cases are wanted. Calls are named like "sm_90 bf16 d=128 window", and not made where `calls` has no match."""
 
-    module: str
-    chip: int
-    dtype: str
-    label: str
-
-    @property
-    def name(self) -> str:
-        return f"{CHIPS[self.chip].arch} {self.dtype} {self.module} {self.label}"
-
-    def case(self) -> KernelCase:
-        cases = importlib.import_module(f"entra_kernels._triton.{self.module}").aot_cases
-        return next(case for case in cases(self.dtype, CHIPS[self.chip]) if case.label == self.label)
+    names: re.Pattern[str]
+    calls: re.Pattern[str] = re.compile("")
 
 
-def jobs(wanted: re.Pattern[str]) -> list[Job]:
-    """The cases whose name has a match for `wanted`."""
-    found = []
-    for module in MODULES:
-        cases = importlib.import_module(f"entra_kernels._triton.{module}").aot_cases
-        for index, chip in enumerate(CHIPS):
-            for dtype in DTYPES:
-                found += [Job(module, index, dtype, case.label) for case in cases(dtype, chip)]
-    return [job for job in found if wanted.search(job.name)]
+def cases(selection: Selection, pool: Executor) -> list[Case]:
+    """Those wanted, recorded in the processes of `pool`: by module, then by chip, then in the order of the calls."""
+    recorded = pool.map(_record, CHIPS, [selection] * len(CHIPS))
+    found = [case for of_chip in recorded for case in of_chip]
+    return sorted(found, key=lambda case: MODULES.index(case.module))
 
 
-def inspect_all(jobs: list[Job], processes: int) -> Iterator[Compiled]:
-    """`inspect` for each job, in their order."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
-        yield from pool.map(_inspect_job, jobs)
+def _record(chip: Chip, selection: Selection) -> list[Case]:
+    from benchmarks.static.calls import calls
+
+    wanted = [call for call in calls() if selection.calls.search(f"{chip.arch} {call.dtype} {call.label}")]
+    return [case for case in record(chip, wanted) if selection.names.search(case.name)]
+
+
+def processes(count: int) -> ProcessPoolExecutor:
+    """A pool that ends with this process."""
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_with_parent)
 
 
 def _end_with_parent() -> None:
@@ -267,25 +264,26 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _inspect_job(job: Job) -> Compiled:
-    return inspect(job.case(), CHIPS[job.chip], job.name)
-
-
-SUBSET = re.compile(
-    r"sm_90 bf16 attention .* d=128"
-    r"|sm_90 bf16 attention .* d=(64|256)$"
-    r"|sm_90 bf16 attention .* d=80$"
-    r"|sm_90 bf16 hopper .* d=\d+$"
-    r"|sm_90 fp32 attention .* d=128 window softcap"
-    r"|bf16 attention .* d=128$"
-    r"|fp32 attention column_sum d=16$"
-    r"|(sm_86|gfx942) bf16 attention column_sum d=512$"
-    r"|sm_90 \w+ logprobs"
-    r"|bf16 logprobs head$"
-    r"|sm_90 bf16 attention (lay_out|add)$"
-    r"|sm_90 \w+ sampled .* d=(64|128)"
-    r"|(sm_80|sm_100|gfx942) bf16 sampled .* d=128$"
-    r"|(sm_90|gfx942) bf16 (plan|redundancy)"
+SUBSET = Selection(
+    names=re.compile(
+        r"bf16 attention (row_lse|column_sum) d=128$"
+        r"|sm_90 bf16 attention (row_lse|column_sum) d=(64|80|256)$"
+        r"|sm_90 bf16 attention (row_lse|column_sum|lay_out|add) d=128"
+        r"|sm_90 fp32 attention (row_lse|column_sum) d=128 window softcap"
+        r"|fp32 attention column_sum d=16$"
+        r"|(sm_86|gfx942) bf16 attention column_sum d=512$"
+        r"|sm_90 bf16 hopper .* d=\d+$"
+        r"|sm_90 \w+ sampled .* d=(64|128)"
+        r"|(sm_80|sm_100|gfx942) bf16 sampled .* d=128$"
+        r"|sm_90 \w+ logprobs|bf16 logprobs head$"
+        r"|(sm_90|gfx942) \w+ (plan .* d=128|redundancy)"
+    ),
+    calls=re.compile(
+        r"bf16 (d=128)?$|fp32 d=16$|sm_90 bf16 d=(64|80|256)$|(sm_86|gfx942) bf16 d=512$"
+        r"|sm_90 bf16 d=128 (sinks per head packed|window|window softcap)$"
+        r"|sm_90 (bf16 d=64 window softcap|fp32 d=(64|128)( window softcap)?)$"
+        r"|sm_90 \w+ (with entropy|with all options( uneven channels)?)?$|gfx942 fp32 $"
+    ),
 )
 """What is compiled without `--all`, by name: every kernel and option on sm_90; on every chip the attention passes (D = 128 in
 bfloat16, D = 16 in float32) and the fused head; the tightest fits into shared memory; and on gfx942 the redundancy kernels."""
@@ -302,17 +300,20 @@ def main() -> int:
         parser.error("TRITON_INTERPRET=1 is set: the interpreter does not compile; unset it")
 
     try:
-        wanted = re.compile(arguments.only) if arguments.all or arguments.only else SUBSET
+        selection = Selection(re.compile(arguments.only)) if arguments.all or arguments.only else SUBSET
     except re.error as error:
         parser.error(f"--only {arguments.only!r} is no regular expression: {error}")
-    selected = jobs(wanted)
-    if not selected:
-        parser.error(f"--only {arguments.only!r} matches no kernel; names look like 'sm_90 bf16 attention column_sum d=128'")
     began = time.perf_counter()
     failed = 0
-    for compiled in inspect_all(selected, arguments.processes):
-        print(compiled, flush=True)
-        failed += compiled.fails
+    with processes(arguments.processes) as pool:
+        selected = cases(selection, pool)
+        if not selected:
+            parser.error(
+                f"--only {arguments.only!r} matches no kernel; names look like 'sm_90 bf16 attention column_sum d=128'"
+            )
+        for compiled in pool.map(inspect, selected):
+            print(compiled, flush=True)
+            failed += compiled.fails
     seconds = time.perf_counter() - began
     print(f"{len(selected)} kernels compiled by Triton {triton.__version__} in {seconds:.0f} s, {failed} failed")
     return int(failed > 0)

@@ -19,20 +19,23 @@ from pathlib import Path
 import triton
 
 from benchmarks.static import aot
-from entra_kernels._triton.launch import Chip, KernelCase
+from benchmarks.static.launches import Case
 
 BEGIN, END = "<!-- static counts: begin -->", "<!-- static counts: end -->"
 
-SHOWN = re.compile(
-    r"sm_90 bf16 (attention|hopper) [\w ]+ d=(64|128|256)( window)?$"
-    r"|(sm_80|sm_100|gfx942) bf16 attention [\w ]+ d=(64|128)$"
-    r"|(sm_80|sm_90|sm_100|gfx942) bf16 logprobs head$"
+SHOWN = aot.Selection(
+    names=re.compile(
+        r"sm_90 bf16 (attention|hopper) (ring_)?(row_lse|column_sum) d=(64|128|256)( window)?$"
+        r"|(sm_80|sm_100|gfx942) bf16 attention (row_lse|column_sum) d=(64|128)$"
+        r"|(sm_80|sm_90|sm_100|gfx942) bf16 logprobs head$"
+    ),
+    calls=re.compile(r"(sm_80|sm_90|sm_100|gfx942) bf16 (d=(64|128|256)( window)?)?$"),
 )
-"""The cases in the table, by name."""
+"""The cases in the table."""
 
 COLUMNS = {
     "kernel": "",
-    "chip": "",
+    "chip": "on gfx942 for tensors of less than 2 GiB, which Triton reads by buffer loads",
     "tile": "resident x streamed tokens of an attention pass, rows x columns x depth of the fused head",
     "warps": "",
     "stages": "",
@@ -58,27 +61,27 @@ def programs_per_sm(compiled: aot.Compiled, warps: int, shared_memory: int) -> i
     return min(65_536 // registers, (shared_memory + 1024) // (compiled.shared_memory + 1024), 64 // warps)
 
 
-def tile_of(case: KernelCase) -> str:
+def tile_of(case: Case) -> str:
     """Sizes of an attention pass's tile, or of the fused head's."""
-    if case.scores:  # of `hopper.py`, whose resident tile is the same everywhere
+    if case.is_gluon:  # of `hopper.py`, whose resident tile is the same everywhere
         return f"256 x {case.constexprs['STREAMED']}"
     names = ("RESIDENT", "STREAMED") if "STREAMED" in case.constexprs else ("ROWS", "COLUMNS", "DEPTH")
     return " x ".join(str(case.constexprs[name]) for name in names if name in case.constexprs)
 
 
-def warps_and_stages(case: KernelCase) -> tuple[str, str]:
+def warps_and_stages(case: Case) -> tuple[str, str]:
     """Of a ring: two groups of warps and the one that copies, and the tiles in shared memory."""
-    if case.scores:
+    if case.is_gluon:
         return "4 + 4 + 1", str(case.constexprs["STAGES"])
-    return str(case.num_warps), str(case.num_stages)
+    return str(case.num_warps), str(case.options["num_stages"])
 
 
-def row(case: KernelCase, chip: Chip, compiled: aot.Compiled) -> list[str]:
+def row(case: Case, compiled: aot.Compiled) -> list[str]:
     """One row of the table, a cell per entry of `COLUMNS`; "-" where there is nothing to count."""
-    counts, scores = compiled.counts, compiled.scores
+    chip, counts, scores = case.chip, compiled.counts, compiled.scores
     per_score = compiled.per_score
     # Warps come in groups of 4: the ring's copying one takes the room of a group.
-    programs = programs_per_sm(compiled, 12 if case.scores else case.num_warps, chip.shared_memory)
+    programs = programs_per_sm(compiled, 12 if case.is_gluon else case.num_warps, chip.shared_memory)
     cells: list[str | int | None] = [
         case.label,
         chip.arch,
@@ -122,7 +125,7 @@ def replaced(text: str, table: str, name: str) -> str:
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
-def resized(case: KernelCase, tile: str, ahead: bool = False) -> KernelCase:
+def resized(case: Case, tile: str, ahead: bool = False) -> Case:
     """The same attention pass at another launch size, written as resident x streamed x warps x stages, and x registers where
     they are bounded: "128x64x8x2" or "256x64x8x2x128"."""
     if not re.fullmatch(r"\d+(x\d+){3,4}", tile):
@@ -131,8 +134,10 @@ def resized(case: KernelCase, tile: str, ahead: bool = False) -> KernelCase:
     constexprs = case.constexprs | {"RESIDENT": resident, "STREAMED": streamed}
     if "AHEAD" in constexprs:
         constexprs["AHEAD"] = ahead
-    bound = registers[0] if registers else None
-    return replace(case, constexprs=constexprs, num_warps=warps, num_stages=stages, max_registers=bound)
+    options = case.options | {"num_warps": warps, "num_stages": stages, "maxnreg": registers[0] if registers else None}
+    if not case.chip.is_nvidia:
+        del options["maxnreg"]
+    return replace(case, constexprs=constexprs, options=options)
 
 
 def main() -> int:
@@ -149,28 +154,33 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter does not compile; unset it")
 
-    if arguments.tile:
-        label = f"d={arguments.head_dim} {arguments.variant}".strip()
-        selected = aot.jobs(re.compile(f"^{re.escape(arguments.chip)} bf16 attention [\\w ]+ {re.escape(label)}$"))
-        if not selected:
-            parser.error(
-                f"no attention pass on {arguments.chip!r} ends in {label!r}; python -m benchmarks.static.aot lists them"
-            )
-        try:
-            cases = [(resized(job.case(), tile, arguments.ahead), job) for tile in arguments.tile for job in selected]
-        except ValueError as error:
-            parser.error(str(error))
-        compiled = [aot.inspect(case, aot.CHIPS[job.chip], f"{job.name} {tile_of(case)}") for case, job in cases]
-    else:
-        selected = aot.jobs(SHOWN)
-        cases = [(job.case(), job) for job in selected]
-        compiled = list(aot.inspect_all(selected, arguments.processes))
-    table = markdown([row(case, aot.CHIPS[job.chip], each) for (case, job), each in zip(cases, compiled, strict=True)])
+    with aot.processes(arguments.processes) as pool:
+        if arguments.tile:
+            label = f"d={arguments.head_dim} {arguments.variant}".strip()
+            call = rf"^{re.escape(arguments.chip)} bf16 "
+            passes = re.compile(rf"{call}attention (row_lse|column_sum) {re.escape(label)}$")
+            found = aot.cases(aot.Selection(passes, re.compile(f"{call}{re.escape(label)}$")), pool)
+            if not found:
+                parser.error(
+                    f"no attention pass on {arguments.chip!r} ends in {label!r}; python -m benchmarks.static.aot lists them"
+                )
+            try:
+                selected = [resized(case, tile, arguments.ahead) for tile in arguments.tile for case in found]
+            except ValueError as error:
+                parser.error(str(error))
+        else:
+            selected = aot.cases(SHOWN, pool)
+        compiled = list(pool.map(aot.inspect, selected))
+    table = markdown([row(case, each) for case, each in zip(selected, compiled, strict=True)])
     if arguments.write:
         arguments.write.write_text(replaced(arguments.write.read_text(), table, str(arguments.write)))
     else:
         print(table)
-    problems = [f"{each.name}: {each.problem or each.excess}" for each in compiled if each.problem or each.excess]
+    problems = [
+        f"{case.name} {tile_of(case)}: {each.problem or each.excess}"
+        for case, each in zip(selected, compiled, strict=True)
+        if each.problem or each.excess
+    ]
     if problems:
         print("\n".join(problems), file=sys.stderr)
     return int(bool(problems))

@@ -13,7 +13,6 @@ works on what is in `plan.py`, launch sizes with their reasons are in `launch.py
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -25,8 +24,6 @@ from ..reference import AttentionOptions
 from .launch import (
     FUSED,
     AttentionLaunch,
-    Chip,
-    KernelCase,
     attention_launch,
     check_products,
     chip_of,
@@ -362,74 +359,3 @@ def wide_tiles(tensor: Tensor, size: AttentionLaunch) -> bool:
     """Whether an offset within a tile of `tensor` [B, H, N, D] needs more than 32 bits."""
     last = size.resident * tensor.stride(-2) + max(size.depth, tensor.shape[-1]) * tensor.stride(-1)
     return last >= 2**31
-
-
-HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128, 192, 256, 512)
-
-
-def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
-    """Both passes for every head dim: plain, with a window and every option that goes with it, and with a softcap on top; for
-    some also with what needs no other launch size than plain; and the small kernels.
-
-    All for a stride of 1 along the head dim, see `benchmarks/static/aot.py`."""
-    for head_dim in HEAD_DIMS:
-        for variant in ("", " sinks per head packed", " window", " window softcap"):
-            if variant == " sinks per head packed" and head_dim not in (64, 128, 256):
-                continue
-            for kernel, name in ((_row_lse_kernel, "row_lse"), (_column_sum_kernel, "column_sum")):
-                softcap, window = "softcap" in variant, "window" in variant
-                size = attention_launch(head_dim, 4, 4 if dtype == "fp32" else 2, chip, options=window)
-                values: dict[str, object] = {
-                    "HEAD_DIM": head_dim,
-                    "DEPTH": size.depth,
-                    "RESIDENT": size.resident,
-                    "STREAMED": size.streamed,
-                    "WIDE": False,
-                    "q_stride_dim": 1,
-                    "k_stride_dim": 1,
-                    "PACKED": variant != "",
-                    "SOFTCAP": softcap,
-                    "WINDOW": window,
-                    "FLIPPED": False,
-                    "PER_HEAD": variant != "",
-                    "AHEAD": size.ahead,
-                }
-                if not variant:
-                    values["sinks"] = None
-                if not window:
-                    values["weights"] = None
-                pointers = {"q": f"*{dtype}", "k": f"*{dtype}", "sinks": f"*{dtype}"}
-                pointers |= dict.fromkeys(("negative_lse", "weights", "partial_out"), "*fp32")
-                pointers |= dict.fromkeys(("tiles", "pieces", "spans"), "*i32")
-                types = {**dict.fromkeys(kernel.arg_names, "i32"), **pointers, "scale": "fp32", "softcap": "fp32"}
-                strides = ("q_stride_batch", "q_stride_head", "q_stride", "k_stride_batch", "k_stride_head", "k_stride")
-                yield KernelCase(
-                    label=f"{name} d={head_dim}{variant}",
-                    kernel=kernel,
-                    arguments={name: types[name] for name in kernel.arg_names if name not in values},
-                    constexprs={name: values[name] for name in kernel.arg_names if name in values},
-                    divisible=tuple(n for n in (*pointers, *strides) if n in kernel.arg_names and n not in values),
-                    num_warps=size.num_warps,
-                    num_stages=size.num_stages,
-                    max_registers=size.max_registers,
-                    head_dim=head_dim,
-                )
-    tables = dict.fromkeys(("tiles", "of_slot", "spans"), "*i32")
-    yield KernelCase(
-        label="lay_out",
-        kernel=_lay_out_kernel,
-        arguments={"values": "*fp32", "out": "*fp32", "tiles": "*i32", "spans": "*i32"}
-        | dict.fromkeys(("stride_batch", "stride_line", "slots", "lines"), "i32")
-        | dict.fromkeys(("factor", "outside"), "fp32"),
-        constexprs={"RESIDENT": 128, "PACKED": False, "stride": 1},
-        divisible=("values", "out", "tiles", "spans"),
-    )
-    yield KernelCase(
-        label="add",
-        kernel=_add_kernel,
-        arguments={"partial": "*fp32", "out": "*fp32"}
-        | tables
-        | dict.fromkeys(("padded_tokens", "kv_heads", "heads", "lines", "window"), "i32"),
-        constexprs={"RESIDENT": 128, "PACKED": False, "WINDOW": False, "PER_HEAD": False, "NORMALIZE": True},
-        divisible=("partial", "out", *tables),
-    )

@@ -19,7 +19,6 @@ these kernels take; others, and calls with options, run there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..reference import AttentionOptions
-from .launch import FUSED, Chip, KernelCase, Ring, attention_launch, gluon_is_known
+from .launch import FUSED, Ring
 from .plan import Plan
 from .primitives import LOWEST, first_slot, negative_log_sum, read_piece, read_tile, score_factors, walk
 
@@ -514,46 +513,3 @@ def column_sum(
         HEAD_DIM=head_dim, STREAMED=streamed, STAGES=ring.stages, PACKED=batch == 1, PER_HEAD=options.per_head,
         IN_REGISTERS=ring.in_registers, **GROUPS,
     )  # fmt: skip
-
-
-def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
-    """Both passes for each head dim, as a model calls them, and for one with what else they take."""
-    if dtype != "bf16" or chip.arch != "sm_90" or not gluon_is_known():
-        return
-    for head_dim, more in ((64, False), (128, False), (128, True), (256, False)):
-        size = attention_launch(head_dim, 4, 2, chip, options=False)
-        assert size.ring is not None
-        tile = f"tensordesc<bf16[%d, {head_dim}],{TILE_LAYOUT!r}>"
-        streamed, part = tile % size.streamed, tile % PART.value
-        for kernel, name in ((_row_lse_kernel, "ring_row_lse"), (_column_sum_kernel, "ring_column_sum")):
-            rows = kernel is _row_lse_kernel
-            types = {"q_desc": part if rows else streamed, "k_desc": streamed if rows else part}
-            types |= {"lse_desc": f"tensordesc<fp32[1, {size.streamed}],{LSE_LAYOUT!r}>", "sinks": "*bf16", "scale": "fp32"}
-            types |= dict.fromkeys(("negative_lse", "partial_out"), "*fp32") | dict.fromkeys(
-                ("tiles", "pieces", "spans"), "*i32"
-            )
-            values: dict[str, object] = {
-                "HEAD_DIM": head_dim,
-                "STREAMED": size.streamed,
-                "STAGES": size.ring.stages,
-                "PACKED": more,
-                "PER_HEAD": more,
-                "IN_REGISTERS": size.ring.in_registers,
-                "REGISTERS": GROUPS["REGISTERS"],
-                "num_warps": GROUPS["num_warps"],
-                **({} if more else {"sinks": None, "sinks_stride": 0}),
-            }
-            steps = ("q_row_batch", "q_row_head", "q_column_head", "k_row_batch", "k_row_head", "k_column_head")
-            yield KernelCase(
-                label=f"{name} d={head_dim}" + (" sinks per head packed" if more else ""),
-                kernel=kernel,
-                arguments={n: types.get(n, "i32") for n in kernel.arg_names if n not in values},
-                constexprs={n: values[n] for n in kernel.arg_names if n in values},
-                divisible=tuple(
-                    n for n in kernel.arg_names if n not in values and (n in steps or types.get(n, "").startswith("*"))
-                ),
-                num_warps=GROUPS["num_warps"],
-                max_registers=GROUPS["maxnreg"],
-                head_dim=head_dim,
-                scores=size.streamed,
-            )

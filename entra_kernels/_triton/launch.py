@@ -1,10 +1,9 @@
-"""What a launch depends on besides its tensors, and a launch written down so that it can be compiled without a GPU."""
+"""What a launch depends on besides its tensors."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,35 +54,6 @@ def chip_of(device: torch.device) -> Chip:
     if torch.version.hip is not None:
         return Chip(properties.gcnArchName.split(":")[0], shared_memory)
     return Chip(f"sm_{properties.major}{properties.minor}", shared_memory)
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelCase:
-    """One kernel with the types and compile-time values of a launch: all that Triton's compiler needs.
-
-    Each kernel module has `aot_cases(dtype, chip)`, which yields the cases that it launches for inputs of a dtype ("bf16" or
-    "fp32", in Triton's names) on that chip. Labels are unique within a module. `benchmarks/static/aot.py` compiles them.
-    """
-
-    label: str
-    kernel: Any
-    """The `triton.jit` function."""
-    arguments: dict[str, str]
-    """Triton type of each run-time argument: "*bf16", "*fp32", "i32", "i64", "fp32"."""
-    constexprs: dict[str, Any]
-    """Values of the compile-time arguments, and None for each pointer that this launch leaves out."""
-    divisible: tuple[str, ...] = ()
-    """Arguments that a real launch finds to be multiples of 16 (pointers, strides): without it loads are scalar."""
-    num_warps: int = 4
-    num_stages: int = 2
-    max_registers: int | None = None
-    """Bound on the registers of a thread, None for the compiler's own choice. On NVIDIA chips only."""
-    head_dim: int | None = None
-    """Head dim of an attention kernel: sets where spills are an error."""
-    scores: int = 0
-    """Scores of a thread in one trip of an attention pass whose tile `constexprs` do not give."""
-    may_spill: bool = False
-    """Whether spills are no error at any head dim."""
 
 
 class Ring(NamedTuple):

@@ -16,7 +16,6 @@ logits costs no digits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._torch.logprobs import factor, product
-from .launch import FUSED, Chip, KernelCase, check_products, chip_of
+from .launch import FUSED, check_products, chip_of
 from .primitives import LOG2_E, tanh
 
 ROW_BLOCK = 4096
@@ -537,93 +536,3 @@ def _chunked(
 def _blas_takes(*matrices: Tensor) -> bool:
     """Whether a BLAS multiplies these half-precision matrices as they lie and into float32: on ROCm never."""
     return torch.version.hip is None and all(1 in matrix.stride() for matrix in matrices)
-
-
-def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
-    """What this module launches for inputs of `dtype` with a stride of 1 along C and V, see `KernelCase`."""
-    yield KernelCase(
-        label="token_logprobs",
-        kernel=_row_kernel,
-        arguments={
-            "logits": f"*{dtype}",
-            "targets": "*i64",
-            "out": "*fp32",
-            **dict.fromkeys(("stride_outer", "stride_inner", "inner", "vocabulary"), "i32"),
-            "inverse_temperature": "fp32",
-        },
-        constexprs={"stride_vocabulary": 1, "BLOCK": ROW_BLOCK},
-        divisible=("logits", "targets", "out", "stride_outer", "stride_inner", "vocabulary"),
-        num_warps=8,
-    )
-    size = tiling(4 if dtype == "fp32" else 2, chip.shared_memory)
-    floats = dict.fromkeys(("logit_scale", "softcap", "inverse_temperature"), "fp32")
-    for suffix, with_options, with_entropy in (
-        ("", False, False),
-        (" with entropy", False, True),
-        (" with all options", True, True),
-    ):
-        arguments = {"targets": "*i64", "parts": "*fp32", "rows": "i32", **floats}
-        constexprs: dict[str, int | None] = {
-            "STRETCH": STRETCH,
-            "SCALED": with_options,
-            "SOFTCAP": with_options,
-            "ENTROPY": with_entropy,
-        }
-        if with_options:
-            arguments["bias"] = f"*{dtype}"
-            constexprs["bias_stride"] = 1
-        else:
-            constexprs |= {"bias": None, "bias_stride": 0}
-        for uneven in (False, True) if with_options else (False,):
-            yield KernelCase(
-                label=f"head{suffix}" + (", uneven channels" if uneven else ""),
-                kernel=_head_kernel,
-                arguments={
-                    **arguments,
-                    "hidden": f"*{dtype}",
-                    "weight": f"*{dtype}",
-                    **dict.fromkeys(("hidden_stride_row", "weight_stride_row", "vocabulary", "channels"), "i32"),
-                },
-                constexprs={
-                    **constexprs,
-                    "hidden_stride": 1,
-                    "weight_stride": 1,
-                    "ROWS": size.rows,
-                    "COLUMNS": size.columns,
-                    "DEPTH": size.depth,
-                    "BAND": size.band,
-                    "EVEN_CHANNELS": not uneven,
-                },
-                divisible=_pointers(
-                    arguments, "hidden", "weight", "hidden_stride_row", "weight_stride_row", "vocabulary", "channels"
-                ),
-                num_warps=size.num_warps,
-                num_stages=size.num_stages,
-            )
-        if dtype == "bf16":
-            yield KernelCase(
-                label=f"stretch{suffix}",
-                kernel=_stretch_kernel,
-                arguments={
-                    **arguments,
-                    "logits": "*fp32",
-                    **dict.fromkeys(("first_row", "count", "first_column", "width"), "i32"),
-                },
-                constexprs={**constexprs, "ROWS": STRETCH_ROWS},
-                divisible=_pointers(arguments, "logits", "first_column", "width"),
-            )
-    for with_entropy in (False, True):
-        reduced = {"parts": "*fp32", "targets": "*i64", "logprobs": "*fp32"} | ({"entropy": "*fp32"} if with_entropy else {})
-        yield KernelCase(
-            label="head reduction" + (" with entropy" if with_entropy else ""),
-            kernel=_reduce_kernel,
-            arguments={**reduced, "rows": "i32", "vocabulary": "i32", "inverse_temperature": "fp32"},
-            constexprs={"STRETCH": STRETCH, "ROWS": REDUCED[1], "STRETCHES": REDUCED[0]}
-            | ({} if with_entropy else {"entropy": None}),
-            divisible=_pointers(reduced, "vocabulary"),
-        )
-
-
-def _pointers(arguments: dict[str, str], *others: str) -> tuple[str, ...]:
-    """Names of the pointers among `arguments`, and `others`."""
-    return (*(name for name, kind in arguments.items() if kind.startswith("*")), *others)

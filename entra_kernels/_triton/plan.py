@@ -13,7 +13,6 @@ length of their walk, `_place_tiles_kernel` puts each in its place. A sequence o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._spans import Spans
-from .launch import FUSED, AttentionLaunch, Chip, KernelCase
+from .launch import FUSED, AttentionLaunch
 
 PROGRAMS = 528
 """Pieces times kv heads that a sequence is cut into, where it is long enough: two rounds of two programs for each of the 132
@@ -198,22 +197,3 @@ def _most_cuts(sequences: int, slots: int, levels: int, size: AttentionLaunch, k
     of_tiles = [min(most, units * t * (t + 1) // 2 // size.least_piece) for t in range(1, levels + 1)]
     per_tile = max((cuts / t for t, cuts in enumerate(of_tiles, start=1)), default=0.0)
     return min(sequences * max(of_tiles, default=0), math.ceil(slots * per_tile))
-
-
-def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
-    """Both kernels, whatever the inputs' dtype; see `KernelCase`."""
-    for name, kernel in (("count", _count_tiles_kernel), ("place", _place_tiles_kernel)):
-        for label, bounds in (("", "*i64"), (" whole rows", None)):
-            values: dict[str, object] = {"RESIDENT": 256, "STREAMED": 64, "PROGRAMS": PROGRAMS, "BLOCK": SEQUENCES}
-            if bounds is None:
-                values |= {"starts": None, "ends": None}
-            pointers = ("totals", "spans_out", "tiles_out", "pieces_out", "of_slot_out")
-            types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("starts", "ends"), str(bounds))
-            types |= dict.fromkeys(pointers, "*i32")
-            yield KernelCase(
-                label=name + label,
-                kernel=kernel,
-                arguments={name: types[name] for name in kernel.arg_names if name not in values},
-                constexprs={name: values[name] for name in kernel.arg_names if name in values},
-                divisible=tuple(name for name in pointers if name in kernel.arg_names),
-            )

@@ -17,7 +17,6 @@ vocabulary's size is never needed; memory is 25 bytes per token.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -25,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._torch.redundancy import LOG_UNITS as _LOG_UNITS
-from .launch import FUSED, Chip, KernelCase
+from .launch import FUSED
 
 LOG_UNITS = tl.constexpr(_LOG_UNITS)
 
@@ -231,29 +230,3 @@ def redundancy(
                 BLOCK=BLOCK, num_warps=WARPS, **unfused,
             )  # fmt: skip
     return reward, importance, protected
-
-
-def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
-    """What this module launches, whatever the inputs' dtype; see `KernelCase`."""
-    types = dict.fromkeys(("logprobs", "incoming", "importance", "importance_out", "reward"), "*fp32")
-    types |= dict.fromkeys(("protected", "protected_out"), "*i1") | dict.fromkeys(
-        ("counts", "counts_out", "broken", "broken_out"), "*i32"
-    )
-    types |= dict.fromkeys(("token_ids", "cu_seqlens", "keys", "keys_out"), "*i64") | {"tokens": "i32", "fraction_bits": "i64"}
-    types |= dict.fromkeys(("attention_weight", "degenerate_reward"), "fp32")
-    ones = dict.fromkeys(("stride_logprobs", "stride_incoming", "stride"), 1)
-    for label, kernel, constexprs, num_warps in (
-        ("importance", _importance_kernel, {"BLOCK": CLEARED}, 4),
-        ("select", _select_kernel, {"BLOCK": BLOCK}, WARPS),
-        ("count", _count_kernel, {"BLOCK": COUNTED, "COUNTERS": COUNTERS}, 8),
-        ("reward", _reward_kernel, {"BLOCK": BLOCK}, WARPS),
-    ):
-        values = constexprs | {name: 1 for name in ones if name in kernel.arg_names}
-        yield KernelCase(
-            label=label,
-            kernel=kernel,
-            arguments={name: types[name] for name in kernel.arg_names if name not in values},
-            constexprs=values,
-            divisible=tuple(name for name in kernel.arg_names if types.get(name, "").startswith("*")),
-            num_warps=num_warps,
-        )

@@ -10,8 +10,6 @@ There is one program per tile of keys, which leaves SMs idle below some 20,000 t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +18,8 @@ from torch import Tensor
 from .._sampling import SampledRows
 from .._spans import Spans
 from ..reference import AttentionOptions
-from .attention import HEAD_DIMS, wide_tiles
-from .launch import Chip, KernelCase, attention_launch, check_products, chip_of
+from .attention import wide_tiles
+from .launch import attention_launch, check_products, chip_of
 from .plan import plan
 from .primitives import (
     LOG2_E,
@@ -219,44 +217,3 @@ def sampled_incoming_attention(
             *k.stride(), sampled, tokens, kv_heads, group, window, factor, cap, NORMALIZE=options.normalize, **constexprs,
         )  # fmt: skip
     return estimate, error
-
-
-def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
-    """Both kernels for every head dim, plain and with a window, sinks and a softcap, for a stride of 1 along the head dim."""
-    for head_dim in HEAD_DIMS:
-        for kernel, name in ((_sampled_lse_kernel, "sampled_lse"), (_sampled_columns_kernel, "sampled_columns")):
-            for variant in ("", " window softcap"):
-                size = attention_launch(head_dim, 4, 4 if dtype == "fp32" else 2, chip, options=True)
-                values: dict[str, object] = {
-                    "HEAD_DIM": head_dim,
-                    "DEPTH": size.depth,
-                    "RESIDENT": size.resident,
-                    "STREAMED": size.streamed,
-                    "WIDE": False,
-                    "k_stride_dim": 1,
-                    "PACKED": bool(variant),
-                    "SOFTCAP": bool(variant),
-                    "WINDOW": bool(variant),
-                    "FLIPPED": False,
-                    "NORMALIZE": True,
-                }
-                if not variant:
-                    values["sinks"] = None
-                pointers = {"q": f"*{dtype}", "k": f"*{dtype}", "sinks": f"*{dtype}"}
-                floats = ("negative_lse", "factors", "weights", "spread", "estimate_out", "error_out")
-                pointers |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(("rows", "tiles", "spans"), "*i32")
-                types = {**dict.fromkeys(kernel.arg_names, "i32"), **pointers, "scale": "fp32", "softcap": "fp32"}
-                divisible = (*pointers, "k_stride_batch", "k_stride_head", "k_stride", "sampled")
-                yield KernelCase(
-                    label=f"{name} d={head_dim}{variant}",
-                    kernel=kernel,
-                    arguments={n: types[n] for n in kernel.arg_names if n not in values},
-                    constexprs={n: values[n] for n in kernel.arg_names if n in values},
-                    divisible=tuple(n for n in divisible if n in kernel.arg_names and n not in values),
-                    num_warps=size.num_warps,
-                    num_stages=size.num_stages,
-                    max_registers=size.max_registers,
-                    head_dim=head_dim,
-                    # On FMA units the tile of sums over heads does not fit beside that of products.
-                    may_spill=dtype == "fp32",
-                )
