@@ -16,7 +16,8 @@ from entra.config import ScoreConfig
 from entra.experiments.evidence.evaluate import MAX_NEW_TOKENS
 from entra.experiments.evidence.model import EOS_ID
 from entra.experiments.evidence.problems import Problem, correct
-from entra.reward import EntraReward, gated, group_gated
+from entra.guards import gated, group_gated
+from entra.reward import EntraReward
 from entra.score import score_batch
 
 Reward = Callable[..., Sequence[float | None]]
