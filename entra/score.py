@@ -61,7 +61,7 @@ class Scores:
             IndexError: no completion of that index.
         """
         from entra.view.notebook import NotebookView
-        from entra.view.traces import Trace, pieces_of
+        from entra.view.trace import Trace, pieces_of
 
         count = len(self.rewards)
         if isinstance(rows, int) and not -count <= rows < count:

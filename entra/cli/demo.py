@@ -84,7 +84,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo",
         allow_abbrev=False,
-        help="score the shipped traces with SmolLM2-135M-Instruct and look at them",
         description="Score the shipped reasoning traces with SmolLM2-135M-Instruct on this machine, show which tokens are "
         "protected, and count how often overthinking scores lower.",
     )

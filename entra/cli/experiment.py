@@ -18,7 +18,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "experiment",
         allow_abbrev=False,
-        help="answer a question about the method with numbers and plots",
         description="Run one experiment. Its numbers (JSON, CSV), plots (SVG, PNG) and a section of Markdown go into --output.",
     )
     names = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")

@@ -50,7 +50,7 @@ from entra.encode import as_ids
 from entra.progress import progress_bar
 from entra.traces import load_traces
 from entra.view.page import is_page
-from entra.view.traces import Trace, pieces_of
+from entra.view.trace import Trace, pieces_of
 
 _DESCRIPTION = """\
 Show which tokens of a completion carry the reasoning and which repeat: a self-contained page for the browser, or with
@@ -64,9 +64,7 @@ _SHIPPED = "the traces that ship with entra"
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra inspect` to the subparsers of the command line."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "inspect", help="look at traces in the browser or the terminal", description=_DESCRIPTION, allow_abbrev=False
-    )
+    parser: argparse.ArgumentParser = commands.add_parser("inspect", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
         "traces", type=Path, nargs="?", help="*.parquet, anything else is read as JSON Lines; left out: the shipped traces"
     )

@@ -56,9 +56,7 @@ write are never replaced, with --overwrite neither."""
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra score` to the subparsers of the command line."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "score", help="score a file of traces", description=_DESCRIPTION, allow_abbrev=False
-    )
+    parser: argparse.ArgumentParser = commands.add_parser("score", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("traces", type=Path, help="the input: *.parquet, anything else is read as JSON Lines")
     parser.add_argument("--model", required=True, help='a folder, a hub name, or "smollm2"')
     parser.add_argument("--output", type=Path, required=True, help="the output, JSON Lines")

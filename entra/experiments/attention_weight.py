@@ -23,7 +23,7 @@ from entra.experiments import traces
 from entra.experiments.drawing import COLOURS, REFERENCE
 from entra.experiments.results import Figure, Result, Table, with_interval
 from entra.experiments.twins import compare, over_problems, rewards_of
-from entra.view.traces import pieces_of
+from entra.view.trace import pieces_of
 
 QUESTION = (
     "What does lambda do to the importance, to the protected tokens and to the reward, with mean attention and with lift?"

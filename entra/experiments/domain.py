@@ -37,7 +37,7 @@ from entra.metrics import Interval, mean_interval, resampled_ratio, wilson_inter
 from entra.policy import Policy
 from entra.problems import load_problems, reasoning_gym_reward
 from entra.progress import progress_bar
-from entra.view.traces import Trace
+from entra.view.trace import Trace
 
 QUESTION = "Do the reward's statistics differ between math, logic, code and common-sense problems?"
 READING = """\

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from rich.cells import cell_len, set_cell_size
 
-from entra.view.traces import Repeated
+from entra.view.trace import Repeated
 from entra.view.visible import quoted
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"

@@ -10,7 +10,7 @@ import html
 from collections.abc import Sequence
 
 from entra.view.terminal import summary, with_marks
-from entra.view.traces import Trace
+from entra.view.trace import Trace
 from entra.view.visible import visible
 
 _SHADE = "230, 150, 30"

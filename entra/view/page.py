@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from entra.config import ScoreConfig
-from entra.view.traces import Trace
+from entra.view.trace import Trace
 
 # In this order: each may use what stands in an earlier one.
 _SCRIPTS = ("data.js", "charts.js", "overview.js", "trace.js", "main.js")

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TextIO
 
 from entra.view.blocks import bars, column_chart, scatter
-from entra.view.traces import Trace
+from entra.view.trace import Trace
 from entra.view.visible import NEWLINE, quoted, visible
 
 PROTECTED = ("«", "»")

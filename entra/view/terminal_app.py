@@ -27,7 +27,7 @@ from textual.widgets import DataTable, Footer, Input, Static
 
 from entra.view.filtering import matches
 from entra.view.terminal import COLUMNS, about, charts, rewards_chart, row_of, summary, token_facts
-from entra.view.traces import Trace
+from entra.view.trace import Trace
 from entra.view.visible import visible
 from entra.view.wrapping import Span, wrapped
 

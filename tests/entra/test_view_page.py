@@ -12,7 +12,7 @@ import pytest
 
 from entra.config import ScoreConfig
 from entra.view.page import write_page
-from entra.view.traces import Trace
+from entra.view.trace import Trace
 
 BROWSER = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -733,7 +733,7 @@ def test_a_page_of_the_shipped_traces(open_page):
     from tiny_tokenizer import build_tokenizer
 
     from entra.traces import load_traces
-    from entra.view.traces import pieces_of
+    from entra.view.trace import pieces_of
 
     tokenizer = build_tokenizer()
     rows = [(problem, completion) for problem in load_traces() for completion in problem.completions]

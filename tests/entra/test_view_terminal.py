@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from entra.view.blocks import bars, column_chart, scatter
 from entra.view.filtering import matches
 from entra.view.terminal import print_traces, token_facts
-from entra.view.traces import Repeated, Trace
+from entra.view.trace import Repeated, Trace
 from entra.view.visible import visible
 from entra.view.wrapping import wrapped
 

