@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from entra.diagnosis import doctor
     from entra.policy import bind_policy
     from entra.reward import EntraReward
-    from entra.score import Scores, score_batch
+    from entra.score import CompletionScores, Scores, score_batch
     from entra.trl import EntraGRPOTrainer, EntraRLOOTrainer
 
 _MODULES = {
+    "CompletionScores": "score",
     "EntraGRPOTrainer": "trl",
     "EntraRLOOTrainer": "trl",
     "EntraReward": "reward",
@@ -33,6 +34,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "CompletionScores",
     "EntraGRPOTrainer",
     "EntraRLOOTrainer",
     "EntraReward",

@@ -132,7 +132,7 @@ class EntraReward:
             [ids.numel() for ids in scores.token_ids],
             [float(l.mean()) if l.numel() else -math.inf for l in scores.logprobs],
             scores.rewards,
-            map(_redundant_tokens, scores.rewards, scores.protected),
+            [one.redundant_tokens for one in scores],
             allowed,
             self._ended(completion_ids) if self.guards.skip_truncated else [True] * count,
             strict=True,
@@ -257,12 +257,6 @@ def _from_all_ranks(ours: list[Judged], in_a_trainer: bool) -> tuple[slice, list
     dist.all_gather_object(parts, ours)
     before = sum(len(part) for part in parts[: dist.get_rank()])
     return slice(before, before + len(ours)), [one for part in parts for one in part]
-
-
-def _redundant_tokens(reward: float | None, protected: Tensor) -> float | None:
-    """D = M (1 - r): 0 when none of the M unprotected tokens repeats, M when all are the same; None where r means nothing."""
-    unprotected = int((~protected).sum())
-    return None if reward is None or unprotected <= 1 else unprotected * (1.0 - reward)
 
 
 def _mean(values: Tensor) -> float:

@@ -20,13 +20,14 @@ from entra.config import ScoreConfig
 from entra.policy import Policy
 from entra.progress import progress_bar
 from entra.rarefaction import rarefied_redundancy
-from entra.score import score_batch
+from entra.score import CompletionScores, score_batch
 from entra.traces import Completion, Problem, load_traces
+from entra.view.lines import PROTECTED, protected_runs
+from entra.view.trace import pieces_of
 
 CONFIG = ScoreConfig()
 _SHOWN_KINDS = ("concise", "overthinking", "control")
 _PROTECTED_STYLE = "bold #000000 on #e8c040"
-_MARKS = ("«", "»")
 
 _READING = (
     "The reward falls with the length by itself, so that overthinking scores lower than its shorter twin proves nothing. The "
@@ -60,15 +61,29 @@ _SVG_FORMAT = """\
 
 
 class Scored(NamedTuple):
-    """One completion with its scores."""
+    """One completion of a problem with its scores, which are finite."""
 
     problem: Problem
     completion: Completion
-    reward: float
+    scores: CompletionScores
+    pieces: list[str]
+    """The text of each token."""
     length_adjusted: float
-    tokens: int
-    mean_logprob: float
-    protected: list[bool]
+
+    @property
+    def reward(self) -> float:
+        """r."""
+        return self.scores.reward or 0.0
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.scores.token_ids.numel()
+
+    @property
+    def mean_logprob(self) -> float:
+        """In nats."""
+        return float(self.scores.logprobs.double().mean())
 
 
 class Comparison(NamedTuple):
@@ -127,7 +142,7 @@ def run(options: argparse.Namespace) -> None:
     done = time.monotonic()
 
     for problem in problems[: max(0, options.show)]:
-        for part in _traces(problem, scored, policy.tokenizer, marks=not console.is_terminal or console.no_color):
+        for part in _traces(problem, scored, marks=not console.is_terminal or console.no_color):
             console.print(part)
     console.print(_table(scored, positions))
     console.print(_means(scored))
@@ -139,7 +154,7 @@ def run(options: argparse.Namespace) -> None:
         highlight=False,
     )
     if options.svg is not None:
-        _write_svg(options.svg, problems[0], scored, policy.tokenizer)
+        _write_svg(options.svg, problems[0], scored)
 
 
 def fewest_unprotected(tokenizer: Any, problems: Sequence[Problem]) -> int:
@@ -163,21 +178,12 @@ def score_problems(problems: Sequence[Problem], policy: Policy, positions: int) 
                 config=CONFIG,
                 details=True,
             )
-            for i, (problem, completion) in enumerate(rows):
-                ids, protected, reward = scores.token_ids[i], scores.protected[i], scores.rewards[i]
-                if reward is None:
+            for (problem, completion), own in zip(rows, scores, strict=True):
+                if own.reward is None:
                     raise CommandError(f"the scores of problem {problem.id} ({completion.kind}) are not finite", 1)
-                scored.append(
-                    Scored(
-                        problem=problem,
-                        completion=completion,
-                        reward=reward,
-                        length_adjusted=rarefied_redundancy(ids[~protected], positions),
-                        tokens=ids.numel(),
-                        mean_logprob=float(scores.logprobs[i].double().mean()),
-                        protected=protected.tolist(),
-                    )
-                )
+                pieces = pieces_of(policy.tokenizer, own.token_ids.tolist())
+                adjusted = rarefied_redundancy(own.token_ids[~own.protected], positions)
+                scored.append(Scored(problem, completion, own, pieces, adjusted))
             bar.update(len(rows))
     return scored
 
@@ -206,7 +212,7 @@ def _chosen(shipped: list[Problem], options: argparse.Namespace) -> list[Problem
     return shipped[: options.limit]
 
 
-def _traces(problem: Problem, scored: Sequence[Scored], tokenizer: Any, marks: bool) -> list[Any]:
+def _traces(problem: Problem, scored: Sequence[Scored], marks: bool) -> list[Any]:
     """A problem's prompt and completions to print, protected tokens highlighted (between marks where there is no colour)."""
     from rich.panel import Panel
     from rich.text import Text
@@ -216,45 +222,24 @@ def _traces(problem: Problem, scored: Sequence[Scored], tokenizer: Any, marks: b
         if row.problem.id == problem.id and row.completion.kind in _SHOWN_KINDS:
             numbers = f"reward {row.reward:.3f}, {row.tokens} tokens, mean log-prob {row.mean_logprob:.2f}"
             title = f"{row.completion.kind}: {numbers}"
-            parts.append(Panel(_highlighted(row, tokenizer, marks), title=title, title_align="left"))
-    how = f"between {' and '.join(_MARKS)}" if marks else "highlighted"
+            parts.append(Panel(_highlighted(row, marks), title=title, title_align="left"))
+    how = f"between {' and '.join(PROTECTED)}" if marks else "highlighted"
     parts.append(Text(f"Protected tokens, which the reward does not look at, are {how}.\n", style="dim"))
     return parts
 
 
-def _highlighted(row: Scored, tokenizer: Any, marks: bool) -> Any:
+def _highlighted(row: Scored, marks: bool) -> Any:
     from rich.text import Text
 
-    source = row.completion.text
     text = Text()
-    end = 0
-    for first, last in _protected_spans(row, tokenizer):
-        text.append(source[end:first])
-        if marks:
-            text.append(_MARKS[0] + source[first:last] + _MARKS[1])
+    for part, is_protected in protected_runs(row.pieces, row.scores.protected.tolist()):
+        if not is_protected or part.isspace():
+            text.append(part)
+        elif marks:
+            text.append(part.join(PROTECTED))
         else:
-            text.append(source[first:last], style=_PROTECTED_STYLE)
-        end = last
-    return text.append(source[end:])
-
-
-def _protected_spans(row: Scored, tokenizer: Any) -> list[tuple[int, int]]:
-    """Where the protected tokens stand in the text, those next to each other joined, without the space around them."""
-    text = row.completion.text
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    spans: list[tuple[int, int]] = []
-    # Trailing EOS has no entry in `protected`.
-    for (first, last), protected in zip(offsets, row.protected, strict=False):
-        if protected and spans and spans[-1][1] >= first:
-            spans[-1] = (spans[-1][0], last)
-        elif protected:
-            spans.append((first, last))
-    trimmed = []
-    for first, last in spans:
-        inside = text[first:last]
-        if inside.strip():
-            trimmed.append((last - len(inside.lstrip()), first + len(inside.rstrip())))
-    return trimmed
+            text.append(part, style=_PROTECTED_STYLE)
+    return text
 
 
 def _table(scored: Sequence[Scored], positions: int) -> Any:
@@ -313,13 +298,13 @@ def _is_ours(path: Path) -> bool:
     return text.startswith('<svg class="rich-terminal"') and "entra-title" in text
 
 
-def _write_svg(path: Path, problem: Problem, scored: Sequence[Scored], tokenizer: Any) -> None:
+def _write_svg(path: Path, problem: Problem, scored: Sequence[Scored]) -> None:
     import io
 
     from rich.console import Console
 
     console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    for part in _traces(problem, scored, tokenizer, marks=False):
+    for part in _traces(problem, scored, marks=False):
         console.print(part)
     try:
         console.save_svg(str(path), title=f"entra demo --problem {problem.id}", code_format=_SVG_FORMAT, unique_id="entra")

@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +24,8 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from entra import __version__
 from entra.cli import CommandError, say
@@ -34,7 +35,6 @@ from entra.cli.scoring import (
     DETAIL_COLUMNS,
     ERROR_COLUMN,
     SCORE_COLUMNS,
-    RowScores,
     Scorer,
     add_scoring_flags,
     check_scoring_flags,
@@ -48,6 +48,7 @@ from entra.cli.scoring import (
 from entra.config import ScoreConfig
 from entra.encode import as_ids
 from entra.progress import progress_bar
+from entra.score import CompletionScores
 from entra.traces import load_traces
 from entra.view.page import is_page
 from entra.view.trace import Trace, pieces_of
@@ -203,7 +204,7 @@ def _scored_now(options: argparse.Namespace, config: ScoreConfig, source: _Sourc
     with progress_bar(total, 0, "rows") as bar:
         while batch := list(islice(rows, options.batch_size)):
             for row, scores in zip(batch, scorer.score(batch), strict=True):
-                traces.add(row, scores if isinstance(scores, str) else _values(scores))
+                traces.add(row, scores)
             bar.update(len(batch))
     return _Shown(traces.named(), config, {"model": model, "device": device_name(policy)})
 
@@ -240,11 +241,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _values(scores: RowScores) -> dict[str, Any]:
-    return {name: getattr(scores, name).tolist() for name in DETAIL_COLUMNS} | {"reward": scores.reward}
-
-
-def _read_scores(row: Row, prefix: str) -> dict[str, Any] | str:
+def _read_scores(row: Row, prefix: str) -> CompletionScores | str:
     """The scores in the columns of a row that `entra score --details` wrote, or what is wrong with them."""
     if row.malformed is not None:
         return f"malformed: {row.malformed}"
@@ -270,7 +267,9 @@ def _read_scores(row: Row, prefix: str) -> dict[str, Any] | str:
         right = _is_bool if name == "protected" else _is_number
         if not isinstance(value, Sequence) or len(value) != len(ids) or not all(map(right, value)):
             return f"malformed: {prefix + name} must hold {rule} for each of the {len(ids)} token_ids"
-    return values
+    kinds = {"token_ids": torch.int64, "protected": torch.bool}
+    columns = {name: torch.tensor(values[name], dtype=kinds.get(name, torch.float32)) for name in DETAIL_COLUMNS}
+    return CompletionScores(reward=values["reward"], **columns)
 
 
 _LARGEST = 2.0**127  # scores are float32
@@ -285,7 +284,7 @@ def _is_bool(value: Any) -> bool:
 
 
 class _Traces:
-    """The traces that are shown, in the order of the rows. Tokens are kept in arrays: there can be millions."""
+    """The traces that are shown, in the order of the rows. Scores stay tensors: there can be millions of tokens."""
 
     def __init__(self, tokenizer: Any, options: argparse.Namespace) -> None:
         self._tokenizer = tokenizer
@@ -294,7 +293,7 @@ class _Traces:
         self._traces: list[Trace] = []
         self._malformed: set[int] = set()
 
-    def add(self, row: Row, scores: Mapping[str, Any] | str, hidden: Iterable[str] = ()) -> None:
+    def add(self, row: Row, scores: CompletionScores | str, hidden: Iterable[str] = ()) -> None:
         """A row with its scores or what is wrong with it; its columns are carried, but for `hidden` ones."""
         if row.malformed is not None:
             self._malformed.add(len(self._traces))
@@ -306,17 +305,8 @@ class _Traces:
             error=scores if isinstance(scores, str) else None,
         )
         if not isinstance(scores, str):
-            ids = scores["token_ids"]
-            trace = replace(
-                trace,
-                pieces=[self._pieces.setdefault(piece, piece) for piece in pieces_of(self._tokenizer, ids)],
-                token_ids=array("i", ids),
-                logprobs=array("f", scores["logprobs"]),
-                incoming=array("f", scores["incoming"]),
-                importance=array("f", scores["importance"]),
-                protected=scores["protected"],
-                reward=scores["reward"],
-            )
+            pieces = pieces_of(self._tokenizer, scores.token_ids.tolist())
+            trace = replace(trace, pieces=[self._pieces.setdefault(piece, piece) for piece in pieces], scores=scores)
         self._traces.append(trace)
 
     def named(self) -> list[Trace]:

@@ -33,7 +33,6 @@ from entra.cli.scoring import (
     DETAIL_COLUMNS,
     ERROR_COLUMN,
     SCORE_COLUMNS,
-    RowScores,
     Scorer,
     add_scoring_flags,
     check_scoring_flags,
@@ -44,6 +43,7 @@ from entra.cli.scoring import (
     load,
 )
 from entra.progress import progress_bar
+from entra.score import CompletionScores
 
 _DESCRIPTION = """\
 Score the completions in a file of traces, JSON Lines or Parquet. The output has the input's rows in the input's order, each
@@ -146,7 +146,7 @@ def _score_missing(options: argparse.Namespace, source: Survey, scorer: Scorer, 
             bar.update(len(scored))
 
 
-def _added(scores: RowScores | str, options: argparse.Namespace) -> dict[str, Any]:
+def _added(scores: CompletionScores | str, options: argparse.Namespace) -> dict[str, Any]:
     """The columns that a row gets."""
     if isinstance(scores, str):
         return {options.prefix + ERROR_COLUMN: scores}

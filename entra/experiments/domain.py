@@ -37,7 +37,6 @@ from entra.metrics import Interval, mean_interval, resampled_ratio, wilson_inter
 from entra.policy import Policy
 from entra.problems import load_problems, reasoning_gym_reward
 from entra.progress import progress_bar
-from entra.view.trace import Trace
 
 QUESTION = "Do the reward's statistics differ between math, logic, code and common-sense problems?"
 READING = """\
@@ -135,8 +134,7 @@ def run(options: argparse.Namespace) -> Result:
     for i, one in enumerate(measured.traces):
         problem, ids = chosen[int(one.sample.problem)], completions[int(one.sample.problem)]
         text = tokenizer.decode(one.token_ids, skip_special_tokens=True)
-        protected = scores.protected[i].tolist()
-        trace = Trace(name=one.sample.problem, prompt="", token_ids=one.token_ids, protected=protected)
+        own = scores[i]
         rows.append(
             {
                 "domain": problem["domain"],
@@ -144,13 +142,13 @@ def run(options: argparse.Namespace) -> Result:
                 "correct": int(reasoning_gym_reward([text], entry=[problem["entry"]])[0] == 1.0),
                 "finished": int(len(ids) > len(one.token_ids)),
                 "tokens": len(one.token_ids),
-                "r": scores.rewards[i],
-                "r_adjusted": adjusted[i] if trace.unprotected >= options.positions else None,
-                "repeated": trace.repeated_share,
+                "r": own.reward,
+                "r_adjusted": adjusted[i] if own.unprotected >= options.positions else None,
+                "repeated": own.repeated_share,
                 "logprob": float(one.logprobs.double().mean()),
                 "mu": float(one.mean.double().mean()),
                 "lift": float(one.lift.double().mean()),
-                **_kinds(one.pieces, protected),
+                **_kinds(one.pieces, own.protected.tolist()),
             }
         )
     names = ("problems", "max_new_tokens", "max_prompt_tokens", "batch_size", "temperature", "top_p", "positions", "seed")

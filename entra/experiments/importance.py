@@ -23,6 +23,7 @@ from entra.experiments.results import Figure, Result, Table, with_interval
 from entra.experiments.token_kinds import KINDS, kinds_of
 from entra.metrics import resampled_ratio
 from entra.score import Scores
+from entra.view.lines import protected_runs
 
 QUESTION = "Which kinds of tokens does the importance protect, and does log P or attention decide?"
 
@@ -190,17 +191,14 @@ def _examples(measured: traces.Measurement, scores: Scores, problems: int) -> li
 
 def marked(pieces: Iterable[str], protected: Iterable[bool]) -> str:
     """The text for a cell of a Markdown table, protected tokens in bold; nothing in it is taken for Markdown or HTML."""
-    parts: list[str] = []
-    bold = False
-    for piece, is_protected in zip(pieces, protected, strict=True):
-        if is_protected != bold:
-            parts.append("<b>" if is_protected else "</b>")
-            bold = is_protected
-        escaped = html.escape(piece)
+    shown = []
+    for part, bold in protected_runs(list(pieces), list(protected), around=""):
+        escaped = html.escape(part)
         for character in "|*_`[]\\~":
             escaped = escaped.replace(character, f"&#{ord(character)};")
-        parts.append(escaped.replace("\n", "<br>"))
-    return "".join(parts) + ("</b>" if bold else "")
+        escaped = escaped.replace("\n", "<br>")
+        shown.append(f"<b>{escaped}</b>" if bold else escaped)
+    return "".join(shown)
 
 
 def _known(result: Result, trace_kind: str, token_kind: str) -> bool:

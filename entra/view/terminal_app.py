@@ -26,7 +26,7 @@ from textual.strip import Strip
 from textual.widgets import DataTable, Footer, Input, Static
 
 from entra.view.filtering import matches
-from entra.view.terminal import COLUMNS, about, charts, rewards_chart, row_of, summary, token_facts
+from entra.view.lines import COLUMNS, about, charts, rewards_chart, row_of, summary, token_facts
 from entra.view.trace import Trace
 from entra.view.visible import visible
 from entra.view.wrapping import Span, wrapped
@@ -483,6 +483,6 @@ def _numbers(trace: Trace) -> dict[str, float]:
     return {
         "reward": trace.reward,
         "tokens": float(len(trace.token_ids)),
-        "entropy": trace.entropy,
-        "repeated": 100 * trace.repeated_share,
+        "entropy": trace.scores.entropy,
+        "repeated": 100 * trace.scores.repeated_share,
     }
