@@ -29,12 +29,10 @@ import torch
 
 from entra import __version__
 from entra.cli import CommandError, say
+from entra.cli.columns import DETAIL_COLUMNS, ERROR_COLUMN, SCORE_COLUMNS, row_names, score_prefixes
 from entra.cli.output import check_destination, recorded
 from entra.cli.rows import Row, Survey, is_finite, read_rows, survey
 from entra.cli.scoring import (
-    DETAIL_COLUMNS,
-    ERROR_COLUMN,
-    SCORE_COLUMNS,
     Scorer,
     add_scoring_flags,
     check_scoring_flags,
@@ -179,16 +177,11 @@ def _file(options: argparse.Namespace) -> _Source:
 
 def _prefix_of_scores(options: argparse.Namespace, source: Survey) -> str | None:
     """What stands before the names of the columns of `entra score --details`; None where the file has none."""
-    needed = ("reward", *DETAIL_COLUMNS)
-    found = [
-        prefix
-        for prefix in (name.removesuffix("token_ids") for name in source.columns if name.endswith("token_ids"))
-        if all(prefix + name in source.columns for name in needed) and options.prefix in (None, prefix)
-    ]
+    found = [prefix for prefix in score_prefixes(source.columns) if options.prefix in (None, prefix)]
     if len(found) > 1:
         raise CommandError(f"the file was scored more than once; choose with --prefix, one of {', '.join(map(repr, found))}")
     if options.prefix is not None and not found:
-        names = ", ".join(options.prefix + name for name in needed)
+        names = ", ".join(options.prefix + name for name in ("reward", *DETAIL_COLUMNS))
         raise CommandError(f"--prefix {options.prefix!r}: the file lacks one of the columns {names}; write it with --details")
     return found[0] if found else None
 
@@ -311,11 +304,8 @@ class _Traces:
 
     def named(self) -> list[Trace]:
         """All traces, with the rows' own names where these are unique."""
-        for column in ("id", "name"):
-            names = [trace.name if i in self._malformed else trace.columns.get(column) for i, trace in enumerate(self._traces)]
-            if all(isinstance(name, str | int) for name in names) and len(set(map(str, names))) == len(names):
-                return [replace(trace, name=str(name)) for trace, name in zip(self._traces, names, strict=True)]
-        return self._traces
+        rows = [None if i in self._malformed else trace.columns for i, trace in enumerate(self._traces)]
+        return [replace(trace, name=name) for trace, name in zip(self._traces, row_names(rows), strict=True)]
 
     def _prompt_text(self, prompt: Any) -> str:
         prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt

@@ -26,13 +26,11 @@ import torch
 
 from entra import __version__
 from entra.cli import CommandError, say
+from entra.cli.columns import DETAIL_COLUMNS, ERROR_COLUMN, SCORE_COLUMNS
 from entra.cli.fingerprint import fingerprint
 from entra.cli.output import Output, check, check_output, recorded_threads
 from entra.cli.rows import Survey, read_rows, survey
 from entra.cli.scoring import (
-    DETAIL_COLUMNS,
-    ERROR_COLUMN,
-    SCORE_COLUMNS,
     Scorer,
     add_scoring_flags,
     check_scoring_flags,

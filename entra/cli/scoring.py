@@ -24,11 +24,6 @@ from entra.forward import unwrapped
 from entra.policy import Policy, load_policy, load_tokenizer
 from entra.score import CompletionScores, score_batch
 
-SCORE_COLUMNS = ("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens")
-DETAIL_COLUMNS = ("token_ids", "logprobs", "incoming", "importance", "protected")
-ERROR_COLUMN = "error"
-"""What `entra score` adds to a row."""
-
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is in the file and how it is scored."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from entra.cli import CommandError, one_line
+from entra.cli.columns import CHECKED, first
 from entra.config import ScoreConfig, nearest_of
 from entra.grading import answer_reward
 from entra.guards import Guards
@@ -73,12 +74,9 @@ def reward_functions(
 
 
 def _default_gate(columns: Sequence[str] | None) -> str:
-    if columns is not None and "entry" in columns:
-        return "reasoning_gym"
-    if columns is not None and "solution" in columns:
-        return "accuracy_reward"
-    if columns is not None and "answer" in columns:
-        return "answer"
+    checked = first(CHECKED, columns or ())
+    if checked is not None:
+        return {"entry": "reasoning_gym", "solution": "accuracy_reward", "answer": "answer"}[checked]
     raise CommandError(
         "no gate fits the dataset, and concise wrong answers must not be paid for: name a reward function that says which "
         "completions are right with --gate package.module.function, or add a column 'answer' with what is right; "
