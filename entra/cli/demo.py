@@ -169,31 +169,31 @@ def score_problems(problems: Sequence[Problem], policy: Policy, positions: int) 
     scored = []
     with progress_bar(sum(len(problem.completions) for problem in problems), 0, "completions") as bar:
         for first in range(0, len(problems), 2):
-            rows = [(problem, completion) for problem in problems[first : first + 2] for completion in problem.completions]
+            batch = [(problem, completion) for problem in problems[first : first + 2] for completion in problem.completions]
             scores = score_batch(
-                [[{"role": "user", "content": problem.prompt}] for problem, _ in rows],
-                [completion.text for _, completion in rows],
+                [[{"role": "user", "content": problem.prompt}] for problem, _ in batch],
+                [completion.text for _, completion in batch],
                 model=policy.model,
                 tokenizer=policy.tokenizer,
                 config=CONFIG,
                 details=True,
             )
-            for (problem, completion), own in zip(rows, scores, strict=True):
+            for (problem, completion), own in zip(batch, scores, strict=True):
                 if own.reward is None:
                     raise CommandError(f"the scores of problem {problem.id} ({completion.kind}) are not finite", 1)
                 pieces = pieces_of(policy.tokenizer, own.token_ids.tolist())
                 adjusted = rarefied_redundancy(own.token_ids[~own.protected], positions)
                 scored.append(Scored(problem, completion, own, pieces, adjusted))
-            bar.update(len(rows))
+            bar.update(len(batch))
     return scored
 
 
 def compare(scored: Sequence[Scored], kind: str) -> Comparison:
     """Overthinking against the first completion of another kind, problem by problem."""
     by_problem: dict[str, dict[str, Scored]] = {}
-    for row in scored:
-        by_problem.setdefault(row.problem.id, {}).setdefault(row.completion.kind, row)
-    pairs = [(rows["overthinking"], rows[kind]) for rows in by_problem.values() if {"overthinking", kind} <= set(rows)]
+    for one in scored:
+        by_problem.setdefault(one.problem.id, {}).setdefault(one.completion.kind, one)
+    pairs = [(kinds["overthinking"], kinds[kind]) for kinds in by_problem.values() if {"overthinking", kind} <= set(kinds)]
     return Comparison(
         pairs=len(pairs),
         lower=sum(overthinking.reward < other.reward for overthinking, other in pairs),
@@ -218,21 +218,21 @@ def _traces(problem: Problem, scored: Sequence[Scored], marks: bool) -> list[Any
     from rich.text import Text
 
     parts: list[Any] = [Panel(Text(problem.prompt), title=f"{problem.id}, the prompt", title_align="left", style="dim")]
-    for row in scored:
-        if row.problem.id == problem.id and row.completion.kind in _SHOWN_KINDS:
-            numbers = f"reward {row.reward:.3f}, {row.tokens} tokens, mean log-prob {row.mean_logprob:.2f}"
-            title = f"{row.completion.kind}: {numbers}"
-            parts.append(Panel(_highlighted(row, marks), title=title, title_align="left"))
+    for one in scored:
+        if one.problem.id == problem.id and one.completion.kind in _SHOWN_KINDS:
+            numbers = f"reward {one.reward:.3f}, {one.tokens} tokens, mean log-prob {one.mean_logprob:.2f}"
+            title = f"{one.completion.kind}: {numbers}"
+            parts.append(Panel(_highlighted(one, marks), title=title, title_align="left"))
     how = f"between {' and '.join(PROTECTED)}" if marks else "highlighted"
     parts.append(Text(f"Protected tokens, which the reward does not look at, are {how}.\n", style="dim"))
     return parts
 
 
-def _highlighted(row: Scored, marks: bool) -> Any:
+def _highlighted(one: Scored, marks: bool) -> Any:
     from rich.text import Text
 
     text = Text()
-    for part, is_protected in protected_runs(row.pieces, row.scores.protected.tolist()):
+    for part, is_protected in protected_runs(one.pieces, one.scores.protected.tolist()):
         if not is_protected or part.isspace():
             text.append(part)
         elif marks:
@@ -251,13 +251,13 @@ def _table(scored: Sequence[Scored], positions: int) -> Any:
     for name in ("reward", f"at {positions}", "tokens", "log-prob"):
         table.add_column(name, justify="right")
     before = None
-    for row in scored:
-        new = row.problem.id != before
+    for one in scored:
+        new = one.problem.id != before
         if new and before is not None:
             table.add_section()
-        before = row.problem.id
-        numbers = (f"{row.reward:.3f}", f"{row.length_adjusted:.3f}", str(row.tokens), f"{row.mean_logprob:.2f}")
-        table.add_row(row.problem.id if new else "", row.completion.kind, *numbers)
+        before = one.problem.id
+        numbers = (f"{one.reward:.3f}", f"{one.length_adjusted:.3f}", str(one.tokens), f"{one.mean_logprob:.2f}")
+        table.add_row(one.problem.id if new else "", one.completion.kind, *numbers)
     return table
 
 
@@ -268,15 +268,15 @@ def _means(scored: Sequence[Scored]) -> Any:
     table.add_column("kind")
     for name in ("completions", "reward", "length-adjusted", "tokens", "log-prob"):
         table.add_column(name, justify="right")
-    for kind in dict.fromkeys(row.completion.kind for row in scored):
-        rows = [row for row in scored if row.completion.kind == kind]
+    for kind in dict.fromkeys(one.completion.kind for one in scored):
+        of_kind = [one for one in scored if one.completion.kind == kind]
         table.add_row(
             kind,
-            str(len(rows)),
-            f"{fmean(row.reward for row in rows):.3f}",
-            f"{fmean(row.length_adjusted for row in rows):.3f}",
-            f"{fmean(row.tokens for row in rows):.0f}",
-            f"{fmean(row.mean_logprob for row in rows):.2f}",
+            str(len(of_kind)),
+            f"{fmean(one.reward for one in of_kind):.3f}",
+            f"{fmean(one.length_adjusted for one in of_kind):.3f}",
+            f"{fmean(one.tokens for one in of_kind):.0f}",
+            f"{fmean(one.mean_logprob for one in of_kind):.2f}",
         )
     return table
 

@@ -317,7 +317,7 @@ def test_wrapped_lines_hold_all_tokens_in_order_within_the_width(width):
     for line in lines:
         column = 0
         for span in line:
-            assert span.start == column
+            assert span.column == column
             assert span.width == cell_len(span.text)
             column += span.width
         # A newline's sign may stand behind the last cell's word; a character of two cells does not fit one.
