@@ -326,7 +326,7 @@ def test_pointer_and_keyboard_show_the_numbers_of_a_token(page, traces):
 
     page.load("#trace=1")
     trace = traces[0]
-    for at in (0, 17, trace.protected.index(True)):
+    for at in (0, 17, list(trace.protected).index(True)):
         page.hover(page.token(at))
         card = page.card()
         assert shown_numbers(trace, at).items() <= card.items()
@@ -339,7 +339,7 @@ def test_pointer_and_keyboard_show_the_numbers_of_a_token(page, traces):
     page.keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
     assert shown_numbers(trace, 6).items() <= page.card().items()
     assert page.js("document.activeElement === document.querySelectorAll('.text .t')[6]")
-    again = trace.token_ids.index(trace.token_ids[6], 7)
+    again = list(trace.token_ids).index(trace.token_ids[6], 7)
     page.keys("n")
     assert page.card()["where"].startswith(f"token {again + 1} ")
     page.keys("p", Keys.ARROW_DOWN)
@@ -455,7 +455,7 @@ def test_two_traces_of_one_prompt_side_by_side(page, traces):
     assert shown_numbers(traces[1], 3).items() <= page.card().items()
     assert page.card()["where"].startswith("alpha, token 4 ")
     same = page.js("[...document.querySelectorAll('.text')].map(e => e.querySelectorAll('.same').length)")
-    assert same == [trace.token_ids.count(traces[1].token_ids[3]) for trace in traces[:2]], "marked in both"
+    assert same == [list(trace.token_ids).count(traces[1].token_ids[3]) for trace in traces[:2]], "marked in both"
     page.keys(Keys.ESCAPE)
     page.wait("document.querySelectorAll('.pane').length === 1")
     page.keys(Keys.ESCAPE)
