@@ -52,8 +52,7 @@ class EntraReward:
             only right answers are paid for being concise; None from the gate gives None. An asynchronous one is awaited. In
             ENTRA's trainers a gate that is also a reward, or the gate of another, is called once for each batch.
         name: how the trainer logs it.
-        guards: the fields of `entra.guards.Guards`, which says what each does: halve_at, group_gate, min_length,
-            min_mean_logprob, dead_band, skip_truncated.
+        guards: the fields of `entra.guards.Guards`, which says what each does.
 
     Raises:
         ValueError: an option outside its range, or a model that cannot be found or scored.
@@ -102,9 +101,8 @@ class EntraReward:
         Under TRL it logs, as metrics and as columns of the completions table (all under its name): `score` (r before gate and
         guards), `redundant_tokens` (M (1 - r)), `protected_share`, `incoming` (mean incoming attention of a token); and as
         metrics alone `group_std` (mean over prompts of the standard deviation of the rewards of one prompt),
-        `length_correlation` (of reward and tokens), and for each guard that is on `stopped/gate`, `stopped/group_gate`,
-        `stopped/min_length`, `stopped/min_mean_logprob`, `stopped/dead_band`: the share of the scored completions that it
-        stops, whatever the others do (the dead band: that it levels).
+        `length_correlation` (of reward and tokens), and for each guard that is on, and the gate, `stopped/NAME`: the share of the
+        scored completions that it stops, whatever the others do (the dead band: that it levels).
 
         Raises:
             ValueError: `skip_truncated` without completion ids or EOS id, a gate that does not return one finite number or
