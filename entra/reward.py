@@ -101,7 +101,7 @@ class EntraReward:
         Under TRL it logs, as metrics and as columns of the completions table (all under its name): `score` (r before gate and
         guards), `redundant_tokens` (M (1 - r)), `protected_share`, `incoming` (mean incoming attention of a token); and as
         metrics alone `group_std` (mean over prompts of the standard deviation of the rewards of one prompt),
-        `length_correlation` (of reward and tokens), and for each guard that is on, and the gate, `stopped/NAME`: the share of the
+        `length_correlation` (of reward and tokens), and `stopped/NAME` for the gate and each guard that is on: the share of the
         scored completions that it stops, whatever the others do (the dead band: that it levels).
 
         Raises:
