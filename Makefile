@@ -116,7 +116,7 @@ test-vllm: .venv-vllm/done
 
 bench: $(VENV)/dev.done
 	$(BIN)/pytest benchmarks/ --benchmark-only --results benchmarks/results
-	$(BIN)/python benchmarks/render.py benchmarks/results
+	$(BIN)/python -m benchmarks.speed.render benchmarks/results
 
 # The next two take a GPU machine as it is: no .venv, nothing is installed, at most 8 minutes each, a few files into RESULTS.
 gpu-test:
@@ -130,30 +130,30 @@ gpu-bench:
 	  $(PYTHON) -m pytest benchmarks/ --benchmark-only --timeout 0 --results $(RESULTS) --max-minutes 6.5 \
 	  > $(RESULTS)/bench.log 2>&1 || code=$$?; \
 	rm -rf $$caches; cat $(RESULTS)/bench.log; \
-	$(PYTHON) benchmarks/render.py $(RESULTS) --readme $(RESULTS)/README.md && exit $$code
+	PYTHONPATH=. $(PYTHON) -m benchmarks.speed.render $(RESULTS) --readme $(RESULTS)/README.md && exit $$code
 
 # A model made on the spot, trained to overthink and then by GRPO not to: accuracy only and gated ENTRA, one seed. Into build/evidence.
 evidence: $(VENV)/dev.done
-	$(BIN)/python -m entra.experiments.evidence short
+	$(BIN)/python -m benchmarks.evidence short
 
 # All rewards with three seeds, about two hours on two cores, two runs at a time; what is finished is not run again.
 # Raw results into benchmarks/results/evidence, docs/evidence.md and docs/evidence.svg from them.
 evidence-full: $(VENV)/dev.done
-	$(BIN)/python -m entra.experiments.evidence full
+	$(BIN)/python -m benchmarks.evidence full
 
 # Every experiment on SmolLM2 and on the small model of the evidence, about an hour on two cores; docs/experiments.md from it.
 experiments: $(VENV)/dev.done
-	set -e; for name in $$($(BIN)/python -c "from entra.experiments import EXPERIMENTS; print(*EXPERIMENTS)"); do \
-	    $(BIN)/entra experiment $$name --output benchmarks/results/experiments; \
+	set -e; for name in $$($(BIN)/python -c "from benchmarks.experiments import EXPERIMENTS; print(*EXPERIMENTS)"); do \
+	    $(BIN)/python -m benchmarks.experiments $$name --output benchmarks/results/experiments; \
 	done
-	$(BIN)/python -m entra.experiments.report benchmarks/results/experiments docs/experiments.md
+	$(BIN)/python -m benchmarks.experiments.report benchmarks/results/experiments docs/experiments.md
 
 compile-all: $(VENV)/dev.done
-	$(BIN)/python -m entra_kernels._triton.aot --all
+	$(BIN)/python -m benchmarks.static.aot --all
 
 # The table in benchmarks/README.md: what the inner loops cost, counted in machine code.
 static-proof: $(VENV)/dev.done
-	$(BIN)/python -m entra_kernels._triton.sass --write benchmarks/README.md
+	$(BIN)/python -m benchmarks.static.sass --write benchmarks/README.md
 
 # Other Tritons than the pinned one, each in a folder that goes before the environment on the path. Spills and budgets are
 # listed but not asserted: they are facts about one compiler.
@@ -165,7 +165,7 @@ TRITONS := 3.6 3.8 3.9
 
 compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	set -e; for version in $(TRITONS); do \
-	    PYTHONPATH=.venv-triton/$$version $(BIN)/python -m entra_kernels._triton.aot; \
+	    PYTHONPATH=.venv-triton/$$version $(BIN)/python -m benchmarks.static.aot; \
 	done
 
 clean:

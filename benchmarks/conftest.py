@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from compare import NO_TIME
-from measure import DEVICE, SIZES, synchronize
-from results import Results
+
+from benchmarks.speed.compare import NO_TIME
+from benchmarks.speed.measure import DEVICE, SIZES, synchronize
+from benchmarks.speed.results import Results
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # One of torch.compile's worker processes stopped answering on an H100 machine, and with it a run, at its fourth length.

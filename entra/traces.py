@@ -1,7 +1,7 @@
 """The shipped reasoning traces: real completions of a small model, and written-out variants of them.
 
 Every problem comes from reasoning-gym. `entra/data/README.md` says how the file was made and under which licences;
-`entra/data/make_traces.py` is the script that made it. Reading it needs nothing but the standard library.
+`benchmarks/traces` in the repository holds the script that made it. Reading it needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def parse_traces(lines: Iterable[str]) -> list[Problem]:
             problem = Problem(**{**row, "completions": tuple(Completion(**entry) for entry in row["completions"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"line {number} of the traces is not a problem ({error}); reinstall entra, or make the file again with "
-                "python -m entra.data.make_traces"
+                f"line {number} of the traces is not a problem ({error}); reinstall entra-reward, or make the file again "
+                "in its repository with python -m benchmarks.traces.make_traces"
             ) from error
         if problem.id in problems:
             raise ValueError(f"line {number} of the traces has id={problem.id!r} a second time; ids must be unique")

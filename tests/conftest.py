@@ -16,12 +16,18 @@ torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTE
 GPU_MISSING = pytest.mark.skip(reason="needs a CUDA or ROCm device; none is visible to torch")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU the cases that need one are left out, so that the skips that remain can be read. A rehearsal
+    (REHEARSE_GPU=1) keeps them, skipped."""
     if torch.cuda.is_available():
         return
-    for item in items:
-        if "gpu" in item.keywords:
+    needing = [item for item in items if "gpu" in item.keywords]
+    if os.environ.get("REHEARSE_GPU") == "1":
+        for item in needing:
             item.add_marker(GPU_MISSING)
+    elif needing:
+        items[:] = [item for item in items if "gpu" not in item.keywords]
+        config.hook.pytest_deselected(items=needing)
 
 
 @pytest.fixture(scope="module")

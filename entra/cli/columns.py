@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from entra.cli.rows import Row
+from entra.rows import Row
 
 SCORE_COLUMNS = ("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens")
 DETAIL_COLUMNS = ("token_ids", "logprobs", "incoming", "importance", "protected")

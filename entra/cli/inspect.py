@@ -31,7 +31,6 @@ from entra import __version__
 from entra.cli import CommandError, say
 from entra.cli.columns import DETAIL_COLUMNS, ERROR_COLUMN, SCORE_COLUMNS, row_names, score_prefixes
 from entra.cli.output import check_destination, recorded
-from entra.cli.rows import Row, Survey, is_finite, read_rows, survey
 from entra.cli.scoring import (
     Scorer,
     add_scoring_flags,
@@ -46,6 +45,7 @@ from entra.cli.scoring import (
 from entra.config import ScoreConfig
 from entra.encode import as_ids
 from entra.progress import progress_bar
+from entra.rows import Row, Survey, is_finite, read_rows, survey
 from entra.score import CompletionScores
 from entra.traces import load_traces
 from entra.view.page import is_page

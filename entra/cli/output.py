@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from entra.cli import CommandError
-from entra.cli.rows import is_finite
+from entra.rows import is_finite
 
 SIDECAR = ".meta.json"
 """What follows the output's name in that of the file beside it."""

@@ -6,7 +6,7 @@ Decisions taken here:
   writes only the rows that are missing, so the file is the same to the byte as that of an uninterrupted run on this machine
   (other hardware rounds differently). The number of CPU threads, on which rounding depends too, is taken from the first run.
 - Carried columns come out as they went in, also NaN and Infinity, which are not JSON: they are written as Python's json and
-  pandas write them (`entra.cli.rows` says why).
+  pandas write them (`entra.rows` says why).
 - A bad row's `error` is "kind: message" (`entra.cli.scoring`); the summary counts kinds.
 """
 
@@ -29,7 +29,6 @@ from entra.cli import CommandError, say
 from entra.cli.columns import DETAIL_COLUMNS, ERROR_COLUMN, SCORE_COLUMNS
 from entra.cli.fingerprint import fingerprint
 from entra.cli.output import Output, check, check_output, recorded_threads
-from entra.cli.rows import Survey, read_rows, survey
 from entra.cli.scoring import (
     Scorer,
     add_scoring_flags,
@@ -41,6 +40,7 @@ from entra.cli.scoring import (
     load,
 )
 from entra.progress import progress_bar
+from entra.rows import Survey, read_rows, survey
 from entra.score import CompletionScores
 
 _DESCRIPTION = """\

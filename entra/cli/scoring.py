@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from entra.cli import CommandError, one_line
-from entra.cli.flags import add_flags
-from entra.cli.rows import Row, Survey
 from entra.config import ScoreConfig
 from entra.encode import Encoder
+from entra.flags import add_flags
 from entra.forward import unwrapped
 from entra.policy import Policy, load_policy, load_tokenizer
+from entra.rows import Row, Survey
 from entra.score import CompletionScores, score_batch
 
 

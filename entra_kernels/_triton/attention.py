@@ -543,7 +543,7 @@ def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
     """Both passes for every head dim: plain, with a window and every option that goes with it, and with a softcap on top; for
     some also with what needs no other launch size than plain; and the small kernels.
 
-    All for a stride of 1 along the head dim, see `entra_kernels/_triton/aot.py`."""
+    All for a stride of 1 along the head dim, see `benchmarks/static/aot.py`."""
     for head_dim in HEAD_DIMS:
         for variant in ("", " sinks per head packed", " window", " window softcap"):
             if variant == " sinks per head packed" and head_dim not in (64, 128, 256):

@@ -62,7 +62,7 @@ class KernelCase:
     """One kernel with the types and compile-time values of a launch: all that Triton's compiler needs.
 
     Each kernel module has `aot_cases(dtype, chip)`, which yields the cases that it launches for inputs of a dtype ("bf16" or
-    "fp32", in Triton's names) on that chip. Labels are unique within a module. `entra_kernels/_triton/aot.py` compiles them.
+    "fp32", in Triton's names) on that chip. Labels are unique within a module. `benchmarks/static/aot.py` compiles them.
     """
 
     label: str
@@ -147,7 +147,7 @@ def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *
     the compiled inner loop (instructions per score, column pass / row pass, bfloat16, Triton 3.7.1; 3.6 takes a little less
     and spills nowhere up to D = 128 either) and of the registers and
     the shared memory that decide how many programs share an SM. benchmarks/README.md has the table, and
-    `python -m entra_kernels._triton.sass` makes it; `python -m entra_kernels._triton.tune` times the alternatives on a GPU.
+    `python -m benchmarks.static.sass` makes it; `python -m benchmarks.static.tune` times the alternatives on a GPU.
 
     sm_90, where a warp waits for its product before it takes exponentials: the matrix unit is busy meanwhile only with a second
     program on the same SM, which for 8 warps means 128 registers and 113 KiB each, or with the product of the next tile

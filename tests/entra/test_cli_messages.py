@@ -75,7 +75,6 @@ def printed(capsys, *words):
         ["demo", "--svg", f"no/{EVIL}"],
         ["doctor", "--model", EVIL],
         ["doctor", "--model", "m", f"--{EVIL}"],
-        ["experiment", "domain", "--redraw", EVIL],
         ["experiment", EVIL],
         [EVIL],
         ["train", "--config", EVIL],
@@ -103,6 +102,15 @@ def test_escape_sequences_do_not_reach_the_terminal(words, model, capsys):
     Path("recorded.meta.json").write_text(json.dumps(record))
     Path("evil.yaml").write_text(json.dumps({EVIL: 1}))
     assert printed(capsys, *words)
+
+
+@pytest.mark.parametrize("words", [["importance", "--model", "m", "--unknown"], ["--help"], []])
+def test_experiment_names_the_command_that_replaces_it(words, capsys):
+    assert main(["experiment", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    name = words[0] if words[1:] else "NAME"
+    assert line.startswith("entra experiment: experiments are in the repository")
+    assert f"python -m benchmarks.experiments {name} with the same flags" in line
 
 
 def test_names_of_files_that_work_are_shown_as_signs(model, capsys):

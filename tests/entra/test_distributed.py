@@ -38,7 +38,7 @@ LIMIT = 240
 
 def launch(task: str, folder: Path) -> tuple[int, str]:
     """Two ranks do `task`; exit status and output."""
-    tests = Path(worker.__file__).parent
+    tests = Path(worker.__file__).parents[1]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
         "CUDA_VISIBLE_DEVICES": "",

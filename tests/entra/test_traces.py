@@ -7,7 +7,6 @@ from importlib.resources import files
 
 import pytest
 
-from entra.data.make_traces import RECIPES, read_written, stated_answer
 from entra.traces import KINDS, Problem, load_traces, parse_traces
 
 PROBLEMS = load_traces()
@@ -55,26 +54,9 @@ def test_overthinking_repeats_itself_more_than_its_control(problem: Problem):
     assert repeated_share(problem.completion("overthinking").text) > repeated_share(problem.completion("control").text)
 
 
-@each_problem
-def test_overthinking_reaches_the_answer_of_its_concise_twin(problem: Problem):
-    concise, overthinking = problem.completion("concise"), problem.completion("overthinking")
-    assert overthinking.correct == concise.correct
-    assert stated_answer(overthinking.text, problem.answer) == stated_answer(concise.text, problem.answer)
-
-
 def test_the_styles_are_varied():
     styles = [problem.completion("overthinking").style for problem in PROBLEMS]
     assert all(styles.count(style) >= 3 for style in ("reverify", "restate", "dead-end", "second-guess", "loop"))
-
-
-def test_the_file_holds_what_the_script_would_write():
-    written = read_written((files("entra") / "data" / "written.md").read_text(encoding="utf-8"))
-    assert [problem.id for problem in PROBLEMS] == [recipe.id for recipe in RECIPES] == list(written)
-    for problem, recipe in zip(PROBLEMS, RECIPES, strict=True):
-        for kind, (style, text) in written[problem.id].items():
-            assert (problem.completion(kind).style, problem.completion(kind).text) == (style, text)
-        kept = tuple((problem.completion(kind).sampling or {})["index"] for kind in ("concise", "sample"))
-        assert kept == recipe.kept
 
 
 def test_unknown_and_missing_kinds_are_refused():
@@ -97,27 +79,3 @@ def test_a_repeated_id_is_refused():
     line = (files("entra") / "data" / "traces.jsonl").read_text(encoding="utf-8").splitlines()[0]
     with pytest.raises(ValueError, match="a second time"):
         parse_traces([line, line])
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "stated"),
-    [
-        ("2 + 2 = 4\nThe answer is 1,204.", "1204", "1204"),
-        ("First the answer is 3. Wait. **Answer:** 3 + 4 = 7", "7", "7"),
-        ("It gives 12, then 15", "15", "15"),
-        ("No, it does not follow. Yes was close.", "No", "No"),
-        ("So the answer is mother of Tom.", "mother", "mother"),
-        ("Step one\nThe answer is: by, IS, does", "by, IS, does", "by, IS, does"),
-        ("", "4", ""),
-    ],
-    ids=["thousands", "last answer", "no marker", "yes or no", "word", "list", "empty"],
-)
-def test_stated_answer(text: str, answer: str, stated: str):
-    assert stated_answer(text, answer) == stated
-
-
-def test_sections_of_the_written_texts_must_not_come_twice():
-    with pytest.raises(ValueError, match="id='a' twice"):
-        read_written("## a\n### control\nx\n## a\n### control\ny\n")
-    with pytest.raises(ValueError, match="kind='control' twice"):
-        read_written("## a\n### control\nx\n### control\ny\n")

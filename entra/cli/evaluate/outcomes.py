@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 from entra.cli import CommandError, one_line
 from entra.cli.columns import KNOWN, TOKENS, TRUNCATED, correct_column, first, key_of, problem_column
-from entra.cli.rows import Row, is_finite, read_rows, survey
 from entra.cli.scoring import load_tokenizer_of
 from entra.encode import Encoder, as_ids, completion_text
 from entra.progress import progress_bar
+from entra.rows import Row, is_finite, read_rows, survey
 from entra.scorer_process import ProcessError
 
 _WORDS = "counted instead of tokens, for which there is no column tokens or completion_ids, and no --model"

@@ -27,14 +27,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from entra.cli import CommandError, Parser, one_line, refuse, say
-from entra.cli.flags import add_flags
-from entra.cli.rows import check_readable_again
 from entra.cli.train.checkpoints import check_folder, checkpoint_to_resume, is_finished, last_checkpoint, record
 from entra.cli.train.data import Problems, check_entries, load_data
 from entra.cli.train.rewards import reward_functions
 from entra.config import ScoreConfig, nearest_of
+from entra.flags import add_flags
 from entra.guards import Guards
 from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
+from entra.rows import check_readable_again
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

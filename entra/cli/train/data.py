@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from entra.cli import CommandError, one_line
-from entra.cli.rows import check_readable_again
+from entra.rows import check_readable_again
 from entra.scorer_process import ProcessError
 
 _FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

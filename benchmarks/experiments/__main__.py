@@ -1,0 +1,71 @@
+"""`python -m benchmarks.experiments NAME`: a question about the method, answered with numbers, tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.experiments import EXPERIMENTS, results
+from entra.commands import CommandError, Parser, one_line, refuse, say
+from entra.rows import read_rows, survey
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one experiment with `arguments` (None: those of the process) and return the exit code: 0 finished, 1 stopped by
+    something that the message names, 2 bad usage.
+
+    Raises:
+        SystemExit: from argparse, for `--help` and options that it cannot parse (exit code 2).
+    """
+    parser = Parser(
+        prog="python -m benchmarks.experiments",
+        description="Run one experiment. Its numbers (JSON, CSV), plots (SVG, PNG) and a section of Markdown go into --output.",
+        allow_abbrev=False,
+    )
+    names = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
+    for name, module in EXPERIMENTS.items():
+        experiment = importlib.import_module(module)
+        added = names.add_parser(name, help=experiment.QUESTION, description=experiment.__doc__, allow_abbrev=False)
+        added.add_argument(
+            "--output", type=Path, default=Path("build/experiments"), help="folder for the results (default: %(default)s)"
+        )
+        added.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing: tables and plots of an earlier result")
+        experiment.add_arguments(added)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        refuse(unknown, names.choices[options.experiment])
+    try:
+        run(options)
+    except CommandError as error:
+        say(f"{options.experiment}: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("", f"{options.experiment}: interrupted")
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """One experiment with parsed options.
+
+    Raises:
+        CommandError: what stops it.
+    """
+    experiment = importlib.import_module(EXPERIMENTS[options.experiment])
+    if getattr(options, "traces", None) is not None and not options.redraw:
+        survey(options.traces)
+        options.rows = read_rows(options.traces, 0)
+    try:
+        results.check_folder(options.output, options.experiment)
+        result = results.read(options.redraw) if options.redraw else experiment.run(options)
+        markdown = results.write(result, options.output, experiment.tables(result), experiment.figures(result))
+    except (OSError, ImportError, ValueError, RuntimeError) as error:
+        raise CommandError(one_line(error), 1) from error
+    say(*markdown.removesuffix("\n").split("\n"), file=sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""docs/experiments.md from the results of the experiments: `python -m benchmarks.experiments.report RESULTS DOCUMENT`.
+
+Tables and plots are drawn from the JSON files alone. The Markdown beside an experiment says in words what its numbers say, and
+`introduction.md` opens the document; links in them start at the document's folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.experiments import EXPERIMENTS
+from benchmarks.experiments.results import Result, read, section
+
+
+def report(results: Path, document: Path) -> str:
+    """The document's text; `document` is where it will stand, for the links to the plots.
+
+    Raises:
+        FileNotFoundError: no results in that folder.
+    """
+    found = {name: results / f"{name}.json" for name in EXPERIMENTS if (results / f"{name}.json").is_file()}
+    if not found:
+        raise FileNotFoundError(f"{results} holds no results; make experiments")
+    images = os.path.relpath(results, document.parent)
+    introduction = Path(__file__).with_name("introduction.md").read_text(encoding="utf-8")
+    return "\n".join([introduction, *(_section(name, read(path), images) for name, path in found.items())])
+
+
+def reading(name: str) -> str:
+    """What the committed numbers of an experiment say, in words."""
+    module = EXPERIMENTS[name].rpartition(".")[2]
+    return Path(__file__).with_name(f"{module}.md").read_text(encoding="utf-8").strip()
+
+
+def _section(name: str, result: Result, images: str) -> str:
+    module = importlib.import_module(EXPERIMENTS[name])
+    environment = result.environment
+    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
+    made = f"`{environment['command']}`, {environment['date']}, {environment['machine']}; {versions}."
+    body = section(module.tables(result), module.figures(result), images)
+    return f"## {name}: {module.QUESTION}\n\n{reading(name)}\n\n{made}\n\n{body}"
+
+
+if __name__ == "__main__":
+    folder, target = map(Path, sys.argv[1:])
+    target.write_text(report(folder, target))

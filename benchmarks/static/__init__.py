@@ -1,0 +1,1 @@
+"""What the compilers made of the kernels, counted without a GPU, and the tuner of launch sizes."""

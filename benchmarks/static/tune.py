@@ -1,0 +1,193 @@
+"""Times other launch sizes of the attention passes on this GPU: `python -m benchmarks.static.tune --head-dim 128`.
+
+Prints one row per size, fastest first, as a table to paste beside the choice in `launch.py`. The size in use is marked, one
+whose result differs from it is named as wrong, and one that the chip cannot run is listed with the reason. `make static-proof`
+shows what the same sizes cost in instructions, registers and shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from entra_kernels._spans import Spans
+from entra_kernels._triton import attention
+from entra_kernels._triton.launch import AttentionLaunch, Chip, Ring, attention_launch, chip_of
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VARIANTS = ("plain", "window", "softcap")
+
+SPREAD = 1e-5
+"""How far, relative to the largest sum, two sizes may differ: they add up in other orders, in float32."""
+
+
+class Trial(NamedTuple):
+    """One launch size with its times in milliseconds, or why it has none."""
+
+    size: AttentionLaunch
+    column: float | None
+    """The column pass, log-sum-exp given."""
+    both: float | None
+    reason: str = ""
+
+
+def candidates(current: AttentionLaunch, element_size: int, chip: Chip) -> Iterator[AttentionLaunch]:
+    """The size in use; where that has a ring, the others, and the plain passes; then all plain sizes that fit into shared
+    memory and leave a thread registers beside its accumulators."""
+    yield current
+    if current.ring is not None:
+        yield from (size for size in rings(current, element_size, chip) if size != current)
+        current = current._replace(ring=None)
+        yield current
+    for resident, streamed, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (1, 2, 3)):
+        accumulators = resident * streamed // (32 * warps)
+        shared = (resident + stages * streamed) * current.depth * element_size
+        if streamed > resident or accumulators > 128 or accumulators < 8 or shared > chip.shared_memory:
+            continue
+        # Bounds that let two programs of 8 warps, or three of 4, share the registers of an SM.
+        for registers in (None, {8: 128, 4: 168}[warps]) if chip.is_nvidia and accumulators <= 64 else (None,):
+            for ahead in (False, True) if accumulators <= 64 else (False,):
+                size = AttentionLaunch(resident, streamed, current.depth, warps, stages, registers, current.least_piece, ahead)
+                if size != current:
+                    yield size
+
+
+def rings(current: AttentionLaunch, element_size: int, chip: Chip) -> Iterator[AttentionLaunch]:
+    """Rings that fit into shared memory. With the resident tile in registers too, 128 streamed tokens would spill."""
+    for streamed, stages, in_registers in itertools.product((128, 64), (3, 4, 6), (False, True)):
+        shared = (current.resident + stages * streamed) * current.depth * element_size + 4 * stages * streamed + 1024
+        if shared <= chip.shared_memory and not (in_registers and streamed == 128):
+            yield current._replace(streamed=streamed, ring=Ring(stages, in_registers))
+
+
+def milliseconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Median time of a call after two others; by device events on a GPU."""
+    times = []
+    for turn in range(rounds + 2):
+        if device.type == "cpu":
+            start = time.perf_counter()
+            run()
+            elapsed = (time.perf_counter() - start) * 1e3
+        else:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            elapsed = begin.elapsed_time(end)
+        if turn >= 2:
+            times.append(elapsed)
+    return statistics.median(times)
+
+
+def trials(q: Tensor, k: Tensor, sizes: Sequence[AttentionLaunch], variant: str, rounds: int) -> Iterator[Trial]:
+    """Each size in turn; the first one's result is what the others are held to."""
+    batch, heads, tokens, head_dim = q.shape
+    spans = Spans(None, None, batch, tokens, batch)
+    out = torch.zeros(batch, 1, tokens, dtype=torch.float32, device=q.device)
+    # Any log-sum-exp takes the same time; one above every score keeps the sums finite.
+    lse = torch.full((batch, heads, tokens), 100.0, device=q.device)
+    expected: Tensor | None = None
+    for size in sizes:
+
+        def run(lse: Tensor | None = None, size: AttentionLaunch = size) -> Tensor:
+            attention._launch(
+                q, k, spans, out, size,
+                scale=head_dim**-0.5, window=max(tokens // 8, 1) if variant == "window" else None,
+                softcap=50.0 if variant == "softcap" else None, sinks=None, lse=lse, row_weights=None,
+                per_head=False, normalize=False,
+            )  # fmt: skip
+            return out
+
+        try:
+            result = run().clone()
+        except Exception as error:  # a size that the chip or the compiler refuses is a result too
+            yield Trial(size, None, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            continue
+        if expected is None:
+            expected = result
+        # Negated, so that NaN is wrong.
+        if not (result - expected).abs().max() <= SPREAD * expected.abs().max():
+            yield Trial(size, None, None, "wrong result")
+            continue
+        yield Trial(
+            size,
+            column=milliseconds(lambda run=run: run(lse), q.device, rounds),  # type: ignore[misc]
+            both=milliseconds(run, q.device, rounds),
+        )
+
+
+def table(found: Sequence[Trial], current: AttentionLaunch, flops: float) -> str:
+    """Markdown, fastest column pass first, those without times last."""
+    lines = [
+        "| resident x streamed | warps | stages | registers at most | ahead | column pass, ms | TFLOP/s | both passes, ms | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for trial in sorted(found, key=lambda trial: (trial.column is None, trial.column)):
+        size = trial.size
+        rate = "" if trial.column is None else f"{flops / trial.column / 1e9:.0f}"
+        times = ["" if value is None else f"{value:.3f}" for value in (trial.column, trial.both)]
+        note = trial.reason or ("in use" if size == current else "")
+        warps, stages, registers = str(size.num_warps), str(size.num_stages), str(size.max_registers or "-")
+        if size.ring is not None:
+            warps, stages, registers = "4 + 4 + 1", f"ring of {size.ring.stages}", "-"
+            if size.ring.in_registers:
+                stages += ", resident tile in registers"
+        lines.append(
+            f"| {size.resident} x {size.streamed} | {warps} | {stages} | {registers} "
+            f"| {'yes' if size.ahead else ''} | {times[0]} | {rate} | {times[1]} | {note} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table; 1 when the size in use has no time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--heads", type=int, default=32, help="query heads")
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--variant", choices=VARIANTS, default="plain")
+    parser.add_argument("--rounds", type=int, default=10, help="timed calls of each size")
+    parser.add_argument("--most", type=int, help="try only this many sizes, the one in use first")
+    options = parser.parse_args(arguments)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not interpreted:
+        parser.error("no GPU is visible to torch to time launch sizes on; python -m benchmarks.static.sass counts without")
+    if options.heads % options.kv_heads:
+        parser.error(f"--heads {options.heads} must be a multiple of --kv-heads {options.kv_heads}")
+
+    device = torch.device("cpu" if interpreted else "cuda")
+    dtype, group = DTYPES[options.dtype], options.heads // options.kv_heads
+    torch.manual_seed(0)
+    q = torch.randn(1, options.heads, options.tokens, options.head_dim, device=device, dtype=dtype)
+    k = torch.randn(1, options.kv_heads, options.tokens, options.head_dim, device=device, dtype=dtype)
+    chip = chip_of(device)
+    current = attention_launch(options.head_dim, group, dtype.itemsize, chip, options=options.variant != "plain")
+    sizes = list(itertools.islice(candidates(current, dtype.itemsize, chip), options.most))
+    found: list[Trial] = []
+    for trial in trials(q, k, sizes, options.variant, options.rounds):
+        print(f"{len(found) + 1} of {len(sizes)}", end="\r", file=sys.stderr, flush=True)
+        found.append(trial)
+    name = "Triton's interpreter, whose times mean nothing" if interpreted else torch.cuda.get_device_name()
+    print(
+        f"{name}, Triton {triton.__version__}, {options.dtype}, {options.variant}: N = {options.tokens}, "
+        f"{options.heads} query and {options.kv_heads} kv heads, D = {options.head_dim}\n"
+    )
+    print(table(found, current, options.heads * options.tokens**2 * options.head_dim))
+    return int(found[0].column is None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How the shipped traces (`entra/data`) were made."""

@@ -1,0 +1,71 @@
+"""The command that times launch sizes, in the interpreter, where its times mean nothing but its checks do."""
+
+import importlib
+import os
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off: a GPU is there")
+SMALL = ["--tokens", "70", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--dtype", "fp16", "--rounds", "1"]
+
+
+@pytest.fixture
+def tune():
+    return importlib.import_module("benchmarks.static.tune")
+
+
+def test_candidates_fit_and_hold_the_size_in_use(tune):
+    launch = importlib.import_module("entra_kernels._triton.launch")
+    for chip in (launch.HOPPER, launch.Chip("gfx942", 64 * 1024)):
+        for head_dim in (16, 128, 256):
+            current = launch.attention_launch(head_dim, 4, 2, chip, options=False)
+            sizes = list(tune.candidates(current, 2, chip))
+            assert sizes[0] == current
+            assert len(set(sizes)) == len(sizes) > 5
+            tiles = {s: s.resident + (s.ring.stages if s.ring else s.num_stages) * s.streamed for s in sizes}
+            assert all(tiles[s] * s.depth * 2 <= chip.shared_memory for s in sizes[1:])
+            assert (current.ring is not None) == (current._replace(ring=None) in sizes[1:])
+            assert all(s.resident % s.streamed == 0 for s in sizes)
+
+
+@pytest.mark.parametrize("variant", ["plain", "window", "softcap"])
+def test_command(tune, variant, capsys):
+    assert tune.main([*SMALL, "--variant", variant, "--most", "3"]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 3
+    assert sum("in use" in row for row in rows) == 1
+    assert "wrong" not in out
+    times = [float(row.split("|")[6]) for row in rows[2:]]
+    assert times == sorted(times)
+
+
+def test_wrong_and_impossible_sizes_are_named(tune, monkeypatch):
+    launch = importlib.import_module("entra_kernels._triton.launch")
+    q, k = torch.randn(1, 2, 70, 16), torch.randn(1, 1, 70, 16)
+    good = launch.AttentionLaunch(64, 32, 16, 4, 1, None, 1)
+    wrong, impossible = good._replace(num_stages=2), good._replace(num_stages=3)
+    run = tune.attention._launch
+
+    def sabotaged(q, k, spans, out, size, **options):
+        if size == impossible:
+            raise RuntimeError("out of resource: shared memory")
+        run(q, k, spans, out, size, **options)
+        if size == wrong:
+            out[0, 0, 3] = float("nan")
+
+    monkeypatch.setattr(tune.attention, "_launch", sabotaged)
+    found = list(tune.trials(q, k, [good, wrong, impossible], "plain", rounds=1))
+    assert [trial.reason for trial in found] == ["", "wrong result", "RuntimeError: out of resource: shared memory"]
+    assert "| wrong result |" in tune.table(found, good, 1e9)
+
+
+def test_refusals(tune, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        tune.main([*SMALL, "--kv-heads", "3"])
+    assert "--heads 2 must be a multiple of --kv-heads 3" in capsys.readouterr().err
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(SystemExit):
+        tune.main(SMALL)
+    assert "no GPU is visible to torch" in capsys.readouterr().err
