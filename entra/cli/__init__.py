@@ -26,7 +26,7 @@ COMMANDS = {
     "experiment": ("entra.cli.experiment", None),
     "demo": ("entra.cli.demo", "score the shipped traces with SmolLM2-135M-Instruct and look at them"),
 }
-"""By name: the module, which is imported when the command is called and not before, and its line in `entra --help`, if it is told there."""
+"""By name: the module, which is imported when the command is called and not before, and its line in `entra --help`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
