@@ -38,7 +38,7 @@ from entra.forward import (
 from entra.name_clash import name_clash
 from entra.policy import resolve_policy
 from entra.rollout import Rollout
-from entra.rope import RopeGroups, sees_left_pads
+from entra.rope import RopeGroups, forgetful_rope, sees_left_pads
 from entra.verify import forward_budget, verify
 from entra_kernels._checks import choose_backend
 
@@ -218,8 +218,10 @@ def _look(inner: Any, ids: list[int], config: ScoreConfig) -> tuple[CapturedLaye
         _lock(inner),
         torch.no_grad(),
         _evaluation_mode(inner),
+        forgetful_rope(inner) as forget,
         capture_incoming_attention(inner, backend=config.backend) as captured,
     ):
+        forget()
         captured.inspect = lambda q, k, options: shown.extend((q, k))
         inner(input_ids=_row(inner, ids), use_cache=False)
     return captured.layer, shown[0], shown[1]
@@ -272,7 +274,8 @@ def _eagerly(inner: Any, ids: list[int], layer: CapturedLayer) -> tuple[Tensor, 
     module = inner.get_submodule(layer.name)
     handle = module.register_forward_hook(lambda module, args, output: weights.append(output[1]))
     try:
-        with _lock(inner), torch.no_grad(), _evaluation_mode(inner), _eager_attention(inner):
+        with _lock(inner), torch.no_grad(), _evaluation_mode(inner), _eager_attention(inner), forgetful_rope(inner) as forget:
+            forget()
             logits = inner(input_ids=_row(inner, ids), use_cache=False).logits
     finally:
         handle.remove()

@@ -83,6 +83,16 @@ def test_the_model_is_as_before():
     assert state() == before
 
 
+def test_a_dynamic_rope_is_as_before():
+    """The text of the self-check is longer than 16 tokens; transformers 5.3 then kept its frequencies for every later row."""
+    model = stretched("dynamic")
+    rotary = model.model.rotary_emb
+    before, longest = rotary.inv_freq.clone(), rotary.max_seq_len_cached
+    assert entra.doctor(model, build_tokenizer()).ok
+    assert torch.equal(rotary.inv_freq, before)
+    assert rotary.max_seq_len_cached == longest
+
+
 def test_wrappers_are_looked_through():
     peft = pytest.importorskip("peft", reason="needs PEFT")
     adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
