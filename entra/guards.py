@@ -37,30 +37,30 @@ class Judged(NamedTuple):
 @names_unknown_options
 @dataclass(frozen=True, kw_only=True)
 class Guards:
-    """The guards of `EntraReward`, which takes each field as a keyword. Frozen, keyword-only, checks itself; all off at first.
+    """The guards of `EntraReward`, which takes each field as a keyword. Frozen, keyword-only, checks itself. All are off.
 
     Raises:
-        ValueError: a value outside its range; the message names the field, the value and the rule.
-        TypeError: a value of another type, or an unknown option (the nearest right one is named).
+        ValueError: a value outside its range. The message names the field, the value and the rule.
+        TypeError: a value of another type, or an unknown option (the message names the nearest right one).
     """
 
     halve_at: float | None = None
-    """h in tokens. The reward is then 1 / (1 + D / h) instead of r, with D = M (1 - r) redundant tokens among the M unprotected
-    ones. D is a total, where r is a mean, which new words that say nothing raise. None: r."""
+    """h in tokens. The reward is then 1 / (1 + D / h) instead of r. D = M (1 - r) is how many of the M unprotected tokens are
+    redundant. D is a total; r is a mean, which new words that say nothing raise. None: r."""
 
     group_gate: float = 0.0
-    """Completions of a prompt get 0 unless at least this share of them passes the gate (mean of its values, cut to 0..1).
-    Brevity is paid for only where the policy can afford it. In [0, 1]; 0: everywhere. Needs a gate."""
+    """The share of a prompt's completions that must pass the gate, in [0, 1]. If fewer do, they all get 0: brevity pays only
+    where the policy can afford it. The share is the mean of the gate's values, cut to 0..1. 0: off. Needs a gate."""
 
     min_length: int = 0
-    """Completions of fewer tokens get 0: few tokens never repeat."""
+    """Completions of fewer tokens get 0, because few tokens never repeat."""
 
     min_mean_logprob: float | None = None
-    """Completions whose mean log P is lower get 0: gibberish never repeats either. None: no floor."""
+    """Completions whose mean log P is lower get 0, because gibberish never repeats either. None: no floor."""
 
     dead_band: float = 0.0
-    """Rewards of one prompt's completions are set to their mean when the highest and the lowest differ by less than this. Noise
-    then gives no advantage. 0: off."""
+    """If the rewards of one prompt's completions lie closer together than this, all are set to their mean, so that noise gives
+    no advantage. 0: off."""
 
     skip_truncated: bool = False
     """Completions without an EOS at the end get None (not scored). Needs completion ids, and a scorer with the policy's EOS."""
@@ -179,7 +179,7 @@ def dead_banded(rewards: Sequence[float | None], groups: Sequence[Hashable], wid
 
 
 def _within(rewards: Sequence[float | None], groups: Sequence[Hashable], width: float) -> list[bool]:
-    """Whose group has rewards of which the highest and the lowest differ, but by less than `width`."""
+    """Whose group has rewards that differ, but all lie closer together than `width`."""
     within = [False] * len(rewards)
     for indices in members(groups).values():
         values = [value for i in indices if (value := rewards[i]) is not None]

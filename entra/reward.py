@@ -39,24 +39,24 @@ class EntraReward:
 
         trainer = trl.GRPOTrainer(reward_funcs=[entra.EntraReward(model=frozen, tokenizer=tok, gate=accuracy_reward)], ...)
 
-    Picklable when its parts are, named, synchronous. Scores with a model of its own (a frozen scorer), or with the live policy
-    in `entra.EntraGRPOTrainer`, or in any trainer when `entra.bind_policy` is around `trainer.train()`.
+    It is picklable if its parts are. A frozen scorer scores if you pass one as `model`. Otherwise the live policy scores: in
+    `entra.EntraGRPOTrainer`, or in any trainer if `entra.bind_policy` is around `trainer.train()`.
 
     Args:
-        model: a frozen scorer, as for `score_batch`; None: the live policy. With a tokenizer it scores the text, as the ids of
-            the policy may be others; without one, the ids that the trainer gives. TRL's trainers give none of prompts: there
-            prompts must be ids, or the trainer `entra.EntraGRPOTrainer` or `entra.EntraRLOOTrainer`, which knows them.
-        tokenizer: its tokenizer.
-        config: the options of the method; None: the defaults.
-        gate: any TRL reward function, such as an accuracy reward. Each reward is multiplied by what it returns (at least 0), so
-            only right answers are paid for being concise; None from the gate gives None. An asynchronous one is awaited. In
+        model: a frozen scorer, as for `score_batch`. None: the live policy. With a tokenizer the scorer reads the text, because
+            the policy's ids may mean something else to it. Without one it scores the ids that the trainer gives. TRL's trainers
+            give no ids of prompts. Without a tokenizer you need prompts that are ids, or ENTRA's trainers, which know them.
+        tokenizer: the scorer's tokenizer.
+        config: the options of the method. None: the defaults.
+        gate: any TRL reward function, such as an accuracy reward. It multiplies each reward by what it returns, at least 0, so
+            only right answers are paid for being concise. None from the gate gives None. An asynchronous gate is awaited. In
             ENTRA's trainers a gate that is also a reward, or the gate of another, is called once for each batch.
-        name: how the trainer logs it.
+        name: the name under which the trainer logs it.
         guards: the fields of `entra.guards.Guards`, which says what each does.
 
     Raises:
         ValueError: an option outside its range, or a model that cannot be found or scored.
-        TypeError: an option of another type, or an unknown one (the nearest right one is named).
+        TypeError: an option of another type, or an unknown one (the message names the nearest right one).
         RuntimeError: a model without a language-model head.
 
     Source: docs/method.md, "The reward as an objective".
@@ -98,11 +98,19 @@ class EntraReward:
     ) -> list[float | None]:
         """One reward per completion, or None for those that are not scored. `columns` go to the gate.
 
-        Under TRL it logs, as metrics and as columns of the completions table (all under its name): `score` (r before gate and
-        guards), `redundant_tokens` (M (1 - r)), `protected_share`, `incoming` (mean incoming attention of a token); and as
-        metrics alone `group_std` (mean over prompts of the standard deviation of the rewards of one prompt),
-        `length_correlation` (of reward and tokens), and `stopped/NAME` for the gate and each guard that is on: the share of the
-        scored completions that it stops, whatever the others do (the dead band: that it levels).
+        Under TRL it logs under its name, as metrics and as columns of the completions table:
+
+        - `score`: r before gate and guards;
+        - `redundant_tokens`: M (1 - r);
+        - `protected_share`;
+        - `incoming`: mean incoming attention of a token.
+
+        As metrics only:
+
+        - `group_std`: the standard deviation of the rewards of one prompt, mean over prompts;
+        - `length_correlation`: of reward and tokens;
+        - `stopped/NAME` for the gate and each guard that is on: the share of the scored completions that it stops (the dead
+          band: levels), whatever the others do.
 
         Raises:
             ValueError: `skip_truncated` without completion ids or EOS id, a gate that does not return one finite number or

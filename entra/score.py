@@ -31,13 +31,13 @@ _OPTIONS = ("completion_ids", "model", "tokenizer", "logprobs", "incoming", "con
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CompletionScores:
-    """The reward of one completion of n tokens and what it was made of: CPU tensors [n].
+    """The reward of one completion of n tokens, and what it was made of: CPU tensors [n].
 
-    Tokens are the completion's without pads and trailing EOS.
+    The tokens are the completion's, without pads and trailing EOS.
     """
 
     reward: float | None
-    """r in [0, 1], high when the unprotected tokens do not repeat; None where a log-prob or attention is not finite."""
+    """r in [0, 1], high when the unprotected tokens do not repeat. None where a log-prob or attention is not finite."""
     token_ids: Tensor
     """int64 ids."""
     logprobs: Tensor
@@ -47,7 +47,7 @@ class CompletionScores:
     importance: Tensor
     """float32, log P + lambda * mu."""
     protected: Tensor
-    """bool, the top share by importance, which the reward does not look at."""
+    """bool, the tokens of highest importance, which the reward does not look at."""
 
     def __eq__(self, other: object) -> bool:
         """Whether reward and every element are equal."""
@@ -86,13 +86,13 @@ class CompletionScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores(Sequence[CompletionScores]):
-    """The `CompletionScores` of every completion, and each of their fields as a list with one entry per completion.
+    """The scores of all completions: a sequence of `CompletionScores`, and each of their fields as a list.
 
-    Tokens are the completion's without pads and trailing EOS.
+    The tokens are the completion's, without pads and trailing EOS.
     """
 
     rewards: list[float | None]
-    """r in [0, 1], high when the unprotected tokens do not repeat; None where a log-prob or attention is not finite."""
+    """r in [0, 1], high when the unprotected tokens do not repeat. None where a log-prob or attention is not finite."""
     token_ids: list[Tensor]
     """int64 ids."""
     logprobs: list[Tensor]
@@ -102,11 +102,11 @@ class Scores(Sequence[CompletionScores]):
     importance: list[Tensor]
     """float32, log P + lambda * mu."""
     protected: list[Tensor]
-    """bool, the top share by importance, which the reward does not look at."""
+    """bool, the tokens of highest importance, which the reward does not look at."""
     config: ScoreConfig
     """The options that produced all this."""
     tokenizer: Any = field(default=None, repr=False, compare=False)
-    """Of the policy, for the text of the tokens; None where ids were scored without one."""
+    """The policy's, for the text of the tokens. None where ids were scored without one."""
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -128,13 +128,13 @@ class Scores(Sequence[CompletionScores]):
         )
 
     def show(self, rows: int | slice | None = None) -> NotebookView:
-        """The completions with every token shaded by importance, in a notebook; as text elsewhere.
+        """Show completions in a notebook, with every token shaded by importance; elsewhere, as text.
 
         Args:
-            rows: one completion's index, or a slice of them; None: the first 20.
+            rows: the index of one completion, or a slice. None: the first 20.
 
         Raises:
-            IndexError: no completion of that index.
+            IndexError: there is no completion of that index.
         """
         from entra.view.notebook import NotebookView
         from entra.view.trace import Trace, pieces_of
