@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint smoke test-lowest test-versions test-deepspeed test-vllm bench evidence evidence-full experiments gpu-test gpu-bench \
+.PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm bench evidence evidence-full experiments gpu-test gpu-bench \
     compile-all compile-tritons static-proof clean
 .NOTPARALLEL:  # targets share environments, and use all cores by themselves
 
@@ -42,6 +42,17 @@ lint: $(VENV)/dev.done
 # A file of tests stays in one process: what a module sets up (models, runs of several processes) is set up once.
 test: lint
 	$(BIN)/pytest tests -n $(JOBS) --dist loadfile
+
+# The pages and an API reference as a site, build/site/index.html. A broken link or an undocumented public name fails. Docstrings are
+# read, not imported: the environment has the packages of the extra `docs` alone.
+DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+.venv-docs/done: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install -q $$($(PYTHON) -c '$(DOCS)')
+	@touch $@
+
+docs: .venv-docs/done
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
 
 # The sdist and, out of it, the wheel, installed as a user does, without extras.
 smoke:
@@ -169,4 +180,4 @@ compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	done
 
 clean:
-	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm
+	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm .venv-docs

@@ -120,9 +120,9 @@ _BIASED = (
     "(0) nor hides it (-1000 or less), which incoming attention cannot reproduce; pass a bool mask, or one of 0 and -inf"
 )
 _OTHER_ROPE = (
-    "token {token} of row {row} has another RoPE in this forward than its sequence alone: LongRoPE and dynamic RoPE go by the "
-    "largest position of a forward, pads included; run sequences of up to original_max_position_embeddings tokens (dynamic: "
-    "max_position_embeddings) apart from longer ones (dynamic: those one by one), and pad no further than to the longest"
+    "token {token} of row {row} has another RoPE in this forward than its sequence alone, because LongRoPE and dynamic RoPE "
+    "depend on the largest position of a forward, pads included; run sequences of up to original_max_position_embeddings "
+    "tokens (dynamic: max_position_embeddings) apart from longer ones (dynamic: those one by one), and pad to the longest only"
 )
 _COMPILED = (
     "row {row} packs several sequences (the attention of {name} keeps token {token} apart from the one before it), which "
@@ -468,46 +468,47 @@ def capture_incoming_attention(
             model(input_ids, use_cache=False)
         captured.incoming  # float32 [B, N]
 
-    The layer is the last one of full attention, or where every softmax layer has a window the last of those, with its
-    window. The logits are bit-identical to those without capture (inductor compiles another graph, so there up to its
-    rounding), and the model's config, mode, and hooks are as before after the block, also when the forward raised.
+    The layer is the last one of full attention. If every softmax layer has a window, it is the last of those, with its window.
+    The logits are bit-identical to those without capture. (inductor compiles another graph, so there they differ by its
+    rounding.) After the block the model's config, mode, and hooks are as before, also when the forward raised.
 
-    **Packed rows.** Several sequences in one row (padding-free training) are scored one by one, each like the same sequence in
-    a row to itself. They are given as `cu_seqlens`, or found in the attention call: where its mask cuts (`position_ids` that
-    start again, with `attention_mask=None` and `use_cache=False`), or in what flash attention is told. `captured.cu_seqlens`
-    says which they are. LongRoPE and dynamic RoPE go by the largest position of a forward: sequences that have another RoPE
-    there than alone are an error, in padded rows with `start` or `length` too.
+    **Packed rows.** Several sequences in one row (padding-free training) are scored one by one, each as if it had a row to
+    itself. Give them as `cu_seqlens`, or let the capture find them in the attention call. It finds them where the mask cuts
+    (`position_ids` that start again, with `attention_mask=None` and `use_cache=False`), or in what flash attention is told.
+    `captured.cu_seqlens` says which they are. LongRoPE and dynamic RoPE depend on the largest position of a forward. A sequence
+    whose RoPE would be another one if it ran alone is an error, in packed rows and in padded rows with `start` or `length`.
 
-    Every forward inside the block replaces the result of the one before; so does gradient checkpointing's second pass,
-    with the same values. No gradient flows through a result, and attention dropout is not part of it. One thread at a time
-    may run a model that is captured.
+    Every forward inside the block replaces the result of the one before. So does the second pass of gradient checkpointing,
+    with the same values. No gradient flows through a result, and attention dropout is not part of it. Only one thread at a
+    time may run a model that is captured.
 
     Args:
         model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, torch.compile with or without fullgraph).
-        start: int [B], each row's first token; None: 0. With start or length a row is one sequence.
-        length: int [B], each row's count of tokens; None: all from `start` on. Pads outside the span count for
-            nothing. The model's own attention_mask is the caller's business: right padding needs none. With cu_seqlens int [S],
-            how many tokens of each sequence count, from its first on.
+        start: int [B], each row's first token. None: 0. With start or length a row is one sequence.
+        length: int [B], each row's count of tokens. None: all from `start` on. Pads outside the span count for nothing. The
+            model's attention_mask is up to you: right padding needs none. With cu_seqlens: int [S], how many tokens of each
+            sequence count, from its first on.
         cu_seqlens: int [S + 1], the sequences packed into a batch of one row, [1, T]: 0, then the running sums of their
             lengths. Not with start. None: found in the call.
-        statistic: "mean", or "lift": each query's attention as a multiple of its uniform share, `sum_{j>i} w_j A_ji`
-            over the same divisor with w_j the number of keys that j sees, at most the window. 1 everywhere when all
+        statistic: "mean" or "lift". Lift is each query's attention as a multiple of its uniform share: `sum_{j>i} w_j A_ji`
+            over the same divisor, where w_j is the number of keys that j sees, at most the window. It is 1 everywhere when all
             scores are equal.
-        head_reduction: over query heads, "mean" or "max" of the heads' statistics.
+        head_reduction: "mean" or "max" over the query heads.
         backend: of `entra_kernels.incoming_attention`.
-        reuse_lse: take the log-sum-exp that the attention call computes, where it does (SDPA's fused kernels, flash-attn;
-            `captured.layer.lse_source` says which): one pass of the Triton kernels instead of two. It needs a call without
-            mask and `start`, and a window only where the operation applies it (flash-attn). False: always compute it.
+        reuse_lse: take the log-sum-exp that the attention call computes, if it computes one (SDPA's fused kernels, flash-attn).
+            The Triton kernels then make one pass instead of two. `captured.layer.lse_source` says where it came from. The call
+            must have no mask and no `start`, and a window only if the operation applies it (flash-attn). False: always compute
+            it.
 
     Raises:
         ValueError: an unknown statistic or head_reduction; start, length or cu_seqlens that do not fit the batch or each other;
-            a model without a softmax layer that can be scored (only linear, sparse, indexed attention), with its layer types; a
-            softcap that the attention implementation leaves out (Gemma 2 with SDPA before transformers 5.21).
+            a model without a softmax layer that can be scored (the message names its layer types); a softcap that the attention
+            implementation leaves out (Gemma 2 with SDPA before transformers 5.21).
         TypeError: start, length or cu_seqlens that are not whole numbers.
-        RuntimeError: a forward with a key-value cache in use, or with a position bias or sparse indices; packed rows of a model
-            whose layers carry a state from one sequence into the next (linear attention, Mamba). Reading `captured.incoming`
-            before a forward, or when attention kept other sequences apart than those that are to be scored, or none (gpt-oss
-            but under flash attention), when its mask biases scores, or when a sequence has another RoPE than alone.
+        RuntimeError: a forward that uses a key-value cache, a position bias or sparse indices; packed rows of a model whose
+            layers carry a state from one sequence into the next (linear attention, Mamba). When `captured.incoming` is read:
+            there was no forward yet; attention kept other sequences apart than those to be scored, or none (gpt-oss without
+            flash attention); the mask biases scores; a sequence has another RoPE than it would have alone.
 
     Source: docs/method.md, incoming attention.
     """
@@ -576,14 +577,14 @@ def _check_packed(start: Tensor | None, length: Tensor | None, cu_seqlens: Tenso
         )
     if length is not None and length.shape != (cu_seqlens.numel() - 1,):
         raise ValueError(
-            f"length has shape {tuple(length.shape)} but cu_seqlens {cu_seqlens.numel() - 1} sequences; give one entry for each"
+            f"length has shape {tuple(length.shape)} but cu_seqlens has {cu_seqlens.numel() - 1} sequences; give each an entry"
         )
     if cu_seqlens.device.type != "cpu" or (length is not None and length.device.type != "cpu"):
         return  # looking would wait for the device
     if int(cu_seqlens[0]) != 0 or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"cu_seqlens={cu_seqlens.tolist()} must start at 0 and never fall; pass running sums of the lengths")
     if length is not None and bool(((length < 0) | (length > cu_seqlens.diff())).any()):
-        raise ValueError(f"length={length.tolist()} must be 0 to the lengths of the sequences, {cu_seqlens.diff().tolist()}")
+        raise ValueError(f"length={length.tolist()} must lie in 0 to the sequences' lengths, {cu_seqlens.diff().tolist()}")
 
 
 def _capturing_attention(

@@ -90,41 +90,43 @@ Backend = Literal["auto", "reference", "torch", "triton"]
 @names_unknown_options
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """How a completion is scored. Frozen, keyword-only, checks itself; the defaults are docs/method.md's.
+    """How a completion is scored. Frozen, keyword-only, checks itself. The defaults are docs/method.md's.
 
     Raises:
-        ValueError: a value outside its range; the message names the field, the value and the rule.
-        TypeError: a value of another type, or an unknown option (the nearest right one is named).
+        ValueError: a value outside its range. The message names the field, the value and the rule.
+        TypeError: a value of another type, or an unknown option (the message names the nearest right one).
     """
 
     attention_weight: float = 2.0
     """lambda in I = log P + lambda * mu. The paper used 2 for MATH and 1e-4 elsewhere. 0 ranks by log P alone."""
 
     protect_fraction: float = 0.2
-    """tau: the share of the completion's tokens, those of highest importance, that the reward does not look at. In [0, 1]."""
+    """tau: the share of the completion's tokens that is protected, in [0, 1]. They are those of highest importance, and the
+    reward does not look at them."""
 
     attention_statistic: Statistic = "mean"
-    """"mean": mean attention from future tokens. "lift": each query's attention as a multiple of its uniform share, which
-    removes the position bias (mean attention falls with the position by itself). Our option; the paper's is "mean"."""
+    """"mean": mean attention from future tokens, as in the paper. "lift": each query's attention as a multiple of its uniform
+    share. Mean attention falls with the position by itself; lift removes this bias, and is our option."""
 
     head_reduction: HeadReduction = "mean"
     """How the query heads of the layer become one number. Our choice; the paper's summary does not fix it."""
 
     ranking_scope: RankingScope = "completion"
     """"completion": prompt tokens attend and are attended to, but only completion tokens are ranked and counted. "sequence":
-    the prompt's tokens too, all but the first, which has no log P. Our choice; the paper's summary does not fix it."""
+    the prompt's tokens are ranked and counted too, except the first, which has no log P. Our choice; the paper's summary does
+    not fix it."""
 
     degenerate_reward: float = 0.0
-    """The reward when at most one token is left unprotected, where entropy over log M is undefined. 0 is the worst reward:
-    a one-token answer must not be the best one."""
+    """The reward when at most one token is unprotected. Entropy over log M is undefined there. 0 is the worst reward: a
+    one-token answer must not be the best one."""
 
     length_adjusted: int | None = None
-    """Report the expected reward of this many unprotected positions drawn at random (rarefaction) instead of the reward of all
-    of them, which falls with the length by itself. At least 2. Completions with fewer positions are taken as they are."""
+    """At least 2: report the expected reward of this many unprotected positions, drawn at random (rarefaction). The reward of
+    all of them falls with the length by itself. Completions with fewer positions are taken as they are. None: no adjustment."""
 
     token_budget: int | None = None
-    """Padded tokens in one forward: memory and speed, results do not depend on it. None: 16,384 on a GPU, 1,024 on a CPU, where
-    large batches gain nothing and padding costs as much as tokens."""
+    """Padded tokens in one forward. It decides memory and speed; results do not depend on it. None: 16,384 on a GPU and 1,024
+    on a CPU, where large batches gain nothing and padding costs as much as tokens."""
 
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Further arguments of `apply_chat_template` for chat prompts, e.g. {"enable_thinking": False}."""

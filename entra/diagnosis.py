@@ -58,16 +58,19 @@ class Finding(NamedTuple):
     """One thing that was looked at."""
 
     name: str
+    """What was looked at, such as "versions"."""
     state: Literal["ok", "note", "wrong"]
+    """"wrong" stands in the way of a run, "note" does not."""
     text: str
-    """What was found; where it is wrong, with the remedy."""
+    """What was found. If it is wrong, with the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What `doctor` found; printed, one line for each finding."""
+    """What `doctor` found. Print it: one line for each finding."""
 
     findings: tuple[Finding, ...]
+    """All findings, in the order in which `doctor` looked."""
 
     @property
     def ok(self) -> bool:
@@ -91,17 +94,17 @@ def doctor(
 
         assert entra.doctor(model, tokenizer, args=args).ok
 
-    Some forwards of a short text run, one of them with eager attention; the model is as before afterwards.
+    It runs some forwards of a short text, one of them with eager attention. Afterwards the model is as before.
 
     Args:
         model: a transformers causal LM, bare or wrapped, a folder or hub name, or "smollm2".
-        tokenizer: the model's; None: that of the name, and for a model without one random ids are scored.
-        args: the trl.GRPOConfig or trl.RLOOConfig of the run; None: what TRL's defaults would cost is told.
+        tokenizer: the model's. None: the one that belongs to the name; for a model object, random ids are scored.
+        args: the trl.GRPOConfig or trl.RLOOConfig of the run. None: TRL's defaults, for what it costs.
         config: the options of the method; None: the defaults.
 
     Returns:
-        The findings. `ok` is False when a number would be wrong, a run would be refused, or an installed version is not one
-        that this version of ENTRA works with.
+        The findings. `ok` is False if a number would be wrong, a run would be refused, or this version of ENTRA does not work
+        with an installed version.
 
     Raises:
         TypeError: `model` is neither a torch module nor a name.
@@ -317,7 +320,7 @@ def _training(inner: Any, args: Any, config: ScoreConfig) -> list[Finding]:
     """Whether a run is refused, whether scores ride on TRL's log-prob pass, and how the rows of that pass lie."""
     own = f"padded on the right, without a mask, up to {_budget(inner, config):,} tokens a forward"
     if args is None:
-        text = "by TRL's defaults scoring costs one no-grad forward of the generated batch; give the run's arguments to know"
+        text = "with TRL's defaults scoring costs one no-grad forward of the generated batch; give the run's arguments to know"
         return [Finding("training", "note", text), Finding("layout", "ok", own)]
     from entra.trl import _check_arguments, _check_sharding
 

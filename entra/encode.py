@@ -68,7 +68,7 @@ class Encoder:
         tokens = len(row.prompt) + len(row.completion)
         if self.context is not None and tokens > self.context:
             raise ValueError(
-                f"prompt and completion have {tokens} tokens, the model's context only {self.context}; "
+                f"prompt and completion have {tokens} tokens, but the model's context holds {self.context}; "
                 "shorten the row or score with a model of longer context"
             )
         return row

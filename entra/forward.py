@@ -77,7 +77,7 @@ def check_scorable(model: Any) -> None:
     scored_layer(model)
     adapters = getattr(model, "peft_config", {})
     if isinstance(adapters, dict) and any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
-        raise ValueError("the adapter adds virtual tokens (prompt tuning), whose attention is not that of text; use LoRA, say")
+        raise ValueError("the adapter adds virtual tokens (prompt tuning), whose attention is not that of text; use LoRA")
     _head_of(unwrapped(model))
 
 
@@ -93,7 +93,7 @@ def token_signals(
     Args:
         model: a transformers causal LM or a wrapper around one; its mode, config and hooks are as before afterwards.
         rows: token ids; row r needs at least last[r] + 1 of them, because the first token of a sequence has no log P.
-        last: how many tokens of each row are wanted; rows of which none are take part in no forward.
+        last: how many tokens of each row are wanted. A row of 0 is left out of the forwards.
         config: `token_budget`, `attention_statistic`, `head_reduction` and `backend` are used.
         inspector: looks at every forward.
 

@@ -65,8 +65,8 @@ def _awaited(awaitable: Any, loop: asyncio.AbstractEventLoop | None) -> Any:
         if inspect.iscoroutine(awaitable):
             awaitable.close()
         raise RuntimeError(
-            "an asynchronous gate was asked for on the event loop that would run it, which would wait for itself; call the "
-            "reward with asyncio.to_thread"
+            "the reward was called on the event loop that must run its asynchronous gate, so the loop would wait for itself; "
+            "call the reward with asyncio.to_thread"
         )
     return asyncio.run_coroutine_threadsafe(wait(), loop).result()
 

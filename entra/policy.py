@@ -31,9 +31,9 @@ _BOUND: ContextVar[_Bound | None] = ContextVar("entra_bound_policy", default=Non
 def bind_policy(model: Any, tokenizer: Any | None = None) -> AbstractContextManager[None]:
     """Inside the block, `score_batch` and `EntraReward` without a model of their own score with this one.
 
-    This is how a reward function, which a trainer hands nothing but text and ids, reaches the live policy: enter it around
-    `trainer.train()`. Blocks nest; each thread and task has its own binding. One set of weights is scored by one thread
-    at a time.
+    A trainer hands a reward function nothing but text and ids. Enter this block around `trainer.train()`, and the reward
+    function reaches the live policy. Blocks nest, and each thread and task has its own. One thread at a time scores a set of
+    weights.
 
     Args:
         model: a transformers causal LM, or a wrapper around one (PEFT, DDP, FSDP2, DeepSpeed, torch.compile).

@@ -82,21 +82,26 @@ def load_problems(
 ) -> Dataset:
     """`size` different problems, the tasks taking turns, as a dataset that `trl.GRPOTrainer` takes as it is.
 
-    Columns: `prompt` (chat messages, or text without `chat`), `task`, `answer` (text, for people and other rewards; None
-    where there is more than one) and `entry` (the problem as reasoning-gym made it, in JSON, for `reasoning_gym_reward`).
+    The columns are
+
+    - `prompt`: chat messages, or text without `chat`;
+    - `task`;
+    - `answer`: text, for people and other rewards; None if there is more than one;
+    - `entry`: the problem as reasoning-gym made it, in JSON, for `reasoning_gym_reward`.
+
     The same arguments give the same rows with the same version of reasoning-gym.
 
     Args:
         tasks: names of reasoning-gym's tasks, or a mapping of names to their options, such as {"chain_sum": {"max_terms": 3}}.
-        size: how many problems in all, at least 1.
-        seed: for other problems. Two seeds may share problems; to hold some out, split one dataset.
-        chat: messages for models with a chat template; False: text.
+        size: how many problems altogether, at least 1.
+        seed: another one gives other problems. Two seeds may share problems; to hold some out, split one dataset.
+        chat: chat messages, for models with a chat template. False: text.
         run_answers_as_code: also tasks whose scorers evaluate the answer as Python, for `unsafe_reasoning_gym_reward`.
 
     Raises:
-        ImportError: reasoning-gym or datasets is missing; the message says how to install it.
-        ValueError: an unknown task, options that a task does not have, a task that has fewer different problems or cannot be
-            checked, one whose scorer runs answers as code, or a size below 1.
+        ImportError: reasoning-gym or datasets is missing. The message says how to install it.
+        ValueError: an unknown task, options that a task does not have, a task that has too few different problems or cannot be
+            checked, a task whose scorer runs answers as code, or a size below 1.
     """
     if size < 1:
         raise ValueError(f"size={size} must be at least 1 problem")
@@ -117,32 +122,32 @@ def load_problems(
 def reasoning_gym_reward(completions: Sequence[Any], entry: Sequence[str], **columns: Any) -> list[float]:
     """A TRL reward function: each completion's `extract_answer`, scored as its task's own scorer does.
 
-    Between 0 and 1: 1 is right; many tasks give a little for an answer in the right form, or for one with more around it than
-    asked. No answer is worth 0, and so is one on which a scorer stumbles (some raise on text that is no number). Nothing in an
-    answer or an entry is run as code.
+    From 0 to 1, where 1 is right. Many tasks give a little for an answer in the right form, or for a right answer with text
+    around it. No answer gets 0. An answer on which a scorer stumbles gets 0 too (some raise on text that is no number).
+    Nothing in an answer or an entry runs as code.
 
     Args:
         completions: text or chat messages.
         entry: the column of that name of `load_problems`.
 
     Raises:
-        ImportError: reasoning-gym is missing; the message says how to install it.
-        UnsafeScorerError: a task that can only be scored by running text as code; a ValueError.
+        ImportError: reasoning-gym is missing. The message says how to install it.
+        UnsafeScorerError: a task that can only be scored by running text as code. It is a ValueError.
     """
     return [_score(extract_answer(_text(c)), json.loads(e)) for c, e in zip(completions, entry, strict=True)]
 
 
 def unsafe_reasoning_gym_reward(completions: Sequence[Any], entry: Sequence[str], **columns: Any) -> list[float]:
-    """`reasoning_gym_reward`, and tasks whose scorers evaluate text as Python are scored, too: **answers run as code.**
+    """`reasoning_gym_reward` that also scores tasks whose scorers evaluate text as Python: **answers run as code.**
 
-    Each such answer runs in a process that has nothing of this one's environment, for 10 seconds in 2 GiB; it cannot write to
-    files, and where the system allows it there is no network. That limits what an answer can break, but it is no sandbox:
-    score what you trust, or do it in a container that holds nothing of value.
+    Each such answer runs in a process with an empty environment, for 10 seconds in 2 GiB. The process cannot write to files,
+    and has no network where the system allows that. This limits what an answer can break, but it is no sandbox. Score only
+    what you trust, or run it in a container that holds nothing of value.
 
     Raises:
-        ImportError: reasoning-gym is missing; the message says how to install it.
+        ImportError: reasoning-gym is missing. The message says how to install it.
         UnsafeScorerError: a task that the installed reasoning-gym does not have.
-        RuntimeError: the process cannot be started or ended before its time; the message says why.
+        RuntimeError: the process cannot be started, or ended too early. The message says why.
     """
     return [
         _score(extract_answer(_text(c)), json.loads(e), run_answers_as_code=True)
@@ -175,8 +180,8 @@ def check_task(task: str, *, run_answers_as_code: bool = False) -> None:
             f"pip install reasoning-gym=={READ_VERSION}"
         )
     raise UnsafeScorerError(
-        f"the scorer of task {task!r} runs the answer, or the problem, as Python code; leave its problems out, or let it, in a "
-        "child process with limits: unsafe_reasoning_gym_reward, load_problems(run_answers_as_code=True), "
+        f"the scorer of task {task!r} runs the answer, or the problem, as Python code; leave its problems out, or let it run "
+        "in a child process with limits: unsafe_reasoning_gym_reward, load_problems(run_answers_as_code=True), "
         "entra eval --run-answers-as-code, entra train --run_answers_as_code true"
     )
 
@@ -197,8 +202,8 @@ def _installed() -> str:
 def extract_answer(completion: str) -> str:
     r"""The final answer in a completion: what stands in the last `<answer>...</answer>`.
 
-    Without one, and this is what a model that has not learnt the format yet is scored by: in the last `\boxed{...}`; else the
-    last line that is not empty, from "answer is", "answer:" or "answer =" on where it has one, without a full stop.
+    Without one, what stands in the last `\boxed{...}`. Without that, the last line that is not empty, without a full stop; if
+    it has "answer is", "answer:" or "answer =", what follows. That is what scores a model that has not learnt the format yet.
     """
     for pattern in (_TAGGED, _BOXED):
         found = pattern.findall(completion)

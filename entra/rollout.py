@@ -114,8 +114,8 @@ class Rollout:
         """
         if incoming.shape[1] != first + logprobs.shape[1]:
             raise RuntimeError(
-                f"attention of {incoming.shape[1]} positions for {first + logprobs.shape[1]} tokens: the model adds tokens of "
-                "its own, and scores would belong to others; use a model that does not"
+                f"attention of {incoming.shape[1]} positions for {first + logprobs.shape[1]} tokens: the model adds tokens, so "
+                "the scores would go to the wrong ones; use a model that adds none"
             )
         alike = self._as_alone(first, incoming.shape[1])
         self._recorded[_statistic(config)] = [

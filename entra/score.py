@@ -200,34 +200,34 @@ def score_batch(
 ) -> list[float | None] | Scores:
     """`entropy(unprotected token ids) / log(M)` of each completion: 1 when nothing repeats, 0 when all is the same.
 
-    Has the signature of a TRL reward function, so it is one: `reward_funcs=[accuracy_reward, entra.score_batch]`. Called by TRL
-    (`trainer_state` is among the keywords), every other keyword is a dataset column and is left alone, whatever its name; the
-    policy is then the bound one (`entra.EntraGRPOTrainer`, `entra.bind_policy`). For options under TRL use `entra.EntraReward`.
+    It has the signature of a TRL reward function, so it is one: `reward_funcs=[accuracy_reward, entra.score_batch]`. TRL passes
+    `trainer_state`. Then the bound policy scores (`entra.EntraGRPOTrainer`, `entra.bind_policy`), and every other keyword is a
+    dataset column that is left alone, whatever its name. For options under TRL use `entra.EntraReward`.
 
     Args:
-        prompts: one per completion: text, chat messages, or token ids. Rows may come as a list, a Series, or an array or tensor
-            [B, N]; so may those of the next arguments.
-        completions: text, assistant messages, or token ids; may be None when `completion_ids` is given.
-        completion_ids: token ids that are scored instead of tokenising `completions`; pads and trailing EOS are dropped.
+        prompts: one per completion: text, chat messages, or token ids. Here and in the next arguments, rows may come as a list,
+            a Series, or an array or tensor [B, N].
+        completions: text, assistant messages, or token ids. May be None if `completion_ids` is given.
+        completion_ids: token ids to score, instead of tokenising `completions`. Pads and trailing EOS are dropped.
         model: a transformers causal LM (also wrapped by PEFT, DDP, FSDP2 or torch.compile), a folder or hub name, or "smollm2".
             None: the policy bound by `entra.bind_policy`.
-        tokenizer: the model's; not needed for token ids, nor for a model given by name.
-        logprobs: float [n] per completion, log P of its tokens (natural log, at most 0), from a trainer's own pass. With
-            `incoming` given too, no forward runs.
-        incoming: float [n] per completion, its tokens' mean incoming attention, in 0 to 1 (lift: at least 0), from
+        tokenizer: the model's. Not needed for token ids, nor for a model given by name.
+        logprobs: float [n] per completion, log P of its tokens (natural log, at most 0), for example from a trainer's pass.
+            With `logprobs` and `incoming` given, no forward runs.
+        incoming: float [n] per completion, the mean incoming attention of its tokens, in 0 to 1 (lift: at least 0), from
             `entra.capture_incoming_attention`.
-        config: the options of the method; None: the defaults.
+        config: the options of the method. None: the defaults.
         details: return `Scores` instead of the rewards alone.
 
     Returns:
-        One float in [0, 1] per completion, or None (with a warning) where a value was not finite; with `details` a `Scores`.
+        One float in [0, 1] per completion, or None (with a warning) where a value was not finite. With `details` a `Scores`.
 
     Raises:
         ValueError: numbers of rows that differ, a row that cannot be encoded (see `entra.encode`), logprobs or incoming that do
             not fit the tokens or are out of their range, a model that cannot be scored.
-        TypeError: an unknown keyword (the nearest right one is named), an argument that does not hold rows, or a row that is
-            neither text nor messages nor ids.
-        RuntimeError: no model at all; logprobs or incoming that require grad; a model whose logits cannot be reproduced.
+        TypeError: an unknown keyword (the message names the nearest right one), an argument that does not hold rows, or a row
+            that is neither text nor messages nor ids.
+        RuntimeError: no model at all, logprobs or incoming that require grad, a model whose logits cannot be reproduced.
 
     Source: arXiv 2601.07123; docs/method.md.
     """

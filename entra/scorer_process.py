@@ -56,7 +56,7 @@ def score(task: str, answer: str, entry: Mapping[str, Any]) -> float:
             reply = _read(child.replies, SECONDS + 5)
         except (OSError, EOFError, TimeoutError) as error:
             stop()
-            raise ProcessError(f"the process that scores task {task!r} has ended before its time: {error}") from error
+            raise ProcessError(f"the process that scores task {task!r} ended too early: {error}") from error
     if "error" in reply:
         raise ProcessError(f"task {task!r} cannot be scored: {reply['error']}")
     return float(reply["score"])

@@ -9,7 +9,7 @@ Decisions taken here:
   the reward functions run. No method of TRL's is copied; `tests/entra/test_trl_drift.py` says what is relied on.
 - TRL makes such a pass only when generation and optimisation steps are not aligned, or with vLLM and its importance sampling
   correction. Otherwise, and wherever its numbers are not those of `score_batch` (a temperature other than 1, dropout, rows that
-  are masked out, an adapter switched off), scoring makes one no-grad forward of its own.
+  are masked out, an adapter switched off), scoring runs one more forward, without gradients.
 - A pass may run the model on the rows as they are padded, or packed one after the other into a single row. Which, is read from
   the token ids that reach the embedding; on anything else scores do not ride, so that none is taken for another row's.
 - That forward is made before the reward functions are called, on every rank alike: what a gate decides cannot make ranks of a
@@ -65,12 +65,12 @@ class _LivePolicy:
         if verify_every and not self._entra_configs:
             raise ValueError(
                 f"verify_every={verify_every}, but there is nothing to verify: no reward function is entra.score_batch or a "
-                "live entra.EntraReward (a function that calls score_batch scores by a pass of its own); put one of them in"
+                "live entra.EntraReward; put one of them in (a function of yours that calls score_batch is not verified)"
             )
         if self.beta == 0 and any(_is_ungated(reward) for reward in self.reward_funcs):  # type: ignore[attr-defined]
             warnings.warn(
                 "beta=0 and a live ENTRA reward without a gate: nothing holds the policy near where it started, and r alone is "
-                "highest for a few different tokens, or for gibberish that never repeats. Gate it, "
+                "highest for a few different tokens, or for gibberish that never repeats. Gate the reward, "
                 "entra.EntraReward(gate=accuracy_reward, min_length=..., min_mean_logprob=...), or set beta > 0",
                 UserWarning,
                 stacklevel=2,
@@ -136,8 +136,8 @@ class _LivePolicy:
     def _warn_of_a_pass_of_our_own(self) -> None:
         if not self._entra_warned:
             warnings.warn(
-                f"the log-prob pass of {type(self).__name__} does not run the model, in one forward, on the rows as they are "
-                "padded or packed in order into one row; scores cannot ride on it: a forward of ENTRA's own computes them",
+                f"the log-prob pass of {type(self).__name__} does not run the rows in one forward, padded or packed in order "
+                "into one row; so scores cannot ride on it: ENTRA runs another forward for them",
                 UserWarning,
                 stacklevel=3,
             )
@@ -197,21 +197,21 @@ class EntraGRPOTrainer(_LivePolicy, GRPOTrainer):
 
         trainer = entra.EntraGRPOTrainer(model=model, reward_funcs=[entra.EntraReward(gate=accuracy_reward)], args=args, ...)
 
-    No extra forward runs where TRL makes a log-prob pass of the policy anyway; otherwise scoring costs one no-grad forward.
+    If TRL makes a log-prob pass of the policy, the scores come from that pass and no extra forward runs. Otherwise scoring
+    costs one forward without gradients. All arguments of `trl.GRPOTrainer` are taken as they are.
 
     Args:
-        args, kwargs: those of `trl.GRPOTrainer`.
-        verify_every: at every n-th scoring call, score one sequence again with the pure-PyTorch reference (its first 2,048
-            tokens at most, one head at a time) and log how far the kernels are off; 0: never.
-        verify_on_breach: what happens when that is beyond the error budget: "raise" a RuntimeError, or "warn".
+        verify_every: at every n-th scoring call, score one sequence again with the pure-PyTorch reference and log how far the
+            kernels are off. It takes the first 2,048 tokens at most, one head at a time. 0: never.
+        verify_on_breach: what to do when that exceeds the error budget: "raise" a RuntimeError, or "warn".
 
     Raises:
         ValueError: at construction: reward weights that are all zero, two rewards of one name, a tokenizer without EOS, a model
-            whose attention cannot be captured (also one with virtual tokens: prompt tuning), FSDP1, an option outside its
+            whose attention cannot be captured (prompt tuning too, because of its virtual tokens), FSDP1, an option out of its
             range, nothing to verify.
-        TypeError: an unknown keyword (what takes it is named), a class where an instance belongs.
-        OSError: a frozen scorer's weights cannot be loaded.
-        RuntimeError: a model without a language-model head; while training, a breach of the error budget.
+        TypeError: an unknown keyword (the message says what takes it), a class instead of an instance.
+        OSError: the weights of a frozen scorer cannot be loaded.
+        RuntimeError: a model without a language-model head; while training, numbers beyond the error budget.
 
     Source: docs/training.md.
     """

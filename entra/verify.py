@@ -1,14 +1,14 @@
 """Is the kernels' number right, here and now? One sequence of a running training, scored again by the pure-PyTorch reference.
 
-The kernels and the reference get the same q and k, hidden states and weights, those of one forward of the sequence's leading
-tokens; the reference takes one head, or some rows of logits, at a time, so memory stays that of one N x N matrix. Where the
-leading tokens are the whole sequence, what the rewards were computed from (recorded in the trainer's own pass, perhaps, under
-its padding and in its batch) is compared too.
+The kernels and the reference get the same q and k, hidden states and weights: those of one forward of the sequence's leading
+tokens. The reference takes one head, or some rows of logits, at a time, so memory stays that of one N x N matrix. If the
+leading tokens are the whole sequence, the numbers behind the rewards are compared too. They may come from the trainer's pass,
+under its padding and in its batch.
 
-The budgets: kernel and reference differ by float32 rounding alone. A score is a sum of D products of at most S in all,
-S = scale * max |q| * max |k|, so it is off by about sqrt(D) * eps * S, and so is, relatively, its exponential; log-probs
-likewise, with C and the head's weights. 16 of those are allowed. A second forward of the same sequence also rounds differently
-inside the model: there the mean is compared, which a wrong alignment moves by its own size, against `_FORWARD_BUDGET`.
+The budgets: kernel and reference differ by float32 rounding alone. A score is a sum of D products, together at most S = scale *
+max |q| * max |k|. So it is off by about sqrt(D) * eps * S, and its exponential by as much, relatively. The same goes for
+log-probs, with C and the head's weights. 16 of those are allowed. A second forward of the same sequence also rounds differently
+inside the model. There the mean is compared against `_FORWARD_BUDGET`: a wrong alignment moves it by its own size.
 """
 
 from __future__ import annotations

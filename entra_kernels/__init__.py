@@ -11,9 +11,9 @@ Each runs on three backends: `reference` (the specification), `torch` (CPU, CUDA
 `entra_kernels` needs torch alone; Triton is imported at the first call that uses it.
 """
 
-from entra_kernels._attention import SampledAttention, incoming_attention
-from entra_kernels._logprobs import LogprobsAndEntropy, linear_token_logprobs, token_logprobs
-from entra_kernels._redundancy import Redundancy, redundancy
+from ._attention import SampledAttention, incoming_attention
+from ._logprobs import LogprobsAndEntropy, linear_token_logprobs, token_logprobs
+from ._redundancy import Redundancy, redundancy
 
 __all__ = [
     "LogprobsAndEntropy",

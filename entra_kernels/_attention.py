@@ -6,20 +6,18 @@ from typing import NamedTuple, overload
 
 from torch import Tensor
 
-from entra_kernels import _ops
-from entra_kernels._checks import (
+from . import _custom_ops
+from ._checks import (
     FLOATS,
     INTEGERS,
     check_dtype,
-    check_number,
     check_same_device,
     check_sample,
     check_scoring_only,
     check_shape,
-    check_softcap,
-    check_window,
     choose_backend,
 )
+from .reference import AttentionOptions
 
 
 class SampledAttention(NamedTuple):
@@ -28,9 +26,9 @@ class SampledAttention(NamedTuple):
     estimate: Tensor
     """Unbiased: its mean over seeds is the exact value."""
     standard_error: Tensor
-    """Of the estimate, from the two rows of each stratum; its square is unbiased for the variance. 0 where nothing was left
-    out. Where a few rows hold most of a token's attention (peaked attention), both rows of a stratum can miss them, and then
-    the estimate is too low and this too small: intervals of +-1.96 standard errors cover less than 95 % there
+    """Of the estimate, from the two rows of each stratum. Its square is unbiased for the variance. 0 where nothing was left
+    out. Peaked attention, where a few rows hold most of what a token receives, needs care. Both rows of a stratum can miss
+    these rows. Then the estimate is too low and this is too small, so intervals of +-1.96 standard errors cover less than 95 %
     (docs/method.md, "Sampling")."""
 
 
@@ -99,60 +97,59 @@ def incoming_attention(
 ) -> Tensor | SampledAttention:
     """`softmax(scale * q @ k.T + causal_mask).tril(-1).sum(rows) / arange(N - 1, -1, -1)`, without the N x N matrix.
 
-    For every token i, the mean over the future queries j > i of the attention probability from j to i, mean over the query
-    heads: mu_i of docs/method.md, in [0, 1]. The diagonal is excluded and the last token of a sequence gets 0. With a sliding
+    For every token i: the attention probability from a query to i, mean over the future queries j > i and over the query heads.
+    This is mu_i of docs/method.md, in [0, 1]. The diagonal is excluded, and the last token of a sequence gets 0. With a sliding
     window W, key i is visible to query j iff j - W < i <= j, and the divisor is min(N - i, W - 1) instead of N - i (i counted
-    from 1). The result does not depend on what else is in the batch and is the same bit for bit in every run.
+    from 1). The result does not depend on what else is in the batch, and is the same bit for bit in every run.
 
-    Two layouts, neither of which is copied (any strides):
+    There are two layouts. Neither is copied, and strides may be any:
 
-    - padded: q [B, H, N, D], k [B, Hkv, N, D]; the tokens of row b are start[b] ... start[b] + length[b] - 1, which
+    - padded: q [B, H, N, D] and k [B, Hkv, N, D]. The tokens of batch element b are start[b] ... start[b] + length[b] - 1, which
       describes left and right padding. Everything outside gets 0 and influences nothing.
     - packed: q [T, H, D], k [T, Hkv, D] and cu_seqlens [S + 1], as for FlashAttention's varlen functions.
 
     Args:
         q: queries after RoPE; bfloat16, float16, float32 or (not with Triton) float64. D is 1 to 512.
-        k: keys after RoPE, same dtype; H must be a multiple of Hkv (GQA, MQA), keys are not repeated.
-        start: int [B], padded layout only; None means 0.
-        length: int [B], padded layout only; None means up to the end of the row.
-        cu_seqlens: int [S + 1], packed layout only: 0, then the running sums of the sequence lengths.
-            Sequences that leave their row, or a cu_seqlens that falls, are an error on a CPU. On a GPU, where looking would
-            wait for the device, they are clamped to the row; packed sequences that then overlap may count as empty.
-        scale: factor on q @ k.T; None means D ** -0.5.
-        sliding_window: W >= 1, in tokens, the query itself counted; None for full attention.
-        softcap: c > 0 (1e-30 to 1e30) turns each scaled score s into c * tanh(s / c); None or 0 for none.
+        k: keys after RoPE, same dtype. H must be a multiple of Hkv (GQA, MQA); keys are not repeated.
+        start: int [B], padded layout only. None: 0.
+        length: int [B], padded layout only. None: up to the last token.
+        cu_seqlens: int [S + 1], packed layout only: 0, then the running sums of the sequence lengths. On a CPU, sequences that
+            leave their tokens and a cu_seqlens that falls are errors. On a GPU a look would wait for the device, so sequences are
+            clamped to the tokens; those that then overlap may count as empty.
+        scale: factor on q @ k.T. None: D ** -0.5.
+        sliding_window: W >= 1, in tokens, the query itself counted. None: full attention.
+        softcap: c > 0 (1e-30 to 1e30) turns each scaled score s into c * tanh(s / c). None or 0: no softcap.
         sinks: [H] logits that only add to the softmax denominator, as in gpt-oss.
-        lse: float [B, H, N] (packed: [H, T]) natural-log row log-sum-exp of the scores, sinks included, when the attention
-            forward already knows it: saves one of the two passes. Excludes `sinks`.
-        row_weights: float [B, N] (packed: [T]) weight w_j of each query: sum_{j>i} w_j A_ji, over the same divisor (not over
-            the sum of the weights). w_j = j gives lift; 1 / inclusion probability gives unbiased row sampling.
+        lse: float [B, H, N] (packed: [H, T]), the row log-sum-exp of the scores (natural log, sinks included), if the attention
+            forward already knows it. It saves one of the two passes. Excludes `sinks`.
+        row_weights: float [B, N] (packed: [T]), a weight w_j of each query: sum_{j>i} w_j A_ji over the same divisor, not over
+            the sum of the weights. w_j = j gives lift. 1 / inclusion probability gives unbiased row sampling.
         per_head: return every query head by itself instead of the mean over heads.
         normalize: False returns the sums over j, not divided.
         sample_rows: m >= 4 takes m query rows of each sequence instead of all, in time O(N m), and returns a
-            `SampledAttention`. A quarter are the last rows, the others two from each of equal strata of neighbouring rows. The
-            estimate is unbiased; a sequence of up to m tokens is exact, at no more memory. These rows of q are copied. Not with
-            `per_head`.
-        seed: of the draw; with `sample_rows` only. The same seed gives sequences of the same length the same rows.
+            `SampledAttention`. A quarter of them are the last rows. The others come from equal strata of neighbouring rows, two
+            from each. The estimate is unbiased. A sequence of up to m tokens is exact, and needs no more memory. The sampled
+            rows of q are copied. Not with `per_head`.
+        seed: of the draw, with `sample_rows` only. With the same seed, sequences of the same length get the same rows.
         backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
 
     Returns:
-        float32 (float64 for float64 inputs), [B, N] (packed: [T]); with per_head [B, H, N] (packed: [H, T]); with sample_rows
+        float32 (float64 for float64 inputs), [B, N] (packed: [T]). With per_head: [B, H, N] (packed: [H, T]). With sample_rows:
         a `SampledAttention` of two such tensors.
 
     Raises:
         ValueError: shapes, layouts or options that do not go together, an option out of its range, or (on a CPU only) a
             start, length or cu_seqlens outside the tokens.
-        TypeError: a dtype that cannot be, an option that is no number.
-        RuntimeError: an input requires grad (use torch.no_grad()), or the backend named cannot run here.
+        TypeError: a dtype that is not supported, an option that is no number.
+        RuntimeError: an input requires grad (use torch.no_grad()), or the backend that you named cannot run here.
 
     Source: arXiv 2601.07123; docs/method.md.
     """
-    check_dtype(FLOATS, q=q, k=k, sinks=sinks, lse=lse, row_weights=row_weights)
+    floats = {"q": q, "k": k, "sinks": sinks, "lse": lse, "row_weights": row_weights}
+    check_dtype(FLOATS, **floats)
     check_dtype(INTEGERS, start=start, length=length, cu_seqlens=cu_seqlens)
-    check_same_device(
-        q=q, k=k, sinks=sinks, lse=lse, row_weights=row_weights, start=start, length=length, cu_seqlens=cu_seqlens
-    )
-    check_scoring_only(q=q, k=k, sinks=sinks, lse=lse, row_weights=row_weights)
+    check_same_device(**floats, start=start, length=length, cu_seqlens=cu_seqlens)
+    check_scoring_only(**floats)
     if q.dtype != k.dtype:
         raise TypeError(f"k has dtype {k.dtype} but q has {q.dtype}; they must be the same: use k.to(q.dtype)")
 
@@ -174,7 +171,7 @@ def incoming_attention(
         check_shape("k", k, (tokens, k.shape[1], head_dim), "[T, Hkv, D]")
         check_shape("lse", lse, (q_heads, tokens), "[H, T]")
         check_shape("row_weights", row_weights, (tokens,), "[T]")
-        # The packed layout is the padded one with a single row that holds every sequence.
+        # The packed layout is the padded one with a single batch element that holds every sequence.
         q, k = q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0)
         starts, ends, sequences = cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.shape[0] - 1
         lse = None if lse is None else lse.unsqueeze(0)
@@ -200,28 +197,34 @@ def incoming_attention(
         raise ValueError(f"q_heads={q_heads} must be a multiple of kv_heads={kv_heads}; check the model's config")
     if not 1 <= head_dim <= 512:
         raise ValueError(f"head_dim={head_dim} must be 1 to 512")
-    if lse is not None and sinks is not None:
-        raise ValueError("sinks and lse were both given; lse already holds the sinks' share, so pass one of them")
     check_shape("sinks", sinks, (q_heads,), "[H]")
-
-    scale = head_dim**-0.5 if scale is None else check_number("scale", scale, "finite; None for head_dim ** -0.5")
-    window, softcap, backend = check_window(sliding_window), check_softcap(softcap), choose_backend(backend, q)
-    options = (scale, window, softcap, sinks, lse, row_weights)
+    options = AttentionOptions(
+        scale=head_dim**-0.5 if scale is None else scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        lse=lse,
+        row_weights=row_weights,
+        per_head=per_head,
+        normalize=normalize,
+    )
+    flat = [getattr(options, name) for name in _custom_ops.OPTIONS]
+    backend = choose_backend(backend, q)
     if sample_rows is None:
-        out = _ops.incoming_attention(q, k, starts, ends, sequences, *options, per_head, normalize, backend)
+        out = _custom_ops.incoming_attention(q, k, starts, ends, sequences, backend, *flat)
         return out.squeeze(0) if packed else out
 
     sample_rows = check_sample(sample_rows, seed, tokens)
     if per_head:
         raise ValueError("per_head=True has no sampled form; drop sample_rows, or take the mean over heads")
-    sampled = _ops.sampled_incoming_attention(
-        q, k, starts, ends, sequences, sample_rows, int(seed), *options, normalize, backend
+    sampled = _custom_ops.sampled_incoming_attention(
+        q, k, starts, ends, sequences, backend, sample_rows, int(seed), *flat
     )  # fmt: skip
     return SampledAttention(*(out.squeeze(0) if packed else out for out in sampled))
 
 
 def _ends(start: Tensor | None, length: Tensor | None) -> Tensor | None:
-    """One past each row's last token; None for the row's end. As few operations on the device as can be."""
+    """One past each sequence's last token; None for all tokens. As few operations on the device as can be."""
     if start is None or length is None:
         return length
     return start + length

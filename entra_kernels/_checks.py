@@ -1,7 +1,7 @@
 """Checks that every operation shares: backend, gradients, dtype, device, options.
 
 Nothing here reads a tensor's values, so nothing here waits for a GPU or breaks a torch.compile graph. What needs values
-is checked inside the custom ops (`_ops.py`), on the CPU only, where looking costs nothing.
+is checked inside the custom ops (`_custom_ops.py`), on the CPU only, where looking costs nothing.
 """
 
 from __future__ import annotations
@@ -124,8 +124,9 @@ def check_window(sliding_window: int | None) -> int | None:
 
 
 def check_sample(sample_rows: int, seed: int, tokens: int) -> int:
-    """`sample_rows`, at most the `tokens` of a row: more are all of them. Raises when they cannot make one stratum of two and
-    the last rows, or `seed` is no seed."""
+    """`sample_rows`, at most the `tokens` that there are: more are all of them.
+
+    Raises when they cannot make one stratum of two and the last rows, or `seed` is no seed."""
     for name, value in (("sample_rows", sample_rows), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}; pass int({name})")

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from entra_kernels import _ops
-from entra_kernels._checks import (
+from . import _custom_ops
+from ._checks import (
     FLOATS,
     INTEGERS,
     check_dtype,
@@ -25,8 +25,8 @@ from entra_kernels._checks import (
 def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, backend: str = "auto") -> Tensor:
     """`log_softmax(logits.float() / temperature, -1).gather(-1, targets)`, without the log-softmax.
 
-    Natural log, at most 0. Computed in float32 as gather minus log-sum-exp: a bfloat16 log-softmax rounds the
-    log-probs of confident tokens to exactly 0.
+    Natural log, at most 0. Computed in float32 as gather minus log-sum-exp, because a bfloat16 log-softmax rounds the log-probs
+    of confident tokens to exactly 0.
 
     Args:
         logits: [..., V]; bfloat16, float16, float32 or (not with Triton) float64; any strides.
@@ -35,14 +35,14 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0,
         backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
 
     Returns:
-        float32 (float64 for float64 inputs), [...]. Logits that are not finite give NaN (or -inf for a target whose logit
-        is -inf) at their own position only.
+        float32 (float64 for float64 inputs), [...]. Logits that are not finite give NaN at their own position only, or -inf
+        for a target whose logit is -inf.
 
     Raises:
-        ValueError: shapes that do not agree, a target outside the vocabulary (on a GPU, where nobody waits to look at
-            values, that position is NaN instead), a temperature that is not positive and finite.
-        TypeError: a dtype that cannot be, a temperature that is no number.
-        RuntimeError: an input requires grad (use torch.no_grad()), or the backend named cannot run here.
+        ValueError: shapes that do not agree, a temperature that is not positive and finite, a target outside the vocabulary.
+            (On a GPU a look at the targets would wait for the device, so that position is NaN instead.)
+        TypeError: a dtype that is not supported, a temperature that is no number.
+        RuntimeError: an input requires grad (use torch.no_grad()), or the backend that you named cannot run here.
 
     Source: docs/method.md.
     """
@@ -53,14 +53,16 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0,
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits has shape {list(logits.shape)}; it must be [..., V] with V at least 1")
     check_shape("targets", targets, tuple(logits.shape[:-1]), "logits.shape[:-1]")
-    return _ops.token_logprobs(logits, targets, check_temperature(temperature), choose_backend(backend, logits))
+    return _custom_ops.token_logprobs(logits, targets, check_temperature(temperature), choose_backend(backend, logits))
 
 
 class LogprobsAndEntropy(NamedTuple):
     """What `linear_token_logprobs` returns with return_entropy=True; shapes as in its docstring."""
 
     logprobs: Tensor
+    """log P of each target, natural log, at most 0."""
     entropy: Tensor
+    """Of the distribution that the target's log P is of, in nats: 0 to log V, up to rounding."""
 
 
 @overload
@@ -111,7 +113,7 @@ def linear_token_logprobs(
     """`token_logprobs(hidden @ weight.T + bias, targets)`, without ever holding [T, V] logits.
 
     The logits are `z = logit_scale * (hidden @ weight.T + bias)`, then `softcap * tanh(z / softcap)`, then divided by the
-    temperature: the order of Cohere 2 (logit_scale = 0.0625) and Gemma 2 (softcap = 30). Products accumulate in float32.
+    temperature. This is the order of Cohere 2 (logit_scale = 0.0625) and Gemma 2 (softcap = 30). Products add up in float32.
 
     Args:
         hidden: [..., C], the head's input at the positions that predict `targets`; bfloat16, float16, float32 or (not with
@@ -120,33 +122,34 @@ def linear_token_logprobs(
         targets: int [...], ids in 0 ... V - 1.
         bias: [V] of the head, or None.
         logit_scale: factor on the logits.
-        softcap: c > 0 (1e-30 to 1e30) turns each logit z into c * tanh(z / c); None or 0 for none.
+        softcap: c > 0 (1e-30 to 1e30) turns each logit z into c * tanh(z / c). None or 0: no softcap.
         temperature: > 0, divides the logits.
-        rows: the positions that are wanted, taken out first, so that only they cost time and memory. Either bool [...] of
-            targets' shape, a completion mask (how many there are decides the result's shape: on a GPU that waits for the
-            device, and torch.compile breaks its graph there), or int [M], indices into the flattened positions in any order,
-            also repeated (waits for nothing). None for all.
+        rows: the positions that you want. They are taken out first, so only they cost time and memory. Either bool [...] of
+            targets' shape, such as a completion mask, or int [M], indices into the flattened positions, in any order and also
+            repeated. A mask decides the result's shape, so a GPU waits for it and torch.compile breaks its graph. Indices wait
+            for nothing. None: all.
         return_entropy: also return the entropy of the distribution that the log-probs are of.
         backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
 
     Returns:
         float32 (float64 for float64 inputs), [...], or [M] in the order of `rows`: natural log, at most 0. With
-        return_entropy=True `LogprobsAndEntropy(logprobs, entropy)`, both of that shape; the entropy is in nats, 0 (all mass on
-        one token) to log V (uniform), up to rounding. A hidden state that is not finite gives NaN at its own position only.
+        return_entropy=True `LogprobsAndEntropy(logprobs, entropy)`, both of that shape. The entropy is in nats, from 0 (all
+        mass on one token) to log V (uniform), up to rounding. A hidden state that is not finite gives NaN at its own position
+        only.
 
-        The same call gives the same bits. Triton has two ways and takes the one that should be faster
-        (`entra_kernels/_triton/logprobs.py`): one fused kernel (float32, few rows or few channels), where a position's result
-        does not depend on the other positions, bit for bit; or products by cuBLAS, chunk by chunk. There, and in the other
-        backends, the product is a BLAS's, and its last digits may depend on the number of positions.
+        The same call gives the same bits. Triton has two ways, and takes the one that should be faster
+        (`entra_kernels/_triton/logprobs.py`). One is a fused kernel (float32, few rows or few channels): there a position's
+        result does not depend on the other positions, bit for bit. The other multiplies with cuBLAS, chunk by chunk. There, and
+        in the other backends, the last digits of the product may depend on the number of positions.
 
     Raises:
         ValueError: shapes that do not agree, a target outside the vocabulary or an index in `rows` outside the positions (on a
             GPU that result is NaN instead), a temperature that is not positive and finite, a softcap or logit_scale out of its
             range.
-        TypeError: a dtype that cannot be, an option that is no number.
-        RuntimeError: an input requires grad (use torch.no_grad()), or the backend named cannot run here.
+        TypeError: a dtype that is not supported, an option that is no number.
+        RuntimeError: an input requires grad (use torch.no_grad()), or the backend that you named cannot run here.
 
-    Source: docs/method.md; the chunked head of Cut Your Losses (arXiv 2411.09009) is the idea's origin.
+    Source: docs/method.md. The idea comes from the chunked head of Cut Your Losses (arXiv 2411.09009).
     """
     check_dtype(FLOATS, hidden=hidden, weight=weight, bias=bias)
     check_dtype(INTEGERS, targets=targets)
@@ -165,7 +168,7 @@ def linear_token_logprobs(
     if rows is not None:
         rows = _indices(rows, targets)
         shape = rows.shape
-    results = _ops.linear_token_logprobs(
+    results = _custom_ops.linear_token_logprobs(
         hidden,
         weight,
         targets,

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from entra_kernels import _ops
-from entra_kernels._checks import (
+from . import _custom_ops
+from ._checks import (
     FLOATS,
     INTEGERS,
     check_dtype,
@@ -24,8 +24,11 @@ class Redundancy(NamedTuple):
     """What `redundancy` returns; shapes as in its docstring."""
 
     reward: Tensor
+    """r of each sequence, in [0, 1]: 1 when no unprotected token repeats, 0 when all are the same."""
     importance: Tensor
+    """log P + lambda * incoming attention, of each token."""
     protected: Tensor
+    """Whether the token is among the most important, at which the reward does not look."""
 
 
 def redundancy(
@@ -41,10 +44,14 @@ def redundancy(
 ) -> Redundancy:
     """`entropy(bincount(token_ids[~protected])) / log(M)` with `protected = topk(logprobs + attention_weight * incoming)`.
 
-    Per sequence of n tokens: I = log-prob + lambda * incoming attention; the k = floor(tau * n + 1e-9) tokens of highest I are
-    protected, ties going to the lower index; the reward is the entropy (nats) of the token-id frequencies among the M = n - k
-    others over log M, in [0, 1]: 1 when no token repeats, 0 when all are the same. One fused operation, without a sort of the
-    vocabulary and without a host synchronisation.
+    For a sequence of n tokens:
+
+    - the importance is I = log-prob + lambda * incoming attention;
+    - the k = floor(tau * n + 1e-9) tokens of highest I are protected, and ties go to the lower index;
+    - the reward is the entropy (nats) of the token-id frequencies among the M = n - k others, over log M. It lies in [0, 1]: 1
+      when no token repeats, 0 when all are the same.
+
+    It is one fused operation, without a sort of the vocabulary and without a host synchronisation.
 
     Args:
         logprobs: float [T], log P of each token (packed; only the tokens that are ranked).
@@ -59,14 +66,14 @@ def redundancy(
     Returns:
         Redundancy(reward float32 [S], importance float32 [T], protected bool [T]) (float64 for float64 inputs). A sequence in
         which a log-prob or incoming attention is not finite gets reward NaN and protects nothing; the others are untouched.
+        Tokens that cu_seqlens leaves out belong to no sequence and are not protected.
 
     Raises:
-        ValueError: shapes that do not agree, an option out of its range, a cu_seqlens that descends or leaves the tokens (on
-            a CPU only; on a GPU, where looking would wait for the device, its sequences are clamped to the tokens, and
-            the results of sequences that overlap mean nothing). Tokens that it leaves out belong to no sequence and are not
-            protected.
-        TypeError: a dtype that cannot be, an option that is no number.
-        RuntimeError: an input requires grad (use torch.no_grad()), or the backend named cannot run here.
+        ValueError: shapes that do not agree, an option out of its range, or (on a CPU only) a cu_seqlens that falls or leaves
+            the tokens. On a GPU a look would wait for the device, so sequences are clamped to the tokens, and the results of
+            sequences that overlap mean nothing.
+        TypeError: a dtype that is not supported, an option that is no number.
+        RuntimeError: an input requires grad (use torch.no_grad()), or the backend that you named cannot run here.
 
     Source: arXiv 2601.07123; docs/method.md.
     """
@@ -81,7 +88,7 @@ def redundancy(
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1]")
     return Redundancy(
-        *_ops.redundancy(
+        *_custom_ops.redundancy(
             logprobs,
             incoming,
             token_ids,

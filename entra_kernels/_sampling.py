@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from entra_kernels._spans import Spans
+from ._spans import Spans
 
 EXACT_SHARE = 4
 """One row in this many is spent on the last rows of the sequence."""
@@ -31,8 +31,8 @@ class SampledRows(NamedTuple):
 
 
 def draw(spans: Spans, sample_rows: int, seed: int, device: torch.device) -> SampledRows:
-    """`sample_rows` rows of each sequence, at most as many as the longest has (on a GPU, which is not asked, as many as a row
-    of tokens has): more would be memory for nothing. The draw depends on seed and length of the sequence, not on the batch."""
+    """`sample_rows` rows of each sequence, at most as many as the longest has (on a GPU, which is not asked, as many as a
+    batch element has): more would be memory for nothing. The draw depends on seed and length of the sequence alone."""
     sample_rows = min(sample_rows, max(spans.longest(device), 4))
     strata = (sample_rows - sample_rows // EXACT_SHARE) // 2
     exact = sample_rows - 2 * strata

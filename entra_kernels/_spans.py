@@ -11,20 +11,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Spans:
-    """`count` sequences (starts[s], ends[s]): sequence s lies in row s, or, where there is one row, all in row 0 (packed)."""
+    """`count` sequences (starts[s], ends[s]). Sequence s lies in batch element s; where there is one element, all lie in it
+    (packed)."""
 
     starts: Tensor | None
     """int [S], first tokens; None: 0."""
     ends: Tensor | None
-    """int [S], one past the last tokens; None: the row's end."""
+    """int [S], one past the last tokens; None: the element's end."""
     count: int
     tokens: int
-    """Tokens of a row, pads included."""
+    """Tokens of a batch element, pads included."""
     batch: int
-    """Rows."""
+    """Batch elements."""
 
     def check(self, device: torch.device) -> None:
-        """Raises a ValueError for a sequence that leaves its row. On a CPU only: elsewhere that would wait for the device."""
+        """Raises a ValueError for a sequence that leaves its batch element. On a CPU only: elsewhere looking would wait."""
         if device.type != "cpu":
             return
         for sequence, (first, end) in enumerate(self._bounds()):
@@ -35,19 +36,19 @@ class Spans:
                 )
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        """(row, first token, number of tokens) of each sequence, cut to its row. Waits for the device."""
+        """(batch element, first token, number of tokens) of each sequence, cut to its element. Waits for the device."""
         for sequence, (first, end) in enumerate(self._bounds()):
             first = min(max(first, 0), self.tokens)
             yield (sequence if self.batch > 1 else 0), first, max(min(end, self.tokens) - first, 0)
 
     def token_counts(self, device: torch.device) -> Tensor:
-        """int64 [S] on `device`, cut to the rows; without waiting."""
+        """int64 [S] on `device`, cut to the elements; without waiting."""
         first = torch.zeros(self.count, dtype=torch.int64, device=device) if self.starts is None else self.starts.long()
         end = torch.full_like(first, self.tokens) if self.ends is None else self.ends.long()
         return (end.clamp(0, self.tokens) - first.clamp(0, self.tokens)).clamp(min=0)
 
     def longest(self, device: torch.device) -> int:
-        """No sequence has more tokens: on a CPU the longest's number, elsewhere, where looking would wait, the row's."""
+        """No sequence has more tokens: on a CPU the longest's number, elsewhere, where looking would wait, the element's."""
         if device.type != "cpu":
             return self.tokens
         return max((count for _, _, count in self), default=0)

@@ -1,19 +1,57 @@
 """The specification: every operation as docs/method.md writes it, in plain PyTorch.
 
 No speed, no cleverness. Runs in the inputs' precision but at least in float32; tests call it in float64 and hold the other
-backends to it. Sequences are spans (start, length), see `entra_kernels/_ops.py`.
+backends to it. Where sequences lie is in `_spans.py`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from entra_kernels._checks import accumulation_dtype
-from entra_kernels._sampling import SampledRows
-from entra_kernels._spans import Spans, packed_bounds
+from ._checks import accumulation_dtype, check_number, check_softcap, check_window
+from ._sampling import SampledRows
+from ._spans import Spans, packed_bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """What `incoming_attention` takes besides q, k and the sequences. Checked here, and given to every backend whole.
+
+    Tensors have the padded layout. Fields are also the last arguments of the custom ops, whose schemas are made from them
+    (`_custom_ops.py`).
+    """
+
+    scale: float
+    """Factor on q @ k.T."""
+    sliding_window: int | None = None
+    """W: key i is visible to query j iff j - W < i <= j."""
+    softcap: float | None = None
+    """c turns each scaled score s into c * tanh(s / c); 0 becomes None, for none."""
+    sinks: Tensor | None = None
+    """[H] logits that only add to the softmax denominator."""
+    lse: Tensor | None = None
+    """[B, H, N] natural-log row log-sum-exp of the scores, sinks included, where it is known."""
+    row_weights: Tensor | None = None
+    """[B, N] weight w_j of each query."""
+    per_head: bool = False
+    """Every query head by itself instead of the mean over heads."""
+    normalize: bool = True
+    """Divide the sums over queries by their number."""
+
+    def __post_init__(self) -> None:
+        checked = {
+            "scale": check_number("scale", self.scale, "finite; None for head_dim ** -0.5"),
+            "sliding_window": check_window(self.sliding_window),
+            "softcap": check_softcap(self.softcap),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if self.lse is not None and self.sinks is not None:
+            raise ValueError("sinks and lse were both given; lse already holds the sinks' share, so pass one of them")
 
 
 def attention_probabilities(
@@ -54,44 +92,37 @@ def future_queries(tokens: int, sliding_window: int | None, device: torch.device
     return count if sliding_window is None else count.clamp(max=sliding_window - 1)
 
 
-def incoming_attention(
-    q: Tensor,
-    k: Tensor,
-    spans: Spans,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    per_head: bool,
-    normalize: bool,
-) -> Tensor:
+def _future_attention(q: Tensor, k: Tensor, options: AttentionOptions, element: int, span: slice) -> Tensor:
+    """A [H, n, n] for j > i, else 0, of the sequence in `span` of a batch element."""
+    dtype = accumulation_dtype(q.dtype)
+    attention = attention_probabilities(
+        q[element, :, span].to(dtype),
+        k[element, :, span].to(dtype),
+        scale=options.scale,
+        sliding_window=options.sliding_window,
+        softcap=options.softcap,
+        sinks=options.sinks,
+        lse=None if options.lse is None else options.lse[element, :, span].to(dtype),
+    )
+    return attention.tril(-1)
+
+
+def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOptions) -> Tensor:
     """mu_i = sum_{j>i} w_j A_ji / (N - i), mean over heads (docs/method.md, "Incoming attention")."""
     dtype = accumulation_dtype(q.dtype)
     batch, heads, tokens, _ = q.shape
     incoming = q.new_zeros(batch, heads, tokens, dtype=dtype)
-    for row, first, count in spans:
+    for element, first, count in spans:
         span = slice(first, first + count)
-        attention = attention_probabilities(
-            q[row, :, span].to(dtype),
-            k[row, :, span].to(dtype),
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-            lse=None if lse is None else lse[row, :, span].to(dtype),
-        )
-        future = attention.tril(-1)  # strictly j > i
-        if row_weights is not None:
-            future = future * row_weights[row, span].to(dtype)[:, None]
-        incoming[row, :, span] = future.sum(dim=1)
-        if normalize:
-            incoming[row, :, span] /= future_queries(count, sliding_window, q.device).clamp(min=1)
-    if per_head:
+        future = _future_attention(q, k, options, element, span)
+        if options.row_weights is not None:
+            future = future * options.row_weights[element, span].to(dtype)[:, None]
+        incoming[element, :, span] = future.sum(dim=1)
+        if options.normalize:
+            incoming[element, :, span] /= future_queries(count, options.sliding_window, q.device).clamp(min=1)
+    if options.per_head:
         return incoming
-    # Head by head: `mean` adds in an order that depends on a token's place in the row.
+    # Head by head: `mean` adds in an order that depends on a token's place among the tokens.
     total = torch.zeros_like(incoming[:, 0])
     for head in range(heads):
         total += incoming[:, head]
@@ -99,48 +130,28 @@ def incoming_attention(
 
 
 def sampled_incoming_attention(
-    q: Tensor,
-    k: Tensor,
-    spans: Spans,
-    sample: SampledRows,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    normalize: bool,
+    q: Tensor, k: Tensor, spans: Spans, sample: SampledRows, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """mu_i from a sample of the rows, and its standard error (docs/method.md, "Sampling")."""
     dtype = accumulation_dtype(q.dtype)
     estimate = q.new_zeros(q.shape[0], q.shape[2], dtype=dtype)
     error = torch.zeros_like(estimate)
-    for sequence, (row, first, count) in enumerate(spans):
+    for sequence, (element, first, count) in enumerate(spans):
         if count == 0:
             continue
         span = slice(first, first + count)
-        attention = attention_probabilities(
-            q[row, :, span].to(dtype),
-            k[row, :, span].to(dtype),
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-            lse=None if lse is None else lse[row, :, span].to(dtype),
-        )
-        future = attention.mean(dim=0).tril(-1)  # [N, N], strictly j > i
-        if row_weights is not None:
-            future = future * row_weights[row, span].to(dtype)[:, None]
+        future = _future_attention(q, k, options, element, span).mean(dim=0)  # [n, n]
+        if options.row_weights is not None:
+            future = future * options.row_weights[element, span].to(dtype)[:, None]
         sampled = min(count, sample.rows.shape[1])
-        rows = future[sample.rows[sequence, :sampled]]  # [m, N]
+        rows = future[sample.rows[sequence, :sampled]]  # [m, n]
         pairs = sampled // 2
         difference = rows[0 : 2 * pairs : 2] - rows[1 : 2 * pairs : 2]
         sums = (sample.weights[sequence, :sampled].to(dtype)[:, None] * rows).sum(dim=0)
         variance = (sample.spread[sequence, :pairs].to(dtype)[:, None] * difference**2).sum(dim=0)
-        divisor = future_queries(count, sliding_window, q.device).clamp(min=1) if normalize else 1
-        estimate[row, span] = sums / divisor
-        error[row, span] = variance.sqrt() / divisor
+        divisor = future_queries(count, options.sliding_window, q.device).clamp(min=1) if options.normalize else 1
+        estimate[element, span] = sums / divisor
+        error[element, span] = variance.sqrt() / divisor
     return estimate, error
 
 

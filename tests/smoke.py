@@ -40,6 +40,9 @@ def check_files() -> None:
         left_out = {path.relative_to(CLONE) for path in (CLONE / folder.name).rglob("*") if path.is_file()}
         left_out -= {path.relative_to(folder.parent) for path in folder.rglob("*")}
         assert all("__pycache__" in path.parts for path in left_out), f"not in the wheel: {left_out}"
+    installed = {path.parts[0] for path in importlib.metadata.files("entra-reward") or ()}
+    others = {name for name in installed - {"entra", "entra_kernels", ".."} if not name.endswith(".dist-info")}
+    assert not others, f"no part of the product, but in the wheel: {others}"
 
 
 def check_metadata() -> None:

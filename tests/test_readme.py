@@ -1,4 +1,4 @@
-"""Every block of code in README runs."""
+"""Every block of code in README runs, and so does the Python of docs/training.md."""
 
 import os
 import re
@@ -13,11 +13,16 @@ from tiny_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-SHELL = [
-    [line.split("#")[0].strip() for line in block.splitlines() if line.strip()]
-    for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-]
+
+
+def blocks(language, text):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+PYTHON = blocks("python", README)
+DIFF = blocks("diff", README)
+TRAINING = blocks("python", (ROOT / "docs/training.md").read_text())
+SHELL = [[line.split("#")[0].strip() for line in block.splitlines() if line.strip()] for block in blocks("bash", README)]
 FILES = {
     "traces.jsonl": '{"prompt": "What is 2 + 2?", "completion": "It is 4. It is 4."}\n',
     "base.jsonl": '{"id": 1, "completion": "It is 4. It is 4.\\nThe answer is 4.", "answer": "4"}\n',
@@ -25,38 +30,71 @@ FILES = {
 }
 
 
-def test_there_are_blocks_of_both_kinds_and_no_others():
-    assert len(PYTHON) >= 3
+def test_readme_is_short():
+    assert len(README.split()) <= 700
+
+
+def test_there_are_blocks_of_three_kinds_and_no_others():
+    assert len(PYTHON) >= 2
+    assert len(DIFF) == 1
     assert len(SHELL) >= 3
     assert all(SHELL)
-    assert len(re.findall(r"^```\w", README, re.MULTILINE)) == README.count("```python") + README.count("```bash")
+    assert len(re.findall(r"^```\w", README, re.MULTILINE)) == len(PYTHON) + len(DIFF) + len(SHELL)
 
 
 @pytest.mark.smollm2
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
-def test_python_block(code, tmp_path):
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
-    if "trainer_of" in names:
-        train_a_step(names["trainer_of"], tmp_path)
+def test_python_block(code):
+    exec(compile(code, "README.md", "exec"), {})
 
 
-def train_a_step(trainer_of, folder):
-    """What README's function makes trains; on a tiny model out of a folder, as users have it."""
+@pytest.fixture
+def script(tmp_path):
+    """What a TRL script has before it makes a trainer; the model is a tiny one out of a folder, as users have it."""
+    import trl
     from datasets import Dataset
 
-    build("qwen3").save_pretrained(folder / "model")
-    build_tokenizer().save_pretrained(folder / "model")
+    build("qwen3").save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
 
-    def accuracy_reward(completions, **columns):
+    def accuracy(completions, **columns):
         return [float(i % 2) for i in range(len(completions))]
 
     options = {"max_steps": 1, "max_completion_length": 8, "num_generations": 4, "per_device_train_batch_size": 4}
-    quiet = {"output_dir": str(folder / "run"), "use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
-    dataset = Dataset.from_list([{"prompt": "1+1="}, {"prompt": "1+2="}])
-    trainer = trainer_of(str(folder / "model"), dataset, accuracy_reward, **options, **quiet)
-    trainer.train()
-    assert trainer.state.global_step == 1
+    quiet = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
+    return {
+        "model": str(tmp_path / "model"),
+        "accuracy": accuracy,
+        "args": trl.GRPOConfig(**options, **quiet),
+        "dataset": Dataset.from_list([{"prompt": "1+1="}, {"prompt": "1+2="}]),
+    }
+
+
+def trains_a_step(code, script):
+    exec(compile(code, "a page", "exec"), script)
+    script["trainer"].train()
+    return script["trainer"].state.global_step == 1
+
+
+def test_the_diff_changes_six_lines_of_a_script_that_trains_before_and_after(script):
+    (diff,) = DIFF
+    lines = [(line[:1], line[1:]) for line in diff.splitlines()]
+    assert sum(sign in "+-" for sign, _ in lines if sign) == 6
+    before, after = ("\n".join(text for sign, text in lines if sign != other) for other in "+-")
+    assert trains_a_step(before, dict(script))
+    assert trains_a_step(after, script)
+    assert type(script["trainer"]).__name__ == "EntraGRPOTrainer"
+    assert script["trainer"].reward_func_names == ["accuracy", "entra_reward"]
+    assert script["trainer"].args.reward_weights == [1.0, 0.5]
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("code", TRAINING, ids=lambda code: code.splitlines()[0])
+def test_python_block_of_the_page_on_training(code, script):
+    if "trainer = " in code:
+        assert trains_a_step(code, script)
+    else:
+        exec(compile(code, "docs/training.md", "exec"), script)
 
 
 @pytest.mark.smollm2
@@ -72,9 +110,6 @@ def test_shell_commands(commands, tmp_path):
             continue
         if words[0] == "pip":  # test_package.py checks the names in it, and `make smoke` installs a wheel
             continue
-        if words[:2] == ["python", "-m"]:  # what is in the repository only
-            subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True)
-            continue
         assert words[0] == "entra"
         subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, env=environment)
         for flag in {"-o", "--output"} & set(words):
@@ -82,5 +117,6 @@ def test_shell_commands(commands, tmp_path):
 
 
 def test_pictures_exist():
-    for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README):
-        assert (ROOT / picture).stat().st_size > 0
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert pictures
+    assert all((ROOT / picture).stat().st_size > 0 for picture in pictures)

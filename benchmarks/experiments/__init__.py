@@ -1,14 +1,49 @@
-"""Experiments: questions about the method, answered with numbers, and the evidence that training with it works."""
+"""Questions about the method, answered with numbers.
 
-EXPERIMENTS: dict[str, str] = {
-    "importance": "benchmarks.experiments.importance",
-    "threshold": "benchmarks.experiments.threshold",
-    "lambda": "benchmarks.experiments.attention_weight",
-    "proxy": "benchmarks.experiments.proxy",
-    "domain": "benchmarks.experiments.domain",
-    "overhead": "benchmarks.experiments.overhead",
-    "train-threshold": "benchmarks.experiments.train_threshold",
-    "train-lambda": "benchmarks.experiments.train_lambda",
-    "transfer": "benchmarks.experiments.transfer",
-}
-"""The module of each `entra experiment NAME`, in the order of docs/experiments.md (see `benchmarks.experiments.results`)."""
+An experiment is two files of one name in this folder: a module that measures (`benchmarks.experiments.results` says what is in
+it), and Markdown that gives its name, its place in docs/experiments.md and its question, and then says what the numbers say.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What the Markdown of an experiment says."""
+
+    name: str
+    """As in `python -m benchmarks.experiments NAME`."""
+    place: int
+    """In docs/experiments.md, from 1 on."""
+    question: str
+    """One line."""
+    reading: str
+    """What the committed numbers say, in Markdown."""
+    path: Path
+    """Of the module."""
+
+    def module(self) -> Any:
+        """What measures it."""
+        return importlib.import_module(f"{__name__}.{self.path.stem}")
+
+
+def _read(path: Path) -> Experiment:
+    _, head, reading = path.read_text(encoding="utf-8").split("---\n", 2)
+    facts = dict(line.split(": ", 1) for line in head.splitlines())
+    return Experiment(
+        name=facts["name"],
+        place=int(facts["place"]),
+        question=facts["question"],
+        reading=reading.strip(),
+        path=path.with_suffix(".py"),
+    )
+
+
+_FOUND = [_read(path) for path in Path(__file__).parent.glob("*.md") if path.with_suffix(".py").is_file()]
+EXPERIMENTS = {experiment.name: experiment for experiment in sorted(_FOUND, key=lambda experiment: experiment.place)}
+"""All of them by name, in the order of docs/experiments.md."""

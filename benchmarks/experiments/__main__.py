@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     names = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
-    for name, module in EXPERIMENTS.items():
-        experiment = importlib.import_module(module)
-        added = names.add_parser(name, help=experiment.QUESTION, description=experiment.__doc__, allow_abbrev=False)
+    for name, experiment in EXPERIMENTS.items():
+        module = experiment.module()
+        added = names.add_parser(name, help=experiment.question, description=module.__doc__, allow_abbrev=False)
         added.add_argument(
             "--output", type=Path, default=Path("build/experiments"), help="folder for the results (default: %(default)s)"
         )
         added.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing: tables and plots of an earlier result")
-        experiment.add_arguments(added)
+        module.add_arguments(added)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         refuse(unknown, names.choices[options.experiment])
@@ -54,14 +53,14 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         CommandError: what stops it.
     """
-    experiment = importlib.import_module(EXPERIMENTS[options.experiment])
+    module = EXPERIMENTS[options.experiment].module()
     if getattr(options, "traces", None) is not None and not options.redraw:
         survey(options.traces)
         options.rows = read_rows(options.traces, 0)
     try:
         results.check_folder(options.output, options.experiment)
-        result = results.read(options.redraw) if options.redraw else experiment.run(options)
-        markdown = results.write(result, options.output, experiment.tables(result), experiment.figures(result))
+        result = results.read(options.redraw) if options.redraw else module.run(options)
+        markdown = results.write(result, options.output, module.tables(result), module.figures(result))
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         raise CommandError(one_line(error), 1) from error
     say(*markdown.removesuffix("\n").split("\n"), file=sys.stdout)

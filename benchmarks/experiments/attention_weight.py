@@ -25,11 +25,6 @@ from benchmarks.experiments.twins import compare, over_problems, rewards_of
 from entra.config import ScoreConfig, Statistic
 from entra.view.trace import pieces_of
 
-QUESTION = (
-    "What does lambda do to the importance, to the protected tokens and to the reward, with mean attention and with lift?"
-)
-
-
 STATISTICS: tuple[Statistic, ...] = ("mean", "lift")
 _FIRST = 0.2
 _BINS = 10

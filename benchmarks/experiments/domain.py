@@ -38,8 +38,6 @@ from entra.policy import Policy
 from entra.problems import load_problems, reasoning_gym_reward
 from entra.progress import progress_bar
 
-QUESTION = "Do the reward's statistics differ between math, logic, code and common-sense problems?"
-
 DOMAINS: dict[str, dict[str, dict[str, Any]]] = {
     "math": {
         "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},

@@ -25,9 +25,6 @@ from entra.metrics import resampled_ratio
 from entra.score import Scores
 from entra.view.lines import protected_runs
 
-QUESTION = "Which kinds of tokens does the importance protect, and does log P or attention decide?"
-
-
 FORMULA, ALL = "in a formula", "all"
 _SHOWN_KINDS = (*KINDS, FORMULA, ALL)
 _FEWEST = 5  # problems; of fewer, no interval over problems means anything

@@ -32,8 +32,6 @@ from benchmarks.experiments.drawing import COLOURS
 from benchmarks.experiments.results import Figure, Result, Table
 from entra.progress import progress_bar
 
-QUESTION = "What do scores cost in time and memory, against model size and length, beside eager attention?"
-
 FORWARD, ENTRA, EAGER, EAGER_LAST = "forward", "ENTRA", "eager, all layers", "eager, last layer"
 METHODS = (FORWARD, ENTRA, EAGER_LAST, EAGER)
 _VOCABULARY = 32_768

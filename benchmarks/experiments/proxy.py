@@ -43,9 +43,8 @@ from benchmarks.experiments.results import Result
 from entra.metrics import mean_interval
 from entra.progress import progress_bar
 
-__all__ = ["PROXIES", "QUESTION", "TARGETS", "add_arguments", "figures", "run", "summarise", "tables"]
+__all__ = ["PROXIES", "TARGETS", "add_arguments", "figures", "run", "summarise", "tables"]
 
-QUESTION = "How good is attention as a stand-in for a token's influence on the rest of the text?"
 
 TARGETS: dict[str, Callable[[Row], float]] = {
     "loo": lambda row: row["loo"],

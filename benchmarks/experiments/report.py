@@ -6,7 +6,6 @@ Tables and plots are drawn from the JSON files alone. The Markdown beside an exp
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -29,19 +28,14 @@ def report(results: Path, document: Path) -> str:
     return "\n".join([introduction, *(_section(name, read(path), images) for name, path in found.items())])
 
 
-def reading(name: str) -> str:
-    """What the committed numbers of an experiment say, in words."""
-    module = EXPERIMENTS[name].rpartition(".")[2]
-    return Path(__file__).with_name(f"{module}.md").read_text(encoding="utf-8").strip()
-
-
 def _section(name: str, result: Result, images: str) -> str:
-    module = importlib.import_module(EXPERIMENTS[name])
+    experiment = EXPERIMENTS[name]
+    module = experiment.module()
     environment = result.environment
     versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
     made = f"`{environment['command']}`, {environment['date']}, {environment['machine']}; {versions}."
     body = section(module.tables(result), module.figures(result), images)
-    return f"## {name}: {module.QUESTION}\n\n{reading(name)}\n\n{made}\n\n{body}"
+    return f"## {name}: {experiment.question}\n\n{experiment.reading}\n\n{made}\n\n{body}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """What an experiment leaves behind: numbers as JSON and CSV, plots as SVG and PNG, and a section of Markdown that shows them.
 
-An experiment is a module with `QUESTION` (one line), `add_arguments(parser)` and `run(options) -> Result`; what reads and draws
-its numbers are `tables(result)` and `figures(result)`, which need nothing but the JSON, so that a report can be drawn again
-without measuring again. The Markdown file beside the module says in words what the committed numbers say, and
-`benchmarks.experiments.EXPERIMENTS` names the module.
+An experiment is a module with `add_arguments(parser)` and `run(options) -> Result`; what reads and draws its numbers are
+`tables(result)` and `figures(result)`, which need nothing but the JSON, so that a report can be drawn again without measuring
+again. `benchmarks.experiments` finds it by the Markdown beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_VERSIONS = ("entra", "torch", "transformers", "trl", "reasoning-gym")
+import entra
+
+_VERSIONS = ("torch", "transformers", "trl", "reasoning-gym")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def environment() -> dict[str, Any]:
     """Date, machine and versions that a result is of."""
     import torch
 
-    versions = {}
+    versions = {"entra": entra.__version__}  # on PyPI, `entra` is another project
     for name in _VERSIONS:
         try:
             versions[name] = version(name)

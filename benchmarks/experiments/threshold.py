@@ -26,9 +26,6 @@ from benchmarks.experiments.results import Figure, Result, Table, with_interval
 from benchmarks.experiments.twins import PAIRS, compare, over_problems, rewards_of
 from entra.config import ScoreConfig
 
-QUESTION = "What does the threshold tau do to the reward, to the order of the twins, and how stable is the protected set?"
-
-
 IMPORTANCE, RANDOM = "importance", "random"
 
 

@@ -150,7 +150,7 @@ def load(options: argparse.Namespace) -> Samples:
     """The samples that the flags name.
 
     Args:
-        options: of `add_arguments`, and with `traces` also `rows`: its rows as `entra.cli.experiment` reads them, each with
+        options: of `add_arguments`, and with `traces` also `rows`: its rows as `entra.rows.read_rows` reads them, each with
             its columns and what is wrong with its line, None when nothing is.
 
     Raises:

@@ -12,9 +12,8 @@ from benchmarks.experiments import train_options, trained
 from benchmarks.experiments.results import Result
 from benchmarks.experiments.train_options import figures, tables
 
-__all__ = ["QUESTION", "add_arguments", "figures", "run", "tables"]
+__all__ = ["add_arguments", "figures", "run", "tables"]
 
-QUESTION = "Does the attention weight lambda matter when the policy is trained on the reward?"
 
 _OPTION, _SYMBOL = "attention_weight", "lambda"
 

@@ -19,8 +19,6 @@ from benchmarks.experiments.drawing import COLOURS
 from benchmarks.experiments.results import Figure, Result, Table
 from benchmarks.experiments.trained import SFT, Variant, compare, signed
 
-QUESTION = "Does conciseness carry over to kinds of problems that GRPO was not trained on, and is accuracy kept there?"
-
 _NAMES = {"accuracy": "accuracy only", "entra-banded": "gated ENTRA"}
 
 

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from entra_kernels._spans import Spans
 from entra_kernels._triton import attention
 from entra_kernels._triton.launch import AttentionLaunch, Chip, Ring, attention_launch, chip_of
+from entra_kernels.reference import AttentionOptions
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VARIANTS = ("plain", "window", "softcap")
@@ -97,16 +99,17 @@ def trials(q: Tensor, k: Tensor, sizes: Sequence[AttentionLaunch], variant: str,
     out = torch.zeros(batch, 1, tokens, dtype=torch.float32, device=q.device)
     # Any log-sum-exp takes the same time; one above every score keeps the sums finite.
     lse = torch.full((batch, heads, tokens), 100.0, device=q.device)
+    options = AttentionOptions(
+        scale=head_dim**-0.5,
+        sliding_window=max(tokens // 8, 1) if variant == "window" else None,
+        softcap=50.0 if variant == "softcap" else None,
+        normalize=False,
+    )
     expected: Tensor | None = None
     for size in sizes:
 
         def run(lse: Tensor | None = None, size: AttentionLaunch = size) -> Tensor:
-            attention._launch(
-                q, k, spans, out, size,
-                scale=head_dim**-0.5, window=max(tokens // 8, 1) if variant == "window" else None,
-                softcap=50.0 if variant == "softcap" else None, sinks=None, lse=lse, row_weights=None,
-                per_head=False, normalize=False,
-            )  # fmt: skip
+            attention._launch(q, k, spans, out, size, replace(options, lse=lse))
             return out
 
         try:

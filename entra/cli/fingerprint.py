@@ -61,7 +61,7 @@ def fingerprint(model: str) -> dict[str, str]:
                 found.update(zip((f"{repository}: {path.name}" for path in files), _hashes(files), strict=True))
             name = _base_of_adapter(folder)
     except (OSError, ValueError) as error:
-        raise CommandError(f"cannot read the files of --model {name}, by which it is known again: {error}") from error
+        raise CommandError(f"cannot read the files of --model {name}, which tell one model from another: {error}") from error
     return found
 
 

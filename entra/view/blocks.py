@@ -19,7 +19,8 @@ def column_chart(values: Sequence[float], width: int, height: int, *, label: str
 
     Args:
         values: n numbers in order.
-        width, height: cells in all; a column stands for n / columns neighbouring values, one where there is room.
+        width, height: of the whole chart, in cells. A column stands for n / columns neighbouring values, or for one if they
+        fit.
         label: of the values, with their unit; stands on top.
         axis: of the position; stands below, between the first and the last number.
     """

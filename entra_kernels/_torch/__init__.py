@@ -3,8 +3,8 @@
 The first three run on any device of torch's; `redundancy` needs one with float64, which MPS is not.
 """
 
-from entra_kernels._torch.attention import incoming_attention, sampled_incoming_attention
-from entra_kernels._torch.logprobs import linear_token_logprobs, token_logprobs
-from entra_kernels._torch.redundancy import redundancy
+from .._torch.attention import incoming_attention, sampled_incoming_attention
+from .._torch.logprobs import linear_token_logprobs, token_logprobs
+from .._torch.redundancy import redundancy
 
 __all__ = ["incoming_attention", "linear_token_logprobs", "redundancy", "sampled_incoming_attention", "token_logprobs"]

@@ -12,9 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from entra_kernels._checks import accumulation_dtype
-from entra_kernels._sampling import SampledRows
-from entra_kernels._spans import Spans
+from .._checks import accumulation_dtype
+from .._sampling import SampledRows
+from .._spans import Spans
+from ..reference import AttentionOptions
 
 # Scores in a block. On 2 CPU cores of 2 MiB L2 each, 2**20 float32 scores and at most 128 rows took 1.00 to 1.10 times one
 # fused SDPA call at 1k to 8k tokens; 2**18 took 1.16 to 1.31 times (small products), 256 rows up to 1.37. Elsewhere a block
@@ -25,59 +26,47 @@ MIN_ROWS, MAX_ROWS = 16, 128
 LOG2_E = 1 / math.log(2)
 
 
-def incoming_attention(
-    q: Tensor,
-    k: Tensor,
-    spans: Spans,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    per_head: bool,
-    normalize: bool,
-) -> Tensor:
+def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOptions) -> Tensor:
     """See `entra_kernels.incoming_attention`; memory is [G, rows, N] scores beside the [B, N] (or [B, H, N]) result."""
     batch, heads, tokens, _ = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
     dtype = accumulation_dtype(q.dtype)
-    out = q.new_zeros(batch, kv_heads, group if per_head else 1, tokens, dtype=dtype)
-    for row, first, count in spans:
+    lse, row_weights = options.lse, options.row_weights
+    # inf - inf is NaN
+    sinks = None if options.sinks is None else options.sinks.to(dtype).clamp(max=torch.finfo(dtype).max).view(-1, group)
+    out = q.new_zeros(batch, kv_heads, group if options.per_head else 1, tokens, dtype=dtype)
+    for element, first, count in spans:
         if count == 0:
             continue
         span = slice(first, first + count)
-        weights = q.new_ones(count, dtype=dtype) if row_weights is None else row_weights[row, span].to(dtype)
+        weights = q.new_ones(count, dtype=dtype) if row_weights is None else row_weights[element, span].to(dtype)
         at_once = _heads_at_once(q, group, kv_heads, count)
         for head in range(0, kv_heads, at_once):
             keys, queries = slice(head, head + at_once), slice(head * group, (head + at_once) * group)
-            out[row, keys, :, span] = _column_sums(
-                q[row, queries, span].unflatten(0, (-1, group)),
-                k[row, keys, span],
+            out[element, keys, :, span] = _column_sums(
+                q[element, queries, span].unflatten(0, (-1, group)),
+                k[element, keys, span],
                 weights,
-                dtype=dtype,
-                scale=scale,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                # inf - inf is NaN
-                sinks=None if sinks is None else sinks[queries].to(dtype).clamp(max=torch.finfo(dtype).max).view(-1, group),
-                lse=None if lse is None else lse[row, queries, span].to(dtype).unflatten(0, (-1, group)),
-                per_head=per_head,
+                None if sinks is None else sinks[keys],
+                None if lse is None else lse[element, queries, span].to(dtype).unflatten(0, (-1, group)),
+                options,
             )
-        if normalize:
-            future = torch.arange(count - 1, -1, -1, device=q.device).clamp(min=1)
-            if sliding_window is not None:
-                future = future.clamp(max=max(sliding_window - 1, 1))
-            out[row, :, :, span] /= future
-    if per_head:
+        if options.normalize:
+            out[element, :, :, span] /= _future_queries(count, options.sliding_window, q.device)
+    if options.per_head:
         return out.view(batch, heads, tokens)
-    # Head by head: `sum` adds in an order that depends on a token's place in the row.
+    # Head by head: `sum` adds in an order that depends on a token's place among the tokens.
     total = torch.zeros_like(out[:, 0, 0])
     for kv_head in range(kv_heads):
         total += out[:, kv_head, 0]
     return total / heads
+
+
+def _future_queries(count: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """[n]: how many queries behind a token of the sequence see it, at least 1."""
+    future = torch.arange(count - 1, -1, -1, device=device).clamp(min=1)
+    return future if sliding_window is None else future.clamp(max=max(sliding_window - 1, 1))
 
 
 def _heads_at_once(q: Tensor, group: int, kv_heads: int, count: int) -> int:
@@ -93,24 +82,17 @@ def _budget(q: Tensor) -> int:
 
 
 def _column_sums(
-    q: Tensor,
-    k: Tensor,
-    weights: Tensor,
-    *,
-    dtype: torch.dtype,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    per_head: bool,
+    q: Tensor, k: Tensor, weights: Tensor, sinks: Tensor | None, lse: Tensor | None, options: AttentionOptions
 ) -> Tensor:
-    """sum_{j>i} w_j A_ji of one sequence and K kv heads: q [K, G, n, D], k [K, n, D] -> [K, G, n], summed over G [K, 1, n]."""
+    """sum_{j>i} w_j A_ji of one sequence and K kv heads: q [K, G, n, D], k [K, n, D] -> [K, G, n], summed over G [K, 1, n].
+
+    sinks [K, G] and lse [K, G, n] are those of these heads."""
     heads, group, count, _ = q.shape
+    dtype, sliding_window, softcap = weights.dtype, options.sliding_window, options.softcap
     keys = k.to(dtype).mT  # [K, D, n]
     extra = 0 if sinks is None else 1  # a sink is one more column of the softmax, dropped afterwards
     budget = _budget(q) // heads
-    sums = q.new_zeros(heads, group if per_head else 1, count, dtype=dtype)
+    sums = q.new_zeros(heads, group if options.per_head else 1, count, dtype=dtype)
     widest = (count if sliding_window is None else min(count, sliding_window - 1 + MAX_ROWS)) + extra
     capacity = min(max(budget, group * MIN_ROWS * widest), group * min(count, MAX_ROWS) * widest)
     # Two buffers for the whole sequence: a fresh allocation per block costs more in page faults than the block's arithmetic.
@@ -129,7 +111,7 @@ def _column_sums(
         visible = scores[..., :width]
         queries = q[:, :, begin:end].to(dtype).reshape(heads, group * rows, -1)
         # The factor goes to the products: multiplied into the queries it would round every one of their entries.
-        torch.baddbmm(visible, queries, keys[..., low:end], beta=0, alpha=scale, out=visible)
+        torch.baddbmm(visible, queries, keys[..., low:end], beta=0, alpha=options.scale, out=visible)
         if softcap is not None:
             visible.div_(softcap).tanh_().mul_(softcap)
         _fill_hidden(visible.view(-1, rows, width), -math.inf, begin - low, sliding_window, later)
@@ -144,7 +126,7 @@ def _column_sums(
             probabilities = torch.softmax(scores, dim=-1, out=buffers[1, :size].view_as(scores))[..., :width]
         # Strictly future queries, j > i. All that is hidden again, because a row that is not finite is NaN there as well.
         _fill_hidden(probabilities.view(-1, rows, width), 0.0, begin - low, sliding_window, itself_or_later)
-        if per_head:
+        if options.per_head:
             by_head = probabilities.view(heads * group, rows, width)
             sums[..., low:end] += torch.matmul(row_weights.reshape(-1, 1, rows), by_head).view(heads, group, width)
         else:
@@ -166,46 +148,35 @@ def _fill_hidden(scores: Tensor, value: float, diagonal: int, sliding_window: in
 
 
 def sampled_incoming_attention(
-    q: Tensor,
-    k: Tensor,
-    spans: Spans,
-    sample: SampledRows,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    normalize: bool,
+    q: Tensor, k: Tensor, spans: Spans, sample: SampledRows, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """See `entra_kernels.incoming_attention` with `sample_rows`; memory is a block of [G, rows, N] scores, 2 rows or more."""
     dtype = accumulation_dtype(q.dtype)
+    lse, row_weights = options.lse, options.row_weights
+    sinks = None if options.sinks is None else options.sinks.to(dtype).clamp(max=torch.finfo(dtype).max)
     estimate = q.new_zeros(q.shape[0], q.shape[2], dtype=dtype)
     error = torch.zeros_like(estimate)
-    for sequence, (row, first, count) in enumerate(spans):
+    for sequence, (element, first, count) in enumerate(spans):
         if count == 0:
             continue
         span = slice(first, first + count)
         position = sample.rows[sequence, : min(count, sample.rows.shape[1])]
         sums, variance = _sampled_sums(
-            q[row, :, span][:, position].to(dtype) * scale,
-            k[row, :, span],
+            q[element, :, span][:, position].to(dtype) * options.scale,
+            k[element, :, span],
             position,
             weights=sample.weights[sequence].to(dtype),
             spread=sample.spread[sequence].to(dtype),
-            factors=None if row_weights is None else row_weights[row, span][position].to(dtype),
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=None if sinks is None else sinks.to(dtype).clamp(max=torch.finfo(dtype).max),
-            lse=None if lse is None else lse[row, :, span][:, position].to(dtype),
+            factors=None if row_weights is None else row_weights[element, span][position].to(dtype),
+            sinks=sinks,
+            lse=None if lse is None else lse[element, :, span][:, position].to(dtype),
+            options=options,
         )
         divisor = torch.full_like(sums, q.shape[1])
-        if normalize:
-            future = torch.arange(count - 1, -1, -1, device=q.device).clamp(min=1)
-            divisor *= future if sliding_window is None else future.clamp(max=max(sliding_window - 1, 1))
-        estimate[row, span] = sums / divisor
-        error[row, span] = variance.sqrt() / divisor
+        if options.normalize:
+            divisor *= _future_queries(count, options.sliding_window, q.device)
+        estimate[element, span] = sums / divisor
+        error[element, span] = variance.sqrt() / divisor
     return estimate, error
 
 
@@ -217,18 +188,17 @@ def _sampled_sums(
     weights: Tensor,
     spread: Tensor,
     factors: Tensor | None,
-    sliding_window: int | None,
-    softcap: float | None,
     sinks: Tensor | None,
     lse: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Sum over heads and rows, and its variance, [n] each: q [H, m, D] scaled, k [Hkv, n, D], rows at `position` [m]."""
     kv_heads, count, _ = k.shape
     group = q.shape[0] // kv_heads
     sampled = position.shape[0]
+    sliding_window, softcap = options.sliding_window, options.softcap
     sums, variance = q.new_zeros(2, count)
-    budget = CPU_BLOCK if q.device.type == "cpu" else DEVICE_BLOCK
-    step = min(max(budget // (group * count) // 2 * 2, 2), MAX_ROWS)  # whole pairs
+    step = min(max(_budget(q) // (group * count) // 2 * 2, 2), MAX_ROWS)  # whole pairs
     key = torch.arange(count, device=q.device)
     last = position.cpu().tolist()
     for begin in range(0, sampled, step):

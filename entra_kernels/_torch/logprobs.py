@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from entra_kernels._checks import accumulation_dtype
+from .._checks import accumulation_dtype
 
 # A block of logits in float32. Its upcast, its quotient by a temperature and its log-softmax make 3 of these: 24 MiB.
 _BLOCK_BYTES = 8 << 20

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from entra_kernels._checks import accumulation_dtype
-from entra_kernels._spans import packed_bounds
+from .._checks import accumulation_dtype
+from .._spans import packed_bounds
 
 # Logarithms of counts are summed as integers in units of 2**-26: the sum is then exact, so neither the order of the additions
 # (atomics on a GPU) nor the rest of the batch can change it. M * log(M) * 2**26 stays below 2**62 for every M < 2**31, and an

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entra_kernels._spans import Spans
-from entra_kernels._triton.launch import (
+from .._spans import Spans
+from ..reference import AttentionOptions
+from .launch import (
     FUSED,
     AttentionLaunch,
     Chip,
@@ -31,107 +32,25 @@ from entra_kernels._triton.launch import (
     chip_of,
     gluon_is_known,
 )
-from entra_kernels._triton.plan import PIECE_FIELDS, TILE_FIELDS, plan
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: two of them subtracted give 0, not NaN
-HIGHEST = tl.constexpr(3.0e38)
-
-
-@triton.jit
-def _tanh(x):
-    """To float32 precision and without libdevice, which the interpreter lacks. The quotient cancels near 0: a series there."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    decay = tl.exp2(tl.abs(x) * (-2 * LOG2_E))  # at most 1: cannot overflow
-    quotient = (1 - decay) / (1 + decay)
-    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -quotient, quotient))
-
-
-@triton.jit
-def _load_tile(
-    rows, stride, stride_dim, count, cut, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr
-):
-    """[TOKENS, DEPTH] from dimension `cut` on; `rows` is the address of the first token. 0 from token `count` on.
-
-    Offsets within a tile are 32 bits unless WIDE: as 64 bits they take twice the registers, which spill."""
-    token = tl.arange(0, TOKENS)
-    dim = cut + tl.arange(0, DEPTH)
-    mask = (token < count)[:, None]
-    if HEAD_DIM % DEPTH != 0:
-        mask &= (dim < HEAD_DIM)[None, :]
-    if WIDE:
-        offsets = token.to(tl.int64)[:, None] * stride + dim.to(tl.int64)[None, :] * stride_dim
-    else:
-        offsets = token[:, None] * stride + dim[None, :] * stride_dim
-    return tl.load(rows + offsets, mask=mask, other=0.0)
-
-
-@triton.jit
-def _products(
-    a_tile, a_rows, a_stride, a_stride_dim, a_count, b_rows, b_stride, b_stride_dim, b_count,
-    A_TOKENS: tl.constexpr, B_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Dot products [a, b] in float32. `a_tile` is resident; where the head dim is cut into pieces it is read again instead."""
-    if DEPTH >= HEAD_DIM:
-        b_tile = _load_tile(b_rows, b_stride, b_stride_dim, b_count, 0, B_TOKENS, HEAD_DIM, DEPTH, WIDE)
-        return tl.dot(a_tile, tl.trans(b_tile), input_precision="ieee")
-    products = tl.zeros((A_TOKENS, B_TOKENS), dtype=tl.float32)
-    for cut in range(0, HEAD_DIM, DEPTH):
-        a_tile = _load_tile(a_rows, a_stride, a_stride_dim, a_count, cut, A_TOKENS, HEAD_DIM, DEPTH, WIDE)
-        b_tile = _load_tile(b_rows, b_stride, b_stride_dim, b_count, cut, B_TOKENS, HEAD_DIM, DEPTH, WIDE)
-        products = tl.dot(a_tile, tl.trans(b_tile), products, input_precision="ieee")
-    return products
-
-
-@triton.jit
-def _scan_keys(
-    highest, total, q_tile, q_rows, q_stride, q_stride_dim, q_count, k_head, k_stride, k_stride_dim,
-    query, first, stop, tokens, window, scale, softcap,
-    RESIDENT: tl.constexpr, STREAMED: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, FLIPPED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Online log-sum-exp over keys: the highest score so far, in log2 units, and the sum of exp2(score - highest)."""
-    for start in range(first, stop, STREAMED):
-        k_rows = k_head + tl.cast(start, tl.int64) * k_stride
-        scores = _products(
-            q_tile, q_rows, q_stride, q_stride_dim, q_count, k_rows, k_stride, k_stride_dim, tokens - start,
-            RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
-        )  # fmt: skip  # [query, key]
-        if FLIPPED:
-            scores = -scores
-        if SOFTCAP:
-            scores = _tanh(scores * scale) * softcap
-        elif MASKED:
-            scores = scores * scale  # now, so that the -inf of the mask never meets a scale of 0
-        if MASKED:
-            key = start + tl.arange(0, STREAMED)
-            visible = key[None, :] <= query[:, None]
-            if WINDOW:
-                visible &= query[:, None] - key[None, :] < window
-            scores = tl.where(visible, scores, float("-inf"))
-        if SOFTCAP or MASKED:
-            higher = tl.maximum(highest, tl.max(scores, axis=1))
-            summands = tl.exp2(scores - higher[:, None])
-        else:
-            # The maximum of the bare products spares a multiplication per score; scale is not negative, see FLIPPED.
-            higher = tl.maximum(highest, tl.max(scores, axis=1) * scale)
-            summands = tl.exp2(tl.fma(scores, scale, -higher[:, None]))
-        total = total * tl.exp2(highest - higher) + tl.sum(summands, axis=1)
-        highest = higher
-    return highest, total
-
-
-@triton.jit
-def _negative_lse(highest, total, sinks, sinks_stride, head, inside):
-    """-log2 of the softmax denominator, with the sink in it; -inf outside, where the probability then is 0."""
-    if sinks is not None:
-        sink = tl.load(sinks + head * sinks_stride).to(tl.float32) * LOG2_E
-        sink = tl.where(sink > HIGHEST, HIGHEST, sink)  # not a minimum, which would drop NaN
-        higher = tl.maximum(highest, sink)
-        total = total * tl.exp2(highest - higher) + tl.exp2(sink - higher)
-        highest = higher
-    return tl.where(inside, -(highest + tl.log2(tl.where(inside, total, 1.0))), float("-inf"))
+from .plan import plan
+from .primitives import (
+    LOG2_E,
+    LOWEST,
+    Scoring,
+    Shape,
+    Tile,
+    first_slot,
+    load_tile,
+    negative_log_sum,
+    probabilities,
+    products,
+    read_piece,
+    read_tile,
+    scan_keys,
+    score_factors,
+    tile_from,
+    walk,
+)
 
 
 @triton.jit(do_not_specialize=["slots", "heads", "group", "window"])
@@ -144,23 +63,24 @@ def _row_lse_kernel(
 ):  # fmt: skip
     """The log-sum-exp of every row, laid out as `_lay_out_kernel` does. A program owns one query head's tile of queries and
     walks over the keys that they see."""
-    entry = tiles + TILE_FIELDS * (tl.program_id(0) // heads)
+    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED)
+    scoring = Scoring(scale, softcap, window)
+    entry = read_tile(tiles, tl.program_id(0) // heads, spans)
     head = (tl.program_id(0) % heads).to(tl.int64)
-    listed = tl.load(entry)  # tile of keys + 1, or 0
-    sequence = tl.load(entry + 1)
-    start = tl.load(spans + 2 * sequence).to(tl.int64)
-    tokens = tl.load(spans + 2 * sequence + 1)
-    if listed == 0:
+    start = entry.start.to(tl.int64)
+    tokens = entry.tokens
+    if entry.listed == 0:
         return
     # The table lists tiles of keys, longest walk first; the tile of queries with the same walk is its mirror image.
-    begin = (tl.cdiv(tokens, RESIDENT) - listed) * RESIDENT
-    batch = 0 if PACKED else sequence.to(tl.int64)
-    k_head = k + batch * k_stride_batch + head // group * k_stride_head + start * k_stride
-    q_rows = q + batch * q_stride_batch + head * q_stride_head + (start + begin) * q_stride
+    begin = (tl.cdiv(tokens, RESIDENT) - entry.listed) * RESIDENT
+    batch = 0 if PACKED else entry.sequence.to(tl.int64)
+    k_first = k + batch * k_stride_batch + head // group * k_stride_head + start * k_stride
+    q_first = q + batch * q_stride_batch + head * q_stride_head + (start + begin) * q_stride
+    keys = Tile(k_first, k_stride, k_stride_dim, tokens)
+    queries = Tile(q_first, q_stride, q_stride_dim, tokens - begin)
 
     query = begin + tl.arange(0, RESIDENT)
-    q_count = tokens - begin
-    q_tile = _load_tile(q_rows, q_stride, q_stride_dim, q_count, 0, RESIDENT, HEAD_DIM, DEPTH, WIDE)  # [query, dim]
+    loaded = load_tile(queries, 0, shape, RESIDENT)  # [query, dim]
     highest = tl.full((RESIDENT,), LOWEST, tl.float32)
     total = tl.zeros((RESIDENT,), tl.float32)
 
@@ -170,99 +90,59 @@ def _row_lse_kernel(
     if WINDOW:
         edge = tl.maximum(begin - window + 1, 0) // STREAMED * STREAMED
         first = tl.minimum(tl.cdiv(tl.maximum(begin + RESIDENT - window, 0), STREAMED) * STREAMED, diagonal)
-        highest, total = _scan_keys(
-            highest, total, q_tile, q_rows, q_stride, q_stride_dim, q_count, k_head, k_stride, k_stride_dim,
-            query, edge, first, tokens, window, scale, softcap,
-            RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED, True,
-        )  # fmt: skip
-    highest, total = _scan_keys(
-        highest, total, q_tile, q_rows, q_stride, q_stride_dim, q_count, k_head, k_stride, k_stride_dim,
-        query, first, diagonal, tokens, window, scale, softcap,
-        RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED, False,
-    )  # fmt: skip
-    highest, total = _scan_keys(
-        highest, total, q_tile, q_rows, q_stride, q_stride_dim, q_count, k_head, k_stride, k_stride_dim,
-        query, diagonal, tl.minimum(begin + RESIDENT, tokens), tokens, window, scale, softcap,
-        RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED, True,
-    )  # fmt: skip
-    out = negative_lse + (head * slots + tl.load(entry + 2)) * RESIDENT + query
-    tl.store(out, _negative_lse(highest, total, sinks, sinks_stride, head, query < tokens))
+        highest, total = scan_keys(highest, total, loaded, queries, keys, query, edge, first, scoring, shape, True)
+    highest, total = scan_keys(highest, total, loaded, queries, keys, query, first, diagonal, scoring, shape, False)
+    end = tl.minimum(begin + RESIDENT, tokens)
+    highest, total = scan_keys(highest, total, loaded, queries, keys, query, diagonal, end, scoring, shape, True)
+    out = negative_lse + (head * slots + first_slot(entry)) * RESIDENT + query
+    tl.store(out, negative_log_sum(highest, total, sinks, sinks_stride, head, query < tokens))
 
 
 @triton.jit
-def _query_scores(
-    k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, tile, tokens,
-    RESIDENT: tl.constexpr, STREAMED: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def _query_products(loaded, keys, queries, tile, shape):
     """Products of the resident keys with one tile of queries of one head, [key, query]."""
-    start = tile * STREAMED
-    q_rows = q_head + tl.cast(start, tl.int64) * q_stride
-    return _products(
-        k_tile, k_rows, k_stride, k_stride_dim, k_count, q_rows, q_stride, q_stride_dim, tokens - start,
-        RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
-    )  # fmt: skip
+    return products(loaded, keys, tile_from(queries, tile * shape.STREAMED), shape)
 
 
 @triton.jit
-def _add_received(
-    sums, scores, negative_lse, weights, key, tile, window, scale, softcap,
-    STREAMED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def _add_received(sums, product, negative_lse, weights, key, tile, scoring, shape, MASKED: tl.constexpr):
     """`sums` with the probabilities that each key receives from one tile of queries."""
-    start = tile * STREAMED  # a product, so that the compiler knows the alignment and loads vectors
-    lane = tl.arange(0, STREAMED)
-    shift = tl.load(negative_lse + start + lane)[None, :]  # -inf past the end: there the probability is 0
-    if SOFTCAP:
-        received = tl.exp2(tl.fma(_tanh(scores * scale), softcap, shift))
-    else:
-        received = tl.exp2(tl.fma(scores, scale, shift))
+    begin = tile * shape.STREAMED  # a product, so that the compiler knows the alignment and loads vectors
+    lane = tl.arange(0, shape.STREAMED)
+    shift = tl.load(negative_lse + begin + lane)[None, :]  # -inf past the end: there the probability is 0
+    received = probabilities(product, shift, scoring, shape)
     if MASKED:
-        query = start + lane
+        query = begin + lane
         visible = key[:, None] < query[None, :]
-        if WINDOW:
-            visible &= query[None, :] - key[:, None] < window
+        if shape.WINDOW:
+            visible &= query[None, :] - key[:, None] < scoring.window
         received = tl.where(visible, received, 0.0)
     if weights is not None:
-        received *= tl.load(weights + start + lane)[None, :]
+        received *= tl.load(weights + begin + lane)[None, :]
     return sums + tl.sum(received, axis=1)
 
 
 @triton.jit
 def _scan_queries(
-    sums, k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, negative_lse, weights,
-    key, first, stop, tokens, window, scale, softcap,
-    RESIDENT: tl.constexpr, STREAMED: tl.constexpr, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr,
+    sums, loaded, keys, queries, negative_lse, weights, key, first, stop, scoring, shape, MASKED: tl.constexpr
 ):  # fmt: skip
     """Adds the probabilities that each key receives from the tiles first ... stop - 1 of queries of one head."""
-    if AHEAD and not MASKED:
-        # The product of the next tile is under way while the exponentials of this one are taken.
-        if first < stop:
-            scores = _query_scores(
-                k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, first, tokens,
-                RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
-            )  # fmt: skip
-            for tile in range(first, stop - 1):
-                following = _query_scores(
-                    k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, tile + 1, tokens,
-                    RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
-                )  # fmt: skip
-                sums = _add_received(
-                    sums, scores, negative_lse, weights, key, tile, window, scale, softcap, STREAMED, SOFTCAP, WINDOW, MASKED
-                )
-                scores = following
-            sums = _add_received(
-                sums, scores, negative_lse, weights, key, stop - 1, window, scale, softcap, STREAMED, SOFTCAP, WINDOW, MASKED
-            )
-    else:
-        for tile in range(first, stop):
-            scores = _query_scores(
-                k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, tile, tokens,
-                RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
-            )  # fmt: skip
-            sums = _add_received(
-                sums, scores, negative_lse, weights, key, tile, window, scale, softcap, STREAMED, SOFTCAP, WINDOW, MASKED
-            )
+    for tile in range(first, stop):
+        product = _query_products(loaded, keys, queries, tile, shape)
+        sums = _add_received(sums, product, negative_lse, weights, key, tile, scoring, shape, MASKED)
+    return sums
+
+
+@triton.jit
+def _scan_queries_ahead(sums, loaded, keys, queries, negative_lse, weights, key, first, stop, scoring, shape):
+    """The same without a mask; the product of the next tile is under way while the exponentials of this one are taken."""
+    if first < stop:
+        product = _query_products(loaded, keys, queries, first, shape)
+        for tile in range(first, stop - 1):
+            following = _query_products(loaded, keys, queries, tile + 1, shape)
+            sums = _add_received(sums, product, negative_lse, weights, key, tile, scoring, shape, False)
+            product = following
+        sums = _add_received(sums, product, negative_lse, weights, key, stop - 1, scoring, shape, False)
     return sums
 
 
@@ -278,105 +158,94 @@ def _column_sum_kernel(
 
     A program owns one kv head's tile of keys and walks over the group's query heads and the queries of its piece.
     """
-    entry = (tl.program_id(0) // kv_heads).to(tl.int64)
+    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, False)
+    scoring = Scoring(scale, softcap, window)
+    piece = read_piece(pieces, (tl.program_id(0) // kv_heads).to(tl.int64), spans)
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
-    piece = pieces + PIECE_FIELDS * entry
-    listed = tl.load(piece)  # tile + 1, or 0
-    sequence = tl.load(piece + 1)
-    first = tl.load(piece + 3)
-    stop = tl.load(piece + 4)
-    start = tl.load(spans + 2 * sequence).to(tl.int64)
-    tokens = tl.load(spans + 2 * sequence + 1)
-    if listed == 0:
+    first, stop = walk(piece)
+    start = piece.start.to(tl.int64)
+    if piece.listed == 0:
         return
-    begin = (listed - 1) * RESIDENT
-    batch = 0 if PACKED else sequence.to(tl.int64)
-    k_rows = k + batch * k_stride_batch + kv_head * k_stride_head + (start + begin) * k_stride
+    begin = (piece.listed - 1) * RESIDENT
+    batch = 0 if PACKED else piece.sequence.to(tl.int64)
+    k_first = k + batch * k_stride_batch + kv_head * k_stride_head + (start + begin) * k_stride
+    keys = Tile(k_first, k_stride, k_stride_dim, piece.tokens - begin)
     key = begin + tl.arange(0, RESIDENT)
-    k_count = tokens - begin
-    k_tile = _load_tile(k_rows, k_stride, k_stride_dim, k_count, 0, RESIDENT, HEAD_DIM, DEPTH, WIDE)  # [key, dim]
+    loaded = load_tile(keys, 0, shape, RESIDENT)  # [key, dim]
 
     # Tiles of queries on the diagonal are masked, then come those which see every key, then the window's far edge.
-    diagonal_end = tl.minimum(tl.maximum(listed * (RESIDENT // STREAMED), first), stop)
+    diagonal_end = tl.minimum(tl.maximum(piece.listed * (RESIDENT // STREAMED), first), stop)
     full_end = stop
     if WINDOW:
         stop = tl.minimum(stop, tl.cdiv(begin + RESIDENT - 1 + window, STREAMED))
         full_end = (begin + RESIDENT + tl.maximum(window - RESIDENT, 0)) // STREAMED
         full_end = tl.maximum(tl.minimum(full_end, stop), diagonal_end)
 
-    first_slot = tl.load(piece + 2).to(tl.int64)
+    slot = first_slot(piece).to(tl.int64)
     if weights is not None:
-        weights += first_slot * RESIDENT
+        weights += slot * RESIDENT
     q_head = q + batch * q_stride_batch + kv_head * group * q_stride_head + start * q_stride
-    lse_head = negative_lse + (kv_head * group * slots + first_slot) * RESIDENT
+    lse = negative_lse + (kv_head * group * slots + slot) * RESIDENT
     if PER_HEAD:
         partial_out += tl.program_id(0).to(tl.int64) * group * RESIDENT
     sums = tl.zeros((RESIDENT,), tl.float32)
     for _ in tl.range(0, group, disable_licm=True):  # hoisting out of it spills
-        sums = _scan_queries(
-            sums, k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, lse_head, weights,
-            key, first, diagonal_end, tokens, window, scale, softcap,
-            RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, True, AHEAD,
-        )  # fmt: skip
-        sums = _scan_queries(
-            sums, k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, lse_head, weights,
-            key, diagonal_end, full_end, tokens, window, scale, softcap,
-            RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, False, AHEAD,
-        )  # fmt: skip
-        if WINDOW:
-            sums = _scan_queries(
-                sums, k_tile, k_rows, k_stride, k_stride_dim, k_count, q_head, q_stride, q_stride_dim, lse_head, weights,
-                key, full_end, stop, tokens, window, scale, softcap,
-                RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, True, AHEAD,
+        queries = Tile(q_head, q_stride, q_stride_dim, piece.tokens)
+        sums = _scan_queries(sums, loaded, keys, queries, lse, weights, key, first, diagonal_end, scoring, shape, True)
+        if AHEAD:
+            sums = _scan_queries_ahead(
+                sums, loaded, keys, queries, lse, weights, key, diagonal_end, full_end, scoring, shape
             )  # fmt: skip
+        else:
+            sums = _scan_queries(
+                sums, loaded, keys, queries, lse, weights, key, diagonal_end, full_end, scoring, shape, False
+            )  # fmt: skip
+        if WINDOW:
+            sums = _scan_queries(sums, loaded, keys, queries, lse, weights, key, full_end, stop, scoring, shape, True)
         if PER_HEAD:
             tl.store(partial_out + tl.arange(0, RESIDENT), sums)
             partial_out += RESIDENT
             sums = tl.zeros((RESIDENT,), tl.float32)
         q_head += q_stride_head
-        lse_head += slots * RESIDENT
+        lse += slots * RESIDENT
     if not PER_HEAD:
         # Not computed before the loops, which would hold it in registers.
         tl.store(partial_out + tl.program_id(0).to(tl.int64) * RESIDENT + tl.arange(0, RESIDENT), sums)
 
 
-@triton.jit(do_not_specialize=["slots", "rows"])
+@triton.jit(do_not_specialize=["slots", "lines"])
 def _lay_out_kernel(
-    values, out, tiles, spans, stride_batch, stride_row, stride, slots, rows, factor, outside,
+    values, out, tiles, spans, stride_batch, stride_line, stride, slots, lines, factor, outside,
     RESIDENT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """values [B, rows, N] times `factor`, in float32, as [rows, slots, RESIDENT]: each sequence begins at its first tile and
-    fills its last one up with `outside`. So the column pass reads whole aligned vectors, without masks or strides."""
-    entry = tiles + TILE_FIELDS * (tl.program_id(0) // rows)
-    row = (tl.program_id(0) % rows).to(tl.int64)
-    listed = tl.load(entry)
-    sequence = tl.load(entry + 1)
-    start = tl.load(spans + 2 * sequence).to(tl.int64)
-    tokens = tl.load(spans + 2 * sequence + 1)
-    if listed == 0:
+    """values [B, lines, N] times `factor`, in float32, as [lines, slots, RESIDENT]: each sequence begins at its first tile and
+    fills its last one up with `outside`. So the column pass reads whole aligned vectors, without masks or strides. A line is
+    one head's values, or those of all heads."""
+    entry = read_tile(tiles, tl.program_id(0) // lines, spans)
+    line = (tl.program_id(0) % lines).to(tl.int64)
+    start = entry.start.to(tl.int64)
+    if entry.listed == 0:
         return
-    token = (listed - 1) * RESIDENT + tl.arange(0, RESIDENT)
-    inside = token < tokens
-    batch = 0 if PACKED else sequence.to(tl.int64)
-    address = values + batch * stride_batch + row * stride_row + (start + token) * stride
+    token = (entry.listed - 1) * RESIDENT + tl.arange(0, RESIDENT)
+    inside = token < entry.tokens
+    batch = 0 if PACKED else entry.sequence.to(tl.int64)
+    address = values + batch * stride_batch + line * stride_line + (start + token) * stride
     value = tl.load(address, mask=inside, other=0.0).to(tl.float32) * factor
-    tl.store(out + (row * slots + tl.load(entry + 2)) * RESIDENT + token, tl.where(inside, value, outside))
+    tl.store(out + (line * slots + first_slot(entry)) * RESIDENT + token, tl.where(inside, value, outside))
 
 
-@triton.jit(do_not_specialize=["row_tokens", "kv_heads", "heads", "rows", "window"])
+@triton.jit(do_not_specialize=["padded_tokens", "kv_heads", "heads", "lines", "window"])
 def _add_kernel(
-    partial, out, tiles, of_slot, spans, row_tokens, kv_heads, heads, rows, window,
+    partial, out, tiles, of_slot, spans, padded_tokens, kv_heads, heads, lines, window,
     RESIDENT: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """out [B, rows, N]: a tile's pieces, and kv heads unless PER_HEAD, added in ascending order and divided."""
-    entry = tiles + TILE_FIELDS * (tl.program_id(0) // rows)
-    row = (tl.program_id(0) % rows).to(tl.int64)
-    listed = tl.load(entry)
-    sequence = tl.load(entry + 1)
-    slot = of_slot + 2 * (tl.load(entry + 2) + listed - 1)
-    start = tl.load(spans + 2 * sequence).to(tl.int64)
-    tokens = tl.load(spans + 2 * sequence + 1)
-    if listed == 0:
+    """out [B, lines, N]: a tile's pieces, and kv heads unless PER_HEAD, added in ascending order and divided."""
+    entry = read_tile(tiles, tl.program_id(0) // lines, spans)
+    line = (tl.program_id(0) % lines).to(tl.int64)
+    slot = of_slot + 2 * (first_slot(entry) + entry.listed - 1)
+    start = entry.start.to(tl.int64)
+    tokens = entry.tokens
+    if entry.listed == 0:
         return
     first = tl.load(slot).to(tl.int64)
     pieces = tl.load(slot + 1)
@@ -384,13 +253,13 @@ def _add_kernel(
     total = tl.zeros((RESIDENT,), tl.float32)
     if PER_HEAD:
         for piece in range(pieces):
-            total += tl.load(partial + ((first + piece) * heads + row) * RESIDENT + lane)
+            total += tl.load(partial + ((first + piece) * heads + line) * RESIDENT + lane)
     else:
         for kv_head in range(kv_heads):
             for piece in range(pieces):
                 total += tl.load(partial + ((first + piece) * kv_heads + kv_head) * RESIDENT + lane)
 
-    key = (listed - 1) * RESIDENT + lane
+    key = (entry.listed - 1) * RESIDENT + lane
     divisor = tl.full((RESIDENT,), 1.0, tl.float32)
     if NORMALIZE:
         future = tokens - 1 - key
@@ -399,24 +268,11 @@ def _add_kernel(
         divisor = tl.maximum(future, 1).to(tl.float32)
     if not PER_HEAD:
         divisor *= heads
-    batch = 0 if PACKED else sequence.to(tl.int64)
-    tl.store(out + (batch * rows + row) * row_tokens + start + key, total / divisor, mask=key < tokens)
+    batch = 0 if PACKED else entry.sequence.to(tl.int64)
+    tl.store(out + (batch * lines + line) * padded_tokens + start + key, total / divisor, mask=key < tokens)
 
 
-def incoming_attention(
-    q: Tensor,
-    k: Tensor,
-    spans: Spans,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    per_head: bool,
-    normalize: bool,
-) -> Tensor:
+def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOptions) -> Tensor:
     """See `entra_kernels.incoming_attention`; spans as in `entra_kernels/_spans.py`. q and k are read where they are.
 
     Beside the result it takes 4 bytes per token for each query head (the log-sum-exp) and for each kv head (the sums; with
@@ -427,44 +283,25 @@ def incoming_attention(
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    rows = heads if per_head else 1
-    out = torch.zeros(batch, rows, tokens, dtype=torch.float32, device=q.device)
+    out = torch.zeros(batch, heads if options.per_head else 1, tokens, dtype=torch.float32, device=q.device)
     if spans.count and out.numel():
-        options = any(option is not None for option in (sliding_window, softcap, row_weights))
-        size = attention_launch(head_dim, group, q.element_size(), chip_of(q.device), options=options)
+        more = any(option is not None for option in (options.sliding_window, options.softcap, options.row_weights))
+        size = attention_launch(head_dim, group, q.element_size(), chip_of(q.device), options=more)
         with torch.cuda.device_of(q):
-            _launch(
-                q, k, spans, out, size,
-                scale=scale, window=sliding_window, softcap=softcap, sinks=sinks, lse=lse, row_weights=row_weights,
-                per_head=per_head, normalize=normalize,
-            )  # fmt: skip
-    return out if per_head else out[:, 0]
+            _launch(q, k, spans, out, size, options)
+    return out if options.per_head else out[:, 0]
 
 
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    spans: Spans,
-    out: Tensor,
-    size: AttentionLaunch,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    per_head: bool,
-    normalize: bool,
-) -> None:
-    """Fills `out` [B, rows, N], which is 0 outside the spans."""
+def _launch(q: Tensor, k: Tensor, spans: Spans, out: Tensor, size: AttentionLaunch, options: AttentionOptions) -> None:
+    """Fills `out` [B, H, N] or [B, 1, N], which is 0 outside the spans."""
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
     packed = batch == 1
-    tables = plan(spans, size=size, kv_heads=kv_heads, window=window, device=q.device)
+    tables = plan(spans, size=size, kv_heads=kv_heads, window=options.sliding_window, device=q.device)
     strides = (*q.stride(), *k.stride())
-    factor, cap = score_factors(scale, softcap)
+    factor, cap = score_factors(options)
+    window, sinks = options.sliding_window or 0, options.sinks
     constexprs = {
         "HEAD_DIM": head_dim,
         "DEPTH": size.depth,
@@ -472,62 +309,53 @@ def _launch(
         "STREAMED": size.streamed,
         "WIDE": wide_tiles(q, size) or wide_tiles(k, size),
         "PACKED": packed,
-        "SOFTCAP": softcap is not None,
-        "WINDOW": window is not None,
+        "SOFTCAP": options.softcap is not None,
+        "WINDOW": options.sliding_window is not None,
         **size.options,
     }
 
     def lay_out(values: Tensor, factor: float, outside: float) -> Tensor:
-        rows = values.shape[1]
-        laid_out = torch.empty(rows, tables.slots, size.resident, dtype=torch.float32, device=q.device)
-        _lay_out_kernel[(tables.slots * rows,)](
-            values, laid_out, tables.tiles, tables.spans, *values.stride(), tables.slots, rows, factor, outside,
+        lines = values.shape[1]
+        laid_out = torch.empty(lines, tables.slots, size.resident, dtype=torch.float32, device=q.device)
+        _lay_out_kernel[(tables.slots * lines,)](
+            values, laid_out, tables.tiles, tables.spans, *values.stride(), tables.slots, lines, factor, outside,
             RESIDENT=size.resident, PACKED=packed, **FUSED,
         )  # fmt: skip
         return laid_out
 
     views = None
     if size.ring is not None and q.is_cuda and gluon_is_known() and not triton.knobs.runtime.interpret:
-        from entra_kernels._triton import hopper  # Gluon is loaded where it runs only
+        from . import hopper  # Gluon is loaded where it runs only
 
-        views = hopper.Views.of(q, k, scale)
+        views = hopper.Views.of(q, k, options.scale)
 
-    if lse is not None:
-        negative_lse = lay_out(lse, -LOG2_E.value, -math.inf)
+    if options.lse is not None:
+        negative_lse = lay_out(options.lse, -LOG2_E.value, -math.inf)
     else:
         negative_lse = torch.empty(heads, tables.slots, size.resident, dtype=torch.float32, device=q.device)
         if size.ring is not None and views is not None:
-            hopper.row_lse(views, size.ring, size.streamed, sinks, negative_lse, tables, packed=packed, scale=factor)
+            hopper.row_lse(views, size.ring, size.streamed, options, negative_lse, tables)
         else:
             _row_lse_kernel[(tables.slots * heads,)](
                 q, k, sinks, negative_lse, tables.tiles, tables.spans, *strides, 0 if sinks is None else sinks.stride(0),
-                tables.slots, heads, group, window or 0, abs(factor), cap, FLIPPED=scale < 0, **constexprs,
+                tables.slots, heads, group, window, abs(factor), cap, FLIPPED=options.scale < 0, **constexprs,
             )  # fmt: skip
-    weights = None if row_weights is None else lay_out(row_weights.unsqueeze(1), 1.0, 0.0)
-    sums = heads if per_head else kv_heads
+    weights = None if options.row_weights is None else lay_out(options.row_weights.unsqueeze(1), 1.0, 0.0)
+    sums = heads if options.per_head else kv_heads
     partial = torch.empty(tables.entries, sums, size.resident, dtype=torch.float32, device=q.device)
     if size.ring is not None and views is not None:
-        hopper.column_sum(
-            views, size.ring, size.streamed, negative_lse, partial, tables, packed=packed, per_head=per_head, scale=factor
-        )
+        hopper.column_sum(views, size.ring, size.streamed, options, negative_lse, partial, tables)
     else:
         _column_sum_kernel[(tables.entries * kv_heads,)](
             q, k, negative_lse, weights, partial, tables.pieces, tables.spans, *strides,
-            tables.slots, kv_heads, group, window or 0, factor, cap, PER_HEAD=per_head, AHEAD=size.ahead, **constexprs,
+            tables.slots, kv_heads, group, window, factor, cap, PER_HEAD=options.per_head, AHEAD=size.ahead, **constexprs,
         )  # fmt: skip
-    rows = out.shape[1]
-    _add_kernel[(tables.slots * rows,)](
-        partial, out, tables.tiles, tables.of_slot, tables.spans, tokens, kv_heads, heads, rows, window or 0,
-        RESIDENT=size.resident, PACKED=packed, WINDOW=window is not None, PER_HEAD=per_head, NORMALIZE=normalize,
-        **FUSED,
+    lines = out.shape[1]
+    _add_kernel[(tables.slots * lines,)](
+        partial, out, tables.tiles, tables.of_slot, tables.spans, tokens, kv_heads, heads, lines, window,
+        RESIDENT=size.resident, PACKED=packed, WINDOW=options.sliding_window is not None, PER_HEAD=options.per_head,
+        NORMALIZE=options.normalize, **FUSED,
     )  # fmt: skip
-
-
-def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
-    """Scores are in log2 units, because the hardware has exp2: log2(e) * s, or log2(e) * softcap * tanh(s / softcap)."""
-    if softcap:
-        return scale / softcap, softcap * LOG2_E.value
-    return scale * LOG2_E.value, 0.0
 
 
 def wide_tiles(tensor: Tensor, size: AttentionLaunch) -> bool:
@@ -591,7 +419,7 @@ def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
         label="lay_out",
         kernel=_lay_out_kernel,
         arguments={"values": "*fp32", "out": "*fp32", "tiles": "*i32", "spans": "*i32"}
-        | dict.fromkeys(("stride_batch", "stride_row", "slots", "rows"), "i32")
+        | dict.fromkeys(("stride_batch", "stride_line", "slots", "lines"), "i32")
         | dict.fromkeys(("factor", "outside"), "fp32"),
         constexprs={"RESIDENT": 128, "PACKED": False, "stride": 1},
         divisible=("values", "out", "tiles", "spans"),
@@ -601,7 +429,7 @@ def aot_cases(dtype: str, chip: Chip) -> Iterator[KernelCase]:
         kernel=_add_kernel,
         arguments={"partial": "*fp32", "out": "*fp32"}
         | tables
-        | dict.fromkeys(("row_tokens", "kv_heads", "heads", "rows", "window"), "i32"),
+        | dict.fromkeys(("padded_tokens", "kv_heads", "heads", "lines", "window"), "i32"),
         constexprs={"RESIDENT": 128, "PACKED": False, "WINDOW": False, "PER_HEAD": False, "NORMALIZE": True},
         divisible=("partial", "out", *tables),
     )

@@ -28,13 +28,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from entra_kernels._triton.attention import HIGHEST, LOG2_E, LOWEST
-from entra_kernels._triton.launch import FUSED, Chip, KernelCase, Ring, attention_launch, gluon_is_known
-from entra_kernels._triton.plan import PIECE_FIELDS, TILE_FIELDS, Plan
+from ..reference import AttentionOptions
+from .launch import FUSED, Chip, KernelCase, Ring, attention_launch, gluon_is_known
+from .plan import Plan
+from .primitives import LOWEST, first_slot, negative_log_sum, read_piece, read_tile, score_factors, walk
 
 RESIDENT = 256
 PART = gl.constexpr(64)
-"""Resident tokens of one product: the rows of a warp group's matrix instruction."""
+"""Resident tokens of one product: the height of a warp group's matrix instruction."""
 
 GROUPS = {"num_warps": 4, "maxnreg": 168, "REGISTERS": 232, **FUSED}
 """Warps of the first group; registers of a thread when the program starts, which three groups of 4 warps can have; and of a
@@ -42,6 +43,68 @@ thread that takes exponentials, once the copying warp has given up its own."""
 
 TILE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 LSE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+class Shape(NamedTuple):
+    """What is known of a pass when it is compiled."""
+
+    STREAMED: gl.constexpr
+    STAGES: gl.constexpr
+    IN_REGISTERS: gl.constexpr
+    mma: gl.constexpr
+    """Layout of a product, [64, STREAMED], over the threads of a warp group."""
+
+
+class Stream(NamedTuple):
+    """The ring of streamed tiles in shared memory, the log-sum-exp of their tokens, and a barrier for each place of the ring
+    that is filled, and for each that is free."""
+
+    tiles: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor
+    filled: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+
+class Place(NamedTuple):
+    """A place of the ring, and the parity of its barriers."""
+
+    slot: gl.tensor
+    phase: gl.tensor
+
+
+class Parts(NamedTuple):
+    """What belongs to the upper and to the lower 64 resident tokens of a warp group."""
+
+    upper: gl.tensor
+    lower: gl.tensor
+
+
+class Path(NamedTuple):
+    """Where the copying warp finds the streamed tiles and their log-sum-exp, and how much further those of the next head."""
+
+    row: gl.tensor
+    row_step: gl.tensor
+    column: gl.tensor
+    column_step: gl.tensor
+    lse_row: gl.tensor
+    lse_step: gl.tensor
+
+
+class Walk(NamedTuple):
+    """Tiles of queries: first ... diagonal_end - 1 are on the diagonal, those up to full_end see every key, and where the
+    sequence ends in front of `stop`, the last one is cut short."""
+
+    first: gl.tensor
+    diagonal_end: gl.tensor
+    full_end: gl.tensor
+    stop: gl.tensor
+
+
+class Sinks(NamedTuple):
+    """Logits of all heads, or None."""
+
+    logits: gl.tensor
+    stride: gl.tensor
 
 
 @gluon.jit
@@ -72,58 +135,59 @@ def _set_up(resident_desc, streamed_desc, row, column, HEAD_DIM: gl.constexpr, S
 
 
 @gluon.jit
-def _copy_tiles(
-    desc, ring, lse_desc, lse_ring, filled, free, row, row_step, column, column_step, lse_row, lse_step, heads, first, stop,
-    STREAMED: gl.constexpr, STAGES: gl.constexpr, LSE: gl.constexpr,
-):  # fmt: skip
+def _copy_tiles(desc, lse_desc, stream, path, heads, first, stop, shape: gl.constexpr, LSE: gl.constexpr):
     """The copying warp: tiles first ... stop - 1 of every head in turn, with their log-sum-exp, then one more, because a group
     starts a product more than there are tiles."""
     size: gl.constexpr = desc.block_type.nbytes + (lse_desc.block_type.nbytes if LSE else 0)
+    filled = stream.filled
+    row = path.row
+    column = path.column
+    lse_row = path.lse_row
     slot = 0
     phase = 0
     for _ in range(heads):
         for tile in range(first, stop):
-            mbarrier.wait(free.index(slot), phase ^ 1)
+            mbarrier.wait(stream.free.index(slot), phase ^ 1)
             mbarrier.expect(filled.index(slot), size)
-            tma.async_copy_global_to_shared(desc, [row + tile * STREAMED, column], filled.index(slot), ring.index(slot))
+            at = row + tile * shape.STREAMED
+            tma.async_copy_global_to_shared(desc, [at, column], filled.index(slot), stream.tiles.index(slot))
             if LSE:
-                tma.async_copy_global_to_shared(lse_desc, [lse_row + tile, 0], filled.index(slot), lse_ring.index(slot))
-            slot, phase = _next(slot, phase, STAGES)
-        row += row_step
-        column += column_step
+                tma.async_copy_global_to_shared(lse_desc, [lse_row + tile, 0], filled.index(slot), stream.lse.index(slot))
+            slot, phase = _next(slot, phase, shape.STAGES)
+        row += path.row_step
+        column += path.column_step
         if LSE:
-            lse_row += lse_step
-    mbarrier.wait(free.index(slot), phase ^ 1)
+            lse_row += path.lse_step
+    mbarrier.wait(stream.free.index(slot), phase ^ 1)
     mbarrier.expect(filled.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [0, 0], filled.index(slot), ring.index(slot))
+    tma.async_copy_global_to_shared(desc, [0, 0], filled.index(slot), stream.tiles.index(slot))
 
 
 @gluon.jit
-def _start_product(part, ring, slot, STREAMED: gl.constexpr, mma: gl.constexpr):
+def _start_product(part, stream, slot, shape: gl.constexpr):
     """Products of 64 resident tokens with the tile in `slot`, [64, STREAMED], under way."""
-    nothing = gl.zeros([PART, STREAMED], gl.float32, layout=mma)
-    return warpgroup_mma(part, ring.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    nothing = gl.zeros([PART, shape.STREAMED], gl.float32, layout=shape.mma)
+    return warpgroup_mma(part, stream.tiles.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _first_scores(upper, ring, filled, STREAMED: gl.constexpr, mma: gl.constexpr):
+def _first_scores(upper, stream, shape: gl.constexpr):
     """The upper scores of the first tile in the ring."""
-    mbarrier.wait(filled.index(0), 0)
-    return warpgroup_mma_wait(num_outstanding=0, deps=[_start_product(upper, ring, 0, STREAMED, mma)])
+    mbarrier.wait(stream.filled.index(0), 0)
+    return warpgroup_mma_wait(num_outstanding=0, deps=[_start_product(upper, stream, 0, shape)])
 
 
 @gluon.jit
-def _add_received(
-    sums, scores, lse_ring, slot, key, tile, tokens, scale, STREAMED: gl.constexpr, MASKED: gl.constexpr, mma: gl.constexpr
-):
+def _add_received(sums, scores, stream, slot, key, tile, tokens, scale, shape: gl.constexpr, MASKED: gl.constexpr):
     """`sums` with the probabilities that each key receives from one tile of queries.
 
     The negative log-sum-exp is loaded here and not before: behind the barrier it keeps the exponentials behind it, too."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    shift = lse_ring.index(slot)._reinterpret(gl.float32, [STREAMED], flat).load(gl.SliceLayout(0, mma))
+    columns: gl.constexpr = gl.SliceLayout(0, shape.mma)
+    shift = stream.lse.index(slot)._reinterpret(gl.float32, [shape.STREAMED], flat).load(columns)
     received = gl.exp2(gl.fma(scores, scale, gl.expand_dims(shift, 0)))
     if MASKED:
-        query = tile * STREAMED + gl.arange(0, STREAMED, layout=gl.SliceLayout(0, mma))
+        query = tile * shape.STREAMED + gl.arange(0, shape.STREAMED, layout=columns)
         # What lies behind the sequence was copied, too, and may be NaN.
         visible = (gl.expand_dims(key, 1) < gl.expand_dims(query, 0)) & gl.expand_dims(query < tokens, 0)
         received = gl.where(visible, received, 0.0)
@@ -132,71 +196,73 @@ def _add_received(
 
 @gluon.jit
 def _scan_queries(
-    upper_sums, lower_sums, scores, slot, phase, upper, lower, ring, lse_ring, filled, free, key, begin, end, tokens, scale,
-    STREAMED: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, mma: gl.constexpr,
+    sums, scores, place, parts, stream, key, begin, end, tokens, scale, shape: gl.constexpr, MASKED: gl.constexpr
 ):  # fmt: skip
-    """Adds what the tiles begin ... end - 1 of queries give. `scores` are the upper ones of the tile in `slot`, before and
+    """Adds what the tiles begin ... end - 1 of queries give. `scores` are the upper ones of the tile in `place`, before and
     after."""
+    upper_sums, lower_sums = sums
+    slot, phase = place
     for tile in range(begin, end):
-        product = _start_product(lower, ring, slot, STREAMED, mma)
-        mbarrier.wait(filled.index(slot), phase)  # completed: see the module's docstring
-        upper_sums = _add_received(upper_sums, scores, lse_ring, slot, key, tile, tokens, scale, STREAMED, MASKED, mma)
-        mbarrier.wait(filled.index(slot), phase)
+        product = _start_product(parts.lower, stream, slot, shape)
+        mbarrier.wait(stream.filled.index(slot), phase)  # completed: see the module's docstring
+        upper_sums = _add_received(upper_sums, scores, stream, slot, key, tile, tokens, scale, shape, MASKED)
+        mbarrier.wait(stream.filled.index(slot), phase)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=[product])
-        following, next_phase = _next(slot, phase, STAGES)
-        mbarrier.wait(filled.index(following), next_phase)
-        product = _start_product(upper, ring, following, STREAMED, mma)
-        mbarrier.wait(filled.index(slot), phase)
-        lower_sums = _add_received(lower_sums, scores, lse_ring, slot, key + PART, tile, tokens, scale, STREAMED, MASKED, mma)
-        mbarrier.arrive(free.index(slot), count=1)
+        following, next_phase = _next(slot, phase, shape.STAGES)
+        mbarrier.wait(stream.filled.index(following), next_phase)
+        product = _start_product(parts.upper, stream, following, shape)
+        mbarrier.wait(stream.filled.index(slot), phase)
+        lower_sums = _add_received(lower_sums, scores, stream, slot, key + PART, tile, tokens, scale, shape, MASKED)
+        mbarrier.arrive(stream.free.index(slot), count=1)
         slot = following
         phase = next_phase
-        mbarrier.wait(filled.index(slot), phase)
+        mbarrier.wait(stream.filled.index(slot), phase)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=[product])
-    return upper_sums, lower_sums, scores, slot, phase
+    return Parts(upper_sums, lower_sums), scores, Place(slot, phase)
+
+
+@gluon.jit
+def _loaded(parts, shape: gl.constexpr):
+    """The resident parts as the matrix unit takes them: from registers where the launch says so, else from shared memory."""
+    if shape.IN_REGISTERS:
+        operand: gl.constexpr = gl.DotOperandLayout(0, shape.mma, 2)
+        return Parts(parts.upper.load(operand), parts.lower.load(operand))
+    else:
+        return parts
 
 
 @gluon.jit
 def _sum_columns(
-    upper, lower, ring, lse_ring, filled, free, out, begin, first, diagonal_end, full_end, stop, tokens, scale, group,
-    STREAMED: gl.constexpr, STAGES: gl.constexpr, PER_HEAD: gl.constexpr, IN_REGISTERS: gl.constexpr, WHICH: gl.constexpr,
+    parts, stream, out, begin, walk, tokens, scale, group, shape: gl.constexpr, PER_HEAD: gl.constexpr, WHICH: gl.constexpr
 ):  # fmt: skip
     """One warp group: the sums of 128 keys over the group's query heads and the queries of the piece."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STREAMED, 16])
-    rows: gl.constexpr = gl.SliceLayout(1, mma)
-    row = WHICH * 2 * PART + gl.arange(0, PART, layout=rows)
-    key = begin + row
-    if IN_REGISTERS:
-        upper = upper.load(gl.DotOperandLayout(0, mma, 2))
-        lower = lower.load(gl.DotOperandLayout(0, mma, 2))
-    upper_sums = gl.zeros([PART], gl.float32, layout=rows)
-    lower_sums = gl.zeros([PART], gl.float32, layout=rows)
-    scores = _first_scores(upper, ring, filled, STREAMED, mma)
-    slot = 0
-    phase = 0
+    tall: gl.constexpr = gl.SliceLayout(1, shape.mma)
+    token = WHICH * 2 * PART + gl.arange(0, PART, layout=tall)
+    key = begin + token
+    parts = _loaded(parts, shape)
+    nothing = gl.zeros([PART], gl.float32, layout=tall)
+    sums = Parts(nothing, nothing)
+    scores = _first_scores(parts.upper, stream, shape)
+    place = Place(0, 0)
     for _ in range(group):
         # Tiles of queries on the diagonal are masked, then come those which see every key, then the one that ends the sequence.
-        upper_sums, lower_sums, scores, slot, phase = _scan_queries(
-            upper_sums, lower_sums, scores, slot, phase, upper, lower, ring, lse_ring, filled, free, key,
-            first, diagonal_end, tokens, scale, STREAMED, STAGES, True, mma,
+        sums, scores, place = _scan_queries(
+            sums, scores, place, parts, stream, key, walk.first, walk.diagonal_end, tokens, scale, shape, True
         )  # fmt: skip
-        upper_sums, lower_sums, scores, slot, phase = _scan_queries(
-            upper_sums, lower_sums, scores, slot, phase, upper, lower, ring, lse_ring, filled, free, key,
-            diagonal_end, full_end, tokens, scale, STREAMED, STAGES, False, mma,
+        sums, scores, place = _scan_queries(
+            sums, scores, place, parts, stream, key, walk.diagonal_end, walk.full_end, tokens, scale, shape, False
         )  # fmt: skip
-        upper_sums, lower_sums, scores, slot, phase = _scan_queries(
-            upper_sums, lower_sums, scores, slot, phase, upper, lower, ring, lse_ring, filled, free, key,
-            full_end, stop, tokens, scale, STREAMED, STAGES, True, mma,
+        sums, scores, place = _scan_queries(
+            sums, scores, place, parts, stream, key, walk.full_end, walk.stop, tokens, scale, shape, True
         )  # fmt: skip
         if PER_HEAD:
-            gl.store(out + row, upper_sums)
-            gl.store(out + row + PART, lower_sums)
+            gl.store(out + token, sums.upper)
+            gl.store(out + token + PART, sums.lower)
             out += 4 * PART
-            upper_sums = gl.zeros([PART], gl.float32, layout=rows)
-            lower_sums = gl.zeros([PART], gl.float32, layout=rows)
+            sums = Parts(nothing, nothing)
     if not PER_HEAD:
-        gl.store(out + row, upper_sums)
-        gl.store(out + row + PART, lower_sums)
+        gl.store(out + token, sums.upper)
+        gl.store(out + token + PART, sums.lower)
 
 
 @gluon.jit(do_not_specialize=["slots", "kv_heads", "group"])
@@ -207,36 +273,36 @@ def _column_sum_kernel(
     IN_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Sums over one piece of the queries, [entries, Hkv, 256], or per query head, [entries, H, 256]."""
-    piece = pieces + PIECE_FIELDS * (gl.program_id(0) // kv_heads).to(gl.int64)
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STREAMED, 16])
+    shape: gl.constexpr = Shape(STREAMED, STAGES, IN_REGISTERS, mma)
+    piece = read_piece(pieces, (gl.program_id(0) // kv_heads).to(gl.int64), spans)
     kv_head = gl.program_id(0) % kv_heads
-    begin = gl.maximum(gl.load(piece) - 1, 0) * 256  # a surplus entry is all zeros: then first = stop = 0
-    sequence = gl.load(piece + 1)
-    first_slot = gl.load(piece + 2)
-    first = gl.load(piece + 3)
-    stop = gl.load(piece + 4)
-    start = gl.load(spans + 2 * sequence)
-    tokens = gl.load(spans + 2 * sequence + 1)
-    batch = sequence
+    begin = gl.maximum(piece.listed - 1, 0) * 256  # a surplus entry is all zeros: then first = stop = 0
+    slot = first_slot(piece)
+    first, stop = walk(piece)
+    batch = piece.sequence
     if PACKED:
         batch = 0
-    k_row = batch * k_row_batch + kv_head * k_row_head + start + begin
+    k_row = batch * k_row_batch + kv_head * k_row_head + piece.start + begin
     keys, ring, filled, free = _set_up(k_desc, q_desc, k_row, kv_head * k_column_head, HEAD_DIM, STREAMED, STAGES)
     lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, STREAMED], lse_desc.layout)
+    stream = Stream(ring, lse_ring, filled, free)
 
     diagonal_end = gl.minimum(gl.maximum((begin + 256) // STREAMED, first), stop)
-    full_end = gl.maximum(gl.minimum(tokens // STREAMED, stop), diagonal_end)
+    full_end = gl.maximum(gl.minimum(piece.tokens // STREAMED, stop), diagonal_end)
+    tiles = Walk(first, diagonal_end, full_end, stop)
     head = kv_head * group
-    q_row = batch * q_row_batch + head * q_row_head + start
-    lse_row = (head * slots + first_slot) * (256 // STREAMED)
+    q_row = batch * q_row_batch + head * q_row_head + piece.start
+    lse_row = (head * slots + slot) * (256 // STREAMED)
+    path = Path(q_row, q_row_head, head * q_column_head, q_column_head, lse_row, slots * (256 // STREAMED))
     out = partial_out + gl.program_id(0).to(gl.int64) * 256 * (group if PER_HEAD else 1)
     gl.warp_specialize(
         [
-            (_sum_columns, (keys.index(0), keys.index(1), ring, lse_ring, filled, free, out, begin, first, diagonal_end,
-                            full_end, stop, tokens, scale, group, STREAMED, STAGES, PER_HEAD, IN_REGISTERS, 0)),
-            (_sum_columns, (keys.index(2), keys.index(3), ring, lse_ring, filled, free, out, begin, first, diagonal_end,
-                            full_end, stop, tokens, scale, group, STREAMED, STAGES, PER_HEAD, IN_REGISTERS, 1)),
-            (_copy_tiles, (q_desc, ring, lse_desc, lse_ring, filled, free, q_row, q_row_head, head * q_column_head,
-                           q_column_head, lse_row, slots * (256 // STREAMED), group, first, stop, STREAMED, STAGES, True)),
+            (_sum_columns, (Parts(keys.index(0), keys.index(1)), stream, out, begin, tiles, piece.tokens, scale, group, shape,
+                            PER_HEAD, 0)),
+            (_sum_columns, (Parts(keys.index(2), keys.index(3)), stream, out, begin, tiles, piece.tokens, scale, group, shape,
+                            PER_HEAD, 1)),
+            (_copy_tiles, (q_desc, lse_desc, stream, path, group, first, stop, shape, True)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -244,11 +310,11 @@ def _column_sum_kernel(
 
 
 @gluon.jit
-def _add_summands(highest, total, scores, query, tile, scale, STREAMED: gl.constexpr, MASKED: gl.constexpr, mma: gl.constexpr):
+def _add_summands(highest, total, scores, query, tile, scale, shape: gl.constexpr, MASKED: gl.constexpr):
     """The online log-sum-exp with one tile of keys: the highest score so far, in log2 units, and the sum of
     exp2(score - highest)."""
     if MASKED:
-        key = tile * STREAMED + gl.arange(0, STREAMED, layout=gl.SliceLayout(0, mma))
+        key = tile * shape.STREAMED + gl.arange(0, shape.STREAMED, layout=gl.SliceLayout(0, shape.mma))
         visible = gl.expand_dims(key, 0) <= gl.expand_dims(query, 1)
         scores = gl.where(visible, scores * scale, float("-inf"))
         higher = gl.maximum(highest, gl.max(scores, axis=1))
@@ -262,76 +328,56 @@ def _add_summands(highest, total, scores, query, tile, scale, STREAMED: gl.const
 
 @gluon.jit
 def _scan_keys(
-    upper_highest, upper_total, lower_highest, lower_total, scores, slot, phase, upper, lower, ring, filled, free, query,
-    begin, end, scale,
-    STREAMED: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, mma: gl.constexpr,
+    highest, total, scores, place, parts, stream, query, begin, end, scale, shape: gl.constexpr, MASKED: gl.constexpr
 ):  # fmt: skip
     """The tiles begin ... end - 1 of keys; `scores` as in `_scan_queries`."""
+    upper_highest, lower_highest = highest
+    upper_total, lower_total = total
+    slot, phase = place
     for tile in range(begin, end):
-        product = _start_product(lower, ring, slot, STREAMED, mma)
-        mbarrier.wait(filled.index(slot), phase)  # completed: see the module's docstring
-        upper_highest, upper_total = _add_summands(
-            upper_highest, upper_total, scores, query, tile, scale, STREAMED, MASKED, mma
-        )
-        mbarrier.wait(filled.index(slot), phase)
+        product = _start_product(parts.lower, stream, slot, shape)
+        mbarrier.wait(stream.filled.index(slot), phase)  # completed: see the module's docstring
+        upper_highest, upper_total = _add_summands(upper_highest, upper_total, scores, query, tile, scale, shape, MASKED)
+        mbarrier.wait(stream.filled.index(slot), phase)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=[product])
-        mbarrier.arrive(free.index(slot), count=1)
-        slot, phase = _next(slot, phase, STAGES)
-        mbarrier.wait(filled.index(slot), phase)
-        product = _start_product(upper, ring, slot, STREAMED, mma)
-        mbarrier.wait(filled.index(slot), phase)
+        mbarrier.arrive(stream.free.index(slot), count=1)
+        slot, phase = _next(slot, phase, shape.STAGES)
+        mbarrier.wait(stream.filled.index(slot), phase)
+        product = _start_product(parts.upper, stream, slot, shape)
+        mbarrier.wait(stream.filled.index(slot), phase)
         lower_highest, lower_total = _add_summands(
-            lower_highest, lower_total, scores, query + PART, tile, scale, STREAMED, MASKED, mma
-        )
-        mbarrier.wait(filled.index(slot), phase)
+            lower_highest, lower_total, scores, query + PART, tile, scale, shape, MASKED
+        )  # fmt: skip
+        mbarrier.wait(stream.filled.index(slot), phase)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=[product])
-    return upper_highest, upper_total, lower_highest, lower_total, scores, slot, phase
-
-
-@gluon.jit
-def _negative_lse(highest, total, sinks, sinks_stride, head, inside):
-    """-log2 of the softmax denominator, with the sink in it; -inf outside, where the probability then is 0."""
-    if sinks is not None:
-        sink = gl.load(sinks + head * sinks_stride).to(gl.float32) * LOG2_E
-        sink = gl.where(sink > HIGHEST, HIGHEST, sink)  # not a minimum, which would drop NaN
-        higher = gl.maximum(highest, sink)
-        total = total * gl.exp2(highest - higher) + gl.exp2(sink - higher)
-        highest = higher
-    return gl.where(inside, -(highest + gl.log2(gl.where(inside, total, 1.0))), float("-inf"))
+    return Parts(upper_highest, lower_highest), Parts(upper_total, lower_total), scores, Place(slot, phase)
 
 
 @gluon.jit
 def _sum_rows(
-    upper, lower, ring, filled, free, out, sinks, sinks_stride, head, begin, diagonal, stop, tokens, scale,
-    STREAMED: gl.constexpr, STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr, WHICH: gl.constexpr,
+    parts, stream, out, sinks, head, begin, diagonal, stop, tokens, scale, shape: gl.constexpr, WHICH: gl.constexpr
 ):  # fmt: skip
     """One warp group: the log-sum-exp of 128 queries."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STREAMED, 16])
-    rows: gl.constexpr = gl.SliceLayout(1, mma)
-    query = begin + WHICH * 2 * PART + gl.arange(0, PART, layout=rows)
-    if IN_REGISTERS:
-        upper = upper.load(gl.DotOperandLayout(0, mma, 2))
-        lower = lower.load(gl.DotOperandLayout(0, mma, 2))
-    upper_highest = gl.full([PART], LOWEST, gl.float32, layout=rows)
-    lower_highest = gl.full([PART], LOWEST, gl.float32, layout=rows)
-    upper_total = gl.zeros([PART], gl.float32, layout=rows)
-    lower_total = gl.zeros([PART], gl.float32, layout=rows)
-    scores = _first_scores(upper, ring, filled, STREAMED, mma)
-    slot = 0
-    phase = 0
+    tall: gl.constexpr = gl.SliceLayout(1, shape.mma)
+    query = begin + WHICH * 2 * PART + gl.arange(0, PART, layout=tall)
+    parts = _loaded(parts, shape)
+    lowest = gl.full([PART], LOWEST, gl.float32, layout=tall)
+    nothing = gl.zeros([PART], gl.float32, layout=tall)
+    highest = Parts(lowest, lowest)
+    total = Parts(nothing, nothing)
+    scores = _first_scores(parts.upper, stream, shape)
+    place = Place(0, 0)
     # Tiles of keys that every query sees, then the diagonal.
-    upper_highest, upper_total, lower_highest, lower_total, scores, slot, phase = _scan_keys(
-        upper_highest, upper_total, lower_highest, lower_total, scores, slot, phase, upper, lower, ring, filled, free, query,
-        0, diagonal, scale, STREAMED, STAGES, False, mma,
+    highest, total, scores, place = _scan_keys(
+        highest, total, scores, place, parts, stream, query, 0, diagonal, scale, shape, False
     )  # fmt: skip
-    upper_highest, upper_total, lower_highest, lower_total, scores, slot, phase = _scan_keys(
-        upper_highest, upper_total, lower_highest, lower_total, scores, slot, phase, upper, lower, ring, filled, free, query,
-        diagonal, stop, scale, STREAMED, STAGES, True, mma,
+    highest, total, scores, place = _scan_keys(
+        highest, total, scores, place, parts, stream, query, diagonal, stop, scale, shape, True
     )  # fmt: skip
-    upper_out = _negative_lse(upper_highest, upper_total, sinks, sinks_stride, head, query < tokens)
-    lower_out = _negative_lse(lower_highest, lower_total, sinks, sinks_stride, head, query + PART < tokens)
-    gl.store(out + query, upper_out, mask=(query >= 0) & (stop > 0))  # nothing where the entry is a surplus one
-    gl.store(out + query + PART, lower_out, mask=(query >= 0) & (stop > 0))
+    upper = negative_log_sum(highest.upper, total.upper, sinks.logits, sinks.stride, head, query < tokens)
+    lower = negative_log_sum(highest.lower, total.lower, sinks.logits, sinks.stride, head, query + PART < tokens)
+    gl.store(out + query, upper, mask=(query >= 0) & (stop > 0))  # nothing where the entry is a surplus one
+    gl.store(out + query + PART, lower, mask=(query >= 0) & (stop > 0))
 
 
 @gluon.jit(do_not_specialize=["slots", "heads", "group"])
@@ -341,38 +387,39 @@ def _row_lse_kernel(
     HEAD_DIM: gl.constexpr, STREAMED: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
     IN_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """The log-sum-exp of every row, negative and in log2 units, laid out by tiles, [H, slots, 256]."""
-    entry = tiles + TILE_FIELDS * (gl.program_id(0) // heads)
+    """The log-sum-exp of every query, negative and in log2 units, laid out by tiles, [H, slots, 256]."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STREAMED, 16])
+    shape: gl.constexpr = Shape(STREAMED, STAGES, IN_REGISTERS, mma)
+    entry = read_tile(tiles, gl.program_id(0) // heads, spans)
     head = gl.program_id(0) % heads
-    listed = gl.load(entry)  # tile of keys + 1, or 0
-    sequence = gl.load(entry + 1)
-    first_slot = gl.load(entry + 2)
-    start = gl.load(spans + 2 * sequence)
-    tokens = gl.load(spans + 2 * sequence + 1)
+    tokens = entry.tokens
+    slot = first_slot(entry)
     # The table lists tiles of keys, longest walk first; the tile of queries with the same walk is its mirror image.
-    begin = ((tokens + 255) // 256 - listed) * 256
+    begin = ((tokens + 255) // 256 - entry.listed) * 256
     stop = (gl.minimum(begin + 256, tokens) + STREAMED - 1) // STREAMED
-    if listed == 0:
+    if entry.listed == 0:
         begin = 0
         stop = 0
-    batch = sequence
+    batch = entry.sequence
     if PACKED:
         batch = 0
     kv_head = head // group
-    q_row = batch * q_row_batch + head * q_row_head + start + begin
+    q_row = batch * q_row_batch + head * q_row_head + entry.start + begin
     queries, ring, filled, free = _set_up(q_desc, k_desc, q_row, head * q_column_head, HEAD_DIM, STREAMED, STAGES)
+    stream = Stream(ring, ring, filled, free)
 
     diagonal = gl.minimum(begin // STREAMED, stop)
-    k_row = batch * k_row_batch + kv_head * k_row_head + start
-    out = negative_lse + (head.to(gl.int64) * slots + first_slot) * 256
+    k_row = batch * k_row_batch + kv_head * k_row_head + entry.start
+    path = Path(k_row, 0, kv_head * k_column_head, 0, 0, 0)
+    out = negative_lse + (head.to(gl.int64) * slots + slot) * 256
+    given = Sinks(sinks, sinks_stride)
     gl.warp_specialize(
         [
-            (_sum_rows, (queries.index(0), queries.index(1), ring, filled, free, out, sinks, sinks_stride, head, begin,
-                         diagonal, stop, tokens, scale, STREAMED, STAGES, IN_REGISTERS, 0)),
-            (_sum_rows, (queries.index(2), queries.index(3), ring, filled, free, out, sinks, sinks_stride, head, begin,
-                         diagonal, stop, tokens, scale, STREAMED, STAGES, IN_REGISTERS, 1)),
-            (_copy_tiles, (k_desc, ring, k_desc, ring, filled, free, k_row, 0, kv_head * k_column_head, 0, 0, 0, 1, 0, stop,
-                           STREAMED, STAGES, False)),
+            (_sum_rows, (Parts(queries.index(0), queries.index(1)), stream, out, given, head, begin, diagonal, stop, tokens,
+                         scale, shape, 0)),
+            (_sum_rows, (Parts(queries.index(2), queries.index(3)), stream, out, given, head, begin, diagonal, stop, tokens,
+                         scale, shape, 1)),
+            (_copy_tiles, (k_desc, k_desc, stream, path, 1, 0, stop, shape, False)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -435,39 +482,36 @@ class Views(NamedTuple):
         return (*self.q_rows[:3], *self.k_rows[:3])
 
 
-def row_lse(
-    views: Views,
-    ring: Ring,
-    streamed: int,
-    sinks: Tensor | None,
-    negative_lse: Tensor,
-    tables: Plan,
-    *,
-    packed: bool,
-    scale: float,
-) -> None:
-    """Fills `negative_lse` [H, slots, 256]; `scale` in log2 units."""
-    heads, head_dim = views.q.shape[1], views.q.shape[3]
+def row_lse(views: Views, ring: Ring, streamed: int, options: AttentionOptions, negative_lse: Tensor, tables: Plan) -> None:
+    """Fills `negative_lse` [H, slots, 256]."""
+    batch, heads, _, head_dim = views.q.shape
+    sinks, (factor, _) = options.sinks, score_factors(options)
     _row_lse_kernel[(tables.slots * heads,)](
         views.q_rows.descriptor(views.q, PART.value), views.k_rows.descriptor(views.k, streamed),
         sinks, negative_lse, tables.tiles, tables.spans, *views.steps, 0 if sinks is None else sinks.stride(0),
-        tables.slots, heads, heads // views.k.shape[1], scale,
-        HEAD_DIM=head_dim, STREAMED=streamed, STAGES=ring.stages, PACKED=packed, IN_REGISTERS=ring.in_registers, **GROUPS,
+        tables.slots, heads, heads // views.k.shape[1], factor,
+        HEAD_DIM=head_dim, STREAMED=streamed, STAGES=ring.stages, PACKED=batch == 1, IN_REGISTERS=ring.in_registers, **GROUPS,
     )  # fmt: skip
 
 
 def column_sum(
-    views: Views, ring: Ring, streamed: int, negative_lse: Tensor, partial: Tensor, tables: Plan,
-    *, packed: bool, per_head: bool, scale: float,
-) -> None:  # fmt: skip
-    """Fills `partial` [entries, Hkv or H, 256]; `scale` in log2 units."""
-    heads, kv_heads, head_dim = views.q.shape[1], views.k.shape[1], views.q.shape[3]
+    views: Views,
+    ring: Ring,
+    streamed: int,
+    options: AttentionOptions,
+    negative_lse: Tensor,
+    partial: Tensor,
+    tables: Plan,
+) -> None:
+    """Fills `partial` [entries, Hkv or H, 256]."""
+    (batch, heads, _, head_dim), kv_heads = views.q.shape, views.k.shape[1]
     shape = [negative_lse.numel() // streamed, streamed]
     lse = TensorDescriptor(negative_lse, shape, [streamed, 1], [1, streamed], LSE_LAYOUT)
+    factor, _ = score_factors(options)
     _column_sum_kernel[(tables.entries * kv_heads,)](
         views.q_rows.descriptor(views.q, streamed), views.k_rows.descriptor(views.k, PART.value),
-        lse, partial, tables.pieces, tables.spans, *views.steps, tables.slots, kv_heads, heads // kv_heads, scale,
-        HEAD_DIM=head_dim, STREAMED=streamed, STAGES=ring.stages, PACKED=packed, PER_HEAD=per_head,
+        lse, partial, tables.pieces, tables.spans, *views.steps, tables.slots, kv_heads, heads // kv_heads, factor,
+        HEAD_DIM=head_dim, STREAMED=streamed, STAGES=ring.stages, PACKED=batch == 1, PER_HEAD=options.per_head,
         IN_REGISTERS=ring.in_registers, **GROUPS,
     )  # fmt: skip
 

@@ -24,11 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entra_kernels._torch.logprobs import factor, product
-from entra_kernels._triton.attention import _tanh
-from entra_kernels._triton.launch import FUSED, Chip, KernelCase, check_products, chip_of
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from .._torch.logprobs import factor, product
+from .launch import FUSED, Chip, KernelCase, check_products, chip_of
+from .primitives import LOG2_E, tanh
 
 ROW_BLOCK = 4096
 """Logits of one row that a program of `_row_kernel` reads at a time."""
@@ -130,7 +128,7 @@ def _transformed(logits, logit_scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl
     if SCALED:
         logits *= logit_scale
     if SOFTCAP:
-        logits = _tanh(logits * (1.0 / softcap)) * softcap  # one division for all
+        logits = tanh(logits * (1.0 / softcap)) * softcap  # one division for all
     return logits
 
 

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entra_kernels._spans import Spans
-from entra_kernels._triton.launch import FUSED, AttentionLaunch, Chip, KernelCase
+from .._spans import Spans
+from .launch import FUSED, AttentionLaunch, Chip, KernelCase
 
 PROGRAMS = 528
 """Pieces times kv heads that a sequence is cut into, where it is long enough: two rounds of two programs for each of the 132
@@ -90,8 +90,8 @@ def _count_tiles_kernel(
     tiles_here = 0
     pieces_here = 0
     slot = 0
-    for start in range(0, sequences, BLOCK):
-        sequence = start + tl.arange(0, BLOCK)
+    for begin in range(0, sequences, BLOCK):
+        sequence = begin + tl.arange(0, BLOCK)
         _, tokens = _spans(starts, ends, sequence, sequence < sequences, row_tokens)
         tiles = tl.cdiv(tokens, RESIDENT)
         fits = slot + tl.cumsum(tiles, axis=0) <= slots
@@ -116,14 +116,14 @@ def _place_tiles_kernel(
     walk = levels - level
     tile_entry = 0
     piece_entry = 0
-    for start in range(0, level, BLOCK):
-        longer = start + tl.arange(0, BLOCK)
+    for begin in range(0, level, BLOCK):
+        longer = begin + tl.arange(0, BLOCK)
         tile_entry += tl.sum(tl.load(totals + 2 * longer, mask=longer < level, other=0), axis=0)
         piece_entry += tl.sum(tl.load(totals + 2 * longer + 1, mask=longer < level, other=0), axis=0)
 
     slot = 0
-    for start in range(0, sequences, BLOCK):
-        sequence = start + tl.arange(0, BLOCK)
+    for begin in range(0, sequences, BLOCK):
+        sequence = begin + tl.arange(0, BLOCK)
         exists = sequence < sequences
         first, tokens = _spans(starts, ends, sequence, exists, row_tokens)
         tiles = tl.cdiv(tokens, RESIDENT)

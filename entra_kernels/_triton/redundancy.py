@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entra_kernels._torch.redundancy import LOG_UNITS as _LOG_UNITS
-from entra_kernels._triton.launch import FUSED, Chip, KernelCase
+from .._torch.redundancy import LOG_UNITS as _LOG_UNITS
+from .launch import FUSED, Chip, KernelCase
 
 LOG_UNITS = tl.constexpr(_LOG_UNITS)
 
@@ -71,14 +71,14 @@ def _importance_kernel(
     attention_weight, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """I = l + lambda * mu, rounded twice as other backends do (without fusion); nobody protected; an empty hash table."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    token = start + tl.arange(0, BLOCK)
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    token = begin + tl.arange(0, BLOCK)
     inside = token < tokens
     logprob = tl.load(logprobs + token * stride_logprobs, mask=inside, other=0.0).to(tl.float32)
     mu = tl.load(incoming + token * stride_incoming, mask=inside, other=0.0).to(tl.float32)
     tl.store(importance_out + token, logprob + attention_weight * mu, mask=inside)
     tl.store(protected_out + token, tl.zeros([BLOCK], tl.int1), mask=inside)
-    place = 2 * start + tl.arange(0, 2 * BLOCK)
+    place = 2 * begin + tl.arange(0, 2 * BLOCK)
     tl.store(keys_out + place, tl.full([2 * BLOCK], FREE, tl.int64), mask=place < 2 * tokens)
     tl.store(counts_out + place, tl.zeros([2 * BLOCK], tl.int32), mask=place < 2 * tokens)
 
@@ -107,9 +107,9 @@ def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fr
     for step in tl.static_range(4):
         shift = 24 - 8 * step
         histogram = tl.zeros([256], tl.int32)
-        for start in range(0, length, BLOCK):
-            inside = start + lane < length
-            value = tl.load(importance + first + start + lane, mask=inside, other=0.0)
+        for begin in range(0, length, BLOCK):
+            inside = begin + lane < length
+            value = tl.load(importance + first + begin + lane, mask=inside, other=0.0)
             key = _sort_key(value)
             if step == 0:
                 candidate = inside
@@ -125,9 +125,9 @@ def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fr
 
     select = (broken == 0) & (wanted > 0)
     ties = tl.full([], 0, tl.int32)  # seen so far
-    for start in range(0, length, BLOCK):
-        inside = start + lane < length
-        token = first + start + lane
+    for begin in range(0, length, BLOCK):
+        inside = begin + lane < length
+        token = first + begin + lane
         key = _sort_key(tl.load(importance + token, mask=inside, other=0.0))
         tie = (inside & (key == threshold)).to(tl.int32)
         rank = ties + tl.cumsum(tie, axis=0)  # counted from 1
@@ -139,14 +139,14 @@ def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fr
 
 @triton.jit(do_not_specialize=["tokens"])
 def _count_kernel(token_ids, stride, protected, cu_seqlens, keys, counts, tokens, BLOCK: tl.constexpr, COUNTERS: tl.constexpr):
-    """Counts the unprotected tokens of one sequence in its part of the hash table, 2 * start to 2 * (start + length)."""
+    """Counts the unprotected tokens of one sequence in its part of the hash table, 2 * first to 2 * (first + length)."""
     sequence = tl.program_id(0)
     first, length = _bounds(cu_seqlens, sequence, tokens)
     size = 2 * length.to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    for start in range(tl.program_id(1) * BLOCK, length, BLOCK * COUNTERS):
-        inside = start + lane < length
-        token = first + start + lane
+    for begin in range(tl.program_id(1) * BLOCK, length, BLOCK * COUNTERS):
+        inside = begin + lane < length
+        token = first + begin + lane
         counted = inside & (tl.load(protected + token, mask=inside, other=1) == 0)
         key = tl.load(token_ids + token * stride, mask=inside, other=0).to(tl.int64)
         # Multiply-shift: the upper half of id * 2**64 / golden ratio, scaled to the table.
@@ -172,8 +172,8 @@ def _reward_kernel(counts, cu_seqlens, broken, reward, tokens, fraction_bits, de
     first, length = _bounds(cu_seqlens, sequence, tokens)
     lane = tl.arange(0, BLOCK)
     repeated = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, 2 * length, BLOCK):
-        place = start + lane
+    for begin in range(0, 2 * length, BLOCK):
+        place = begin + lane
         count = tl.load(counts + 2 * first + place, mask=place < 2 * length, other=0)
         repeated += count * _log_units(tl.maximum(count, 1))
     m = length - _protected_count(length, fraction_bits)

@@ -17,22 +17,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entra_kernels._sampling import SampledRows
-from entra_kernels._spans import Spans
-from entra_kernels._triton.attention import (
-    HEAD_DIMS,
+from .._sampling import SampledRows
+from .._spans import Spans
+from ..reference import AttentionOptions
+from .attention import HEAD_DIMS, wide_tiles
+from .launch import Chip, KernelCase, attention_launch, check_products, chip_of
+from .plan import plan
+from .primitives import (
     LOG2_E,
     LOWEST,
-    _load_tile,
-    _negative_lse,
-    _products,
-    _scan_keys,
-    _tanh,
+    Scoring,
+    Shape,
+    Tile,
+    load_tile,
+    negative_log_sum,
+    probabilities,
+    products,
+    read_span,
+    read_tile,
+    scan_keys,
     score_factors,
-    wide_tiles,
 )
-from entra_kernels._triton.launch import Chip, KernelCase, attention_launch, check_products, chip_of
-from entra_kernels._triton.plan import TILE_FIELDS, plan
 
 
 @triton.jit(do_not_specialize=["sampled", "heads", "group", "window"])
@@ -44,20 +49,22 @@ def _sampled_lse_kernel(
 ):  # fmt: skip
     """negative_lse [S, H, sampled] in log2 units, -inf where there is no row. A program owns a tile of one head's rows, of
     which the later ones see more keys: later tiles come first."""
+    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED)
+    scoring = Scoring(scale, softcap, window)
     blocks = sampled // RESIDENT
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
     block = blocks - 1 - program // heads % blocks
     sequence = (program // heads // blocks).to(tl.int64)
-    start = tl.load(spans + 2 * sequence).to(tl.int64)
-    tokens = tl.load(spans + 2 * sequence + 1)
+    start, tokens = read_span(spans, sequence)
     entry = block * RESIDENT + tl.arange(0, RESIDENT)
     query = tl.load(rows + sequence * sampled + entry)  # -1: none, sees nothing
     batch = 0 if PACKED else sequence
-    k_head = k + batch * k_stride_batch + head // group * k_stride_head + start * k_stride
-    q_rows = q + ((sequence * sampled + block * RESIDENT) * heads + head) * HEAD_DIM
-    q_stride = heads * HEAD_DIM
-    q_tile = _load_tile(q_rows, q_stride, 1, RESIDENT, 0, RESIDENT, HEAD_DIM, DEPTH, False)  # [row, dim]
+    k_first = k + batch * k_stride_batch + head // group * k_stride_head + start.to(tl.int64) * k_stride
+    keys = Tile(k_first, k_stride, k_stride_dim, tokens)
+    q_first = q + ((sequence * sampled + block * RESIDENT) * heads + head) * HEAD_DIM
+    queries = Tile(q_first, heads * HEAD_DIM, 1, RESIDENT)
+    loaded = load_tile(queries, 0, shape, RESIDENT)  # [row, dim]
     highest = tl.full((RESIDENT,), LOWEST, tl.float32)
     total = tl.zeros((RESIDENT,), tl.float32)
 
@@ -69,24 +76,16 @@ def _sampled_lse_kernel(
     if WINDOW:
         first = tl.maximum(earliest - window + 1, 0) // STREAMED * STREAMED
         seen_by_all = first
-    highest, total = _scan_keys(
-        highest, total, q_tile, q_rows, q_stride, 1, RESIDENT, k_head, k_stride, k_stride_dim,
-        query, first, seen_by_all, tokens, window, scale, softcap,
-        RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED, False,
-    )  # fmt: skip
-    highest, total = _scan_keys(
-        highest, total, q_tile, q_rows, q_stride, 1, RESIDENT, k_head, k_stride, k_stride_dim,
-        query, seen_by_all, stop, tokens, window, scale, softcap,
-        RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED, True,
-    )  # fmt: skip
+    highest, total = scan_keys(highest, total, loaded, queries, keys, query, first, seen_by_all, scoring, shape, False)
+    highest, total = scan_keys(highest, total, loaded, queries, keys, query, seen_by_all, stop, scoring, shape, True)
     out = negative_lse + (sequence * heads + head) * sampled + entry
-    tl.store(out, _negative_lse(highest, total, sinks, sinks_stride, head, query >= 0))
+    tl.store(out, negative_log_sum(highest, total, sinks, sinks_stride, head, query >= 0))
 
 
-@triton.jit(do_not_specialize=["sampled", "row_tokens", "kv_heads", "group", "window"])
+@triton.jit(do_not_specialize=["sampled", "padded_tokens", "kv_heads", "group", "window"])
 def _sampled_columns_kernel(
     q, k, negative_lse, rows, factors, weights, spread, estimate_out, error_out, tiles, spans,
-    k_stride_batch, k_stride_head, k_stride, k_stride_dim, sampled, row_tokens, kv_heads, group, window, scale, softcap,
+    k_stride_batch, k_stride_head, k_stride, k_stride_dim, sampled, padded_tokens, kv_heads, group, window, scale, softcap,
     HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, WIDE: tl.constexpr,
     PACKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
@@ -94,14 +93,15 @@ def _sampled_columns_kernel(
 
     factors [S, sampled] are the user's row weights, weights [S, sampled] the inverse inclusion probabilities, spread
     [S, sampled / 2] the variance's coefficients."""
-    entry = tiles + TILE_FIELDS * tl.program_id(0)
-    listed = tl.load(entry)
-    sequence = tl.load(entry + 1).to(tl.int64)
-    start = tl.load(spans + 2 * sequence).to(tl.int64)
-    tokens = tl.load(spans + 2 * sequence + 1)
-    if listed == 0:
+    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, False)
+    scoring = Scoring(scale, softcap, window)
+    tile = read_tile(tiles, tl.program_id(0), spans)
+    sequence = tile.sequence.to(tl.int64)
+    start = tile.start.to(tl.int64)
+    tokens = tile.tokens
+    if tile.listed == 0:
         return
-    begin = (listed - 1) * RESIDENT
+    begin = (tile.listed - 1) * RESIDENT
     batch = 0 if PACKED else sequence
     key = begin + tl.arange(0, RESIDENT)
     lane = tl.arange(0, STREAMED)
@@ -123,24 +123,20 @@ def _sampled_columns_kernel(
 
     estimate = tl.zeros((RESIDENT,), tl.float32)
     variance = tl.zeros((RESIDENT,), tl.float32)
-    for tile in range(passed // STREAMED, tl.cdiv(within, STREAMED)):
-        block = tile * STREAMED
+    for nth in range(passed // STREAMED, tl.cdiv(within, STREAMED)):
+        block = nth * STREAMED
         received = tl.zeros((RESIDENT, STREAMED), tl.float32)
         for kv_head in range(kv_heads):
-            k_rows = k + batch * k_stride_batch + tl.cast(kv_head, tl.int64) * k_stride_head + (start + begin) * k_stride
-            k_tile = _load_tile(k_rows, k_stride, k_stride_dim, tokens - begin, 0, RESIDENT, HEAD_DIM, DEPTH, WIDE)
+            k_first = k + batch * k_stride_batch + tl.cast(kv_head, tl.int64) * k_stride_head + (start + begin) * k_stride
+            keys = Tile(k_first, k_stride, k_stride_dim, tokens - begin)
+            loaded = load_tile(keys, 0, shape, RESIDENT)
             for member in range(group):
                 head = kv_head * group + member
-                q_rows = q + ((sequence * sampled + block) * heads + head) * HEAD_DIM
-                scores = _products(
-                    k_tile, k_rows, k_stride, k_stride_dim, tokens - begin, q_rows, heads * HEAD_DIM, 1, STREAMED,
-                    RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE,
-                )  # fmt: skip  # [key, row]
+                q_first = q + ((sequence * sampled + block) * heads + head) * HEAD_DIM
+                queries = Tile(q_first, heads * HEAD_DIM, 1, STREAMED)
+                product = products(loaded, keys, queries, shape)  # [key, row]
                 shift = tl.load(negative_lse + (sequence * heads + head) * sampled + block + lane)[None, :]
-                if SOFTCAP:
-                    received += tl.exp2(tl.fma(_tanh(scores * scale), softcap, shift))
-                else:
-                    received += tl.exp2(tl.fma(scores, scale, shift))
+                received += probabilities(product, shift, scoring, shape)
         position = tl.load(rows + block + lane)
         visible = key[:, None] < position[None, :]
         if WINDOW:
@@ -158,24 +154,13 @@ def _sampled_columns_kernel(
         if WINDOW:
             future = tl.minimum(future, window - 1)
         divisor *= tl.maximum(future, 1).to(tl.float32)
-    out = batch * row_tokens + start + key
+    out = batch * padded_tokens + start + key
     tl.store(estimate_out + out, estimate / divisor, mask=key < tokens)
     tl.store(error_out + out, tl.sqrt(variance) / divisor, mask=key < tokens)
 
 
 def sampled_incoming_attention(
-    q: Tensor,
-    k: Tensor,
-    spans: Spans,
-    sample: SampledRows,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    normalize: bool,
+    q: Tensor, k: Tensor, spans: Spans, sample: SampledRows, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """See `entra_kernels.incoming_attention` with `sample_rows`. Beside the results: the sampled queries and their
     log-sum-exp, m times H D entries."""
@@ -196,14 +181,16 @@ def sampled_incoming_attention(
     spread = torch.nn.functional.pad(sample.spread, (0, sampled // 2 - sample.spread.shape[1])).float()
     first = 0 if spans.starts is None else spans.starts.clamp(0, tokens)[:, None]
     place = (first + rows.clamp(min=0)).clamp(max=tokens - 1)  # [S, sampled]
-    row = torch.zeros_like(place) if batch == 1 else torch.arange(batch, device=q.device)[:, None].expand_as(place)
-    q_sampled = q[row, :, place].contiguous()  # [S, sampled, H, D]
-    factors = torch.ones_like(weights) if row_weights is None else row_weights[row, place].float().contiguous()
+    element = torch.zeros_like(place) if batch == 1 else torch.arange(batch, device=q.device)[:, None].expand_as(place)
+    q_sampled = q[element, :, place].contiguous()  # [S, sampled, H, D]
+    factors = (
+        torch.ones_like(weights) if options.row_weights is None else options.row_weights[element, place].float().contiguous()
+    )
     none = rows < 0
     rows = rows.int()
 
     packed = batch == 1
-    factor, cap = score_factors(scale, softcap)
+    factor, cap = score_factors(options)
     constexprs = {
         "HEAD_DIM": head_dim,
         "DEPTH": size.depth,
@@ -211,25 +198,25 @@ def sampled_incoming_attention(
         "STREAMED": size.streamed,
         "WIDE": wide_tiles(k, size),
         "PACKED": packed,
-        "SOFTCAP": softcap is not None,
-        "WINDOW": sliding_window is not None,
+        "SOFTCAP": options.softcap is not None,
+        "WINDOW": options.sliding_window is not None,
         **size.options,
     }
-    window = sliding_window or 0
+    window, sinks = options.sliding_window or 0, options.sinks
     with torch.cuda.device_of(q):
-        tables = plan(spans, size=size, kv_heads=kv_heads, window=sliding_window, device=q.device)
-        if lse is not None:
-            negative_lse = (lse[row, :, place].float() * -LOG2_E.value).masked_fill(none[..., None], -torch.inf)
+        tables = plan(spans, size=size, kv_heads=kv_heads, window=options.sliding_window, device=q.device)
+        if options.lse is not None:
+            negative_lse = (options.lse[element, :, place].float() * -LOG2_E.value).masked_fill(none[..., None], -torch.inf)
             negative_lse = negative_lse.transpose(1, 2).contiguous()  # [S, H, sampled]
         else:
             negative_lse = torch.empty(spans.count, heads, sampled, dtype=torch.float32, device=q.device)
             _sampled_lse_kernel[(spans.count * (sampled // size.resident) * heads,)](
                 q_sampled, k, sinks, rows, negative_lse, tables.spans, *k.stride(), 0 if sinks is None else sinks.stride(0),
-                sampled, heads, group, window, abs(factor), cap, FLIPPED=scale < 0, **constexprs,
+                sampled, heads, group, window, abs(factor), cap, FLIPPED=options.scale < 0, **constexprs,
             )  # fmt: skip
         _sampled_columns_kernel[(tables.slots,)](
             q_sampled, k, negative_lse, rows, factors, weights, spread, estimate, error, tables.tiles, tables.spans,
-            *k.stride(), sampled, tokens, kv_heads, group, window, factor, cap, NORMALIZE=normalize, **constexprs,
+            *k.stride(), sampled, tokens, kv_heads, group, window, factor, cap, NORMALIZE=options.normalize, **constexprs,
         )  # fmt: skip
     return estimate, error
 

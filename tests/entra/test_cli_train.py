@@ -192,7 +192,7 @@ def test_killed_and_resumed_gives_the_same_model(model, here, capsys):
             {"gate": "reasoning_gym"}, "reasoning_gym needs the column 'entry'; the dataset has prompt, s", id="column"
         ),
         pytest.param({"dataset_name": "a.jsonl"}, "cannot read the dataset a.jsonl: No such file", id="no-file"),
-        pytest.param({"dataset_name": "no_prompt.csv"}, "no column 'prompt' but question, answer", id="no-prompt"),
+        pytest.param({"dataset_name": "no_prompt.csv"}, "no column 'prompt', only question, answer", id="no-prompt"),
         pytest.param({"dataset_name": "broken.jsonl"}, "cannot read the dataset broken.jsonl: ", id="broken"),
         pytest.param({"dataset_name": None}, "no dataset; give --dataset_name with a hub name", id="no-dataset"),
         pytest.param({"dataset_name": "reasoning_gym"}, "name tasks of reasoning-gym", id="no-tasks"),

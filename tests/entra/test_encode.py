@@ -110,7 +110,7 @@ def test_an_empty_prompt_without_a_bos_is_an_error():
         ("x", [{"role": "assistant", "content": None}], TypeError, r"content is not text"),
         ([VOCABULARY], "x", ValueError, rf"the prompt holds token id {VOCABULARY}, outside .* 0 to {VOCABULARY - 1}"),
         ([5], [6, -1], ValueError, r"the completion holds token id -1"),
-        ([5] * 4000, [6] * 97, ValueError, r"4097 tokens, the model's context only 4096"),
+        ([5] * 4000, [6] * 97, ValueError, r"4097 tokens, but the model's context holds 4096"),
     ],
 )
 def test_what_cannot_be_encoded_says_why(prompt, completion, error, message, tokenizer, model):

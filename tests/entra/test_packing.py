@@ -439,8 +439,8 @@ def test_attention_functions_that_are_not_known(monkeypatch: pytest.MonkeyPatch)
         ({"cu_seqlens": [0, 9, 8]}, ValueError, "must start at 0 and never fall"),
         ({"cu_seqlens": [0, 9, 31]}, ValueError, "sequence 1 spans tokens 9 to 31"),
         ({"cu_seqlens": [0, 9.5]}, TypeError, "cu_seqlens=.* must hold whole numbers"),
-        ({"cu_seqlens": CU_SEQLENS, "length": [3]}, ValueError, r"length has shape \(1,\) but cu_seqlens 4 sequences"),
-        ({"cu_seqlens": CU_SEQLENS, "length": [9, 15, 1, 6]}, ValueError, "must be 0 to the lengths of the sequences"),
+        ({"cu_seqlens": CU_SEQLENS, "length": [3]}, ValueError, r"length has shape \(1,\) but cu_seqlens has 4 sequences"),
+        ({"cu_seqlens": CU_SEQLENS, "length": [9, 15, 1, 6]}, ValueError, "must lie in 0 to the sequences' lengths"),
     ],
 )
 def test_cu_seqlens_that_cannot_be(

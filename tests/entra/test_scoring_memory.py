@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from entra.capture import capture_incoming_attention
 from entra.config import ScoreConfig
 from entra.forward import token_signals
-from entra_kernels import _ops
+from entra_kernels import _custom_ops
 
 TOKENS, VOCABULARY = 4_096, 4_099
 
@@ -46,8 +46,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.fixture
 def largest(monkeypatch):
-    mode, original = Largest(), _ops._implementation
-    monkeypatch.setattr(_ops, "_implementation", lambda backend, tensor: mode.inside(original(backend, tensor)))
+    mode, original = Largest(), _custom_ops._implementation
+    monkeypatch.setattr(_custom_ops, "_implementation", lambda backend, tensor: mode.inside(original(backend, tensor)))
     return mode
 
 

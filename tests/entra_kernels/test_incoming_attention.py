@@ -10,6 +10,7 @@ tiles on the diagonal, tiles off it and a last one cut short; `test_launch_sizes
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from entra_kernels import incoming_attention
 from entra_kernels._spans import Spans
-from entra_kernels.reference import attention_probabilities, future_queries
+from entra_kernels.reference import AttentionOptions, attention_probabilities, future_queries
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # NaN in, NaN out
 
@@ -530,11 +531,10 @@ KERNELS = (
 def launch_nothing(q, k, spans, **options):
     """The Triton launcher without its kernels."""
     attention = importlib.import_module("entra_kernels._triton.attention")
-    plain = {"sliding_window": None, "softcap": None, "sinks": None, "lse": None, "row_weights": None}
     with pytest.MonkeyPatch.context() as patch:
         for module, name in KERNELS:
             patch.setattr(f"entra_kernels._triton.{module}.{name}", NoLaunch())
-        attention.incoming_attention(q, k, spans, **(plain | {"scale": 1.0, "per_head": False, "normalize": True} | options))
+        attention.incoming_attention(q, k, spans, AttentionOptions(scale=1.0, **options))
 
 
 class NoLaunch:
@@ -554,7 +554,7 @@ def test_custom_op(device, backend, small_tiles):
     q, k = q.nan_to_num(), k.nan_to_num()
     torch.library.opcheck(
         torch.ops.entra_kernels.incoming_attention.default,
-        (q, k, *spans_of(arguments), 0.2, None, None, None, None, None, False, True, backend),
+        (q, k, *spans_of(arguments), backend, 0.2, None, None, None, None, None, False, True),
     )
 
 
@@ -564,9 +564,9 @@ def test_custom_op_with_every_option(device, backend, small_tiles):
     q, k, weights = q.nan_to_num(), k.nan_to_num(), arguments["row_weights"].nan_to_num()
     sinks, spans = arguments["sinks"], spans_of(arguments)
     operation = torch.ops.entra_kernels.incoming_attention.default
-    torch.library.opcheck(operation, (q, k, *spans, 0.2, 9, 3.0, sinks, None, weights, True, False, backend))
+    torch.library.opcheck(operation, (q, k, *spans, backend, 0.2, 9, 3.0, sinks, None, weights, True, False))
     lse = torch.full(q.shape[:3], 4.0, device=device)
-    torch.library.opcheck(operation, (q, k, *spans, 0.2, 9, 3.0, None, lse, weights, False, True, backend))
+    torch.library.opcheck(operation, (q, k, *spans, backend, 0.2, 9, 3.0, None, lse, weights, False, True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -679,6 +679,20 @@ REFUSALS = {
 def test_refusals(tensors, arguments, error, message):
     with pytest.raises(error, match=message):
         incoming_attention(*tensors, **arguments)
+
+
+def test_options_are_checked_where_they_are_made():
+    """A backend that is called by itself takes nothing that the public function would refuse."""
+    options = AttentionOptions(scale=1, sliding_window=2**40, softcap=0)
+    assert (options.scale, options.sliding_window, options.softcap) == (1.0, 2**30, None)
+    with pytest.raises(ValueError, match="scale=nan must be finite"):
+        AttentionOptions(scale=math.nan)
+    with pytest.raises(ValueError, match="sliding_window=0 must be at least 1 token"):
+        AttentionOptions(scale=1.0, sliding_window=0)
+    with pytest.raises(ValueError, match="sinks and lse were both given"):
+        AttentionOptions(scale=1.0, sinks=torch.zeros(4), lse=torch.zeros(2, 4, 8))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.scale = 2.0
 
 
 def test_no_grad_is_enough():

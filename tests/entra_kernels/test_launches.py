@@ -1,5 +1,6 @@
 """What every launch of a Triton kernel asks of the compiler."""
 
+import importlib
 import os
 
 import pytest
@@ -45,3 +46,13 @@ def test_every_launch_says_whether_multiply_adds_are_fused(monkeypatch):
     entra_kernels.redundancy(-torch.rand(9), torch.rand(9), torch.arange(9) % 4, torch.tensor([0, 9]), backend="triton")
     assert set(launched) == KERNELS
     assert {name for name, asked in launched.items() if set(asked) != {name not in UNFUSED}} == set()
+
+
+@pytest.mark.parametrize("name", ["plan", "primitives", "attention", "hopper", "sampled", "logprobs", "redundancy"])
+def test_a_helper_of_a_kernel_has_at_most_12_arguments(name):
+    """27 numbers in a row are not read, they are counted. What belongs together goes in a named tuple."""
+    module = importlib.import_module(f"entra_kernels._triton.{name}")
+    jitted = {key: value for key, value in vars(module).items() if hasattr(value, "arg_names")}
+    helpers = {key: len(value.arg_names) for key, value in jitted.items() if not key.endswith("_kernel")}
+    assert helpers
+    assert {key: count for key, count in helpers.items() if count > 12} == {}

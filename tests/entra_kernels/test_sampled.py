@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from entra_kernels import SampledAttention, incoming_attention
 from entra_kernels._sampling import draw
 from entra_kernels._spans import Spans
+from entra_kernels.reference import AttentionOptions
 
 CASES = {
     "right padded": {},
@@ -138,7 +139,7 @@ def test_unbiased(case):
 
 def test_a_biased_estimate_is_caught(monkeypatch):
     """What `test_unbiased` must see: every stratum's rows weighted by one stratum's size too few."""
-    module = importlib.import_module("entra_kernels._ops")
+    module = importlib.import_module("entra_kernels._custom_ops")
 
     def biased(*arguments):
         sample = draw(*arguments)
@@ -220,11 +221,10 @@ def test_a_million_tokens_in_linear_memory():
     q = torch.randn(1, 1, 1, 8).expand(1, 2, tokens, 8)
     k = torch.randn(1, 1, 1, 8).expand(1, 1, tokens, 8)
     spans = Spans(None, None, 1, tokens, 1)
-    options = dict.fromkeys(("sliding_window", "softcap", "sinks", "lse", "row_weights"))
     torch_backend = importlib.import_module("entra_kernels._torch")
     with Largest() as largest:
         estimate, _ = torch_backend.sampled_incoming_attention(
-            q, k, spans, draw(spans, 8, 0, q.device), scale=1.0, normalize=True, **options
+            q, k, spans, draw(spans, 8, 0, q.device), AttentionOptions(scale=1.0)
         )
     assert tokens <= largest.numbers <= 2 * 8 * tokens
     # All keys are alike: A_ji = 1 / j exactly, so mu_i is (H_N - H_i) / (N - i).
@@ -264,7 +264,7 @@ def test_custom_op(device, backend, small_tiles):
     operation = torch.ops.entra_kernels.sampled_incoming_attention.default
     q, k, weights = q.nan_to_num(), k.nan_to_num(), arguments["row_weights"].nan_to_num()
     torch.library.opcheck(
-        operation, (q, k, *spans, 8, 0, 0.2, 9, 3.0, arguments["sinks"], None, weights, True, backend)
+        operation, (q, k, *spans, backend, 8, 0, 0.2, 9, 3.0, arguments["sinks"], None, weights, False, True)
     )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def checkpoint_to_resume(folder: Path, wish: str | bool | None, settings: Mappin
         return None
     if wish is False:
         raise CommandError(
-            f"{folder} has {last.name}, which a run from the start would mix with its own; use another --output_dir"
+            f"{folder} has {last.name}, and a run from the start would mix its files with it; use another --output_dir"
         )
     if wish is None:
         _check(folder, last, settings)

@@ -59,7 +59,7 @@ def load_data(script: Any, mixture: Any, problems: Problems, evaluate: bool) -> 
     train = splits[names[0]]
     columns = train.column_names
     if columns is not None and "prompt" not in columns:
-        raise CommandError(f"the dataset has no column 'prompt' but {', '.join(columns)}; rename one of them")
+        raise CommandError(f"the dataset has no column 'prompt', only {', '.join(columns)}; rename one of them")
     return Data(train, splits[names[1]] if evaluate else None, columns)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.experiments import EXPERIMENTS
+from benchmarks.experiments import EXPERIMENTS, traces
 from benchmarks.experiments.__main__ import main
 
 ROOT = Path(__file__).parents[3]
@@ -45,3 +45,19 @@ def test_escape_sequences_in_words_do_not_reach_the_terminal(words, capsys):
 def check_printed(text):
     assert "title" in text
     assert [character for character in text if not character.isprintable() and character != "\n"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["importance", "--protect-fraction", "2"], "protect_fraction=2.0 must be in"),
+        (["threshold", "--draws", "0"], "--draws 0 must be at least 1"),
+        (["lambda", "--attention-weight", "nan"], "attention_weight=nan must be finite"),
+        (["lambda", "--traces", "no-such.jsonl"], "cannot read no-such.jsonl"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(traces, "load_policy", None)  # found before the model is loaded
+    assert main(arguments) in (1, 2)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line

@@ -1,6 +1,5 @@
 """docs/experiments.md is what the committed results and readings make, and shows plots that are there."""
 
-import importlib
 import re
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from benchmarks.experiments import EXPERIMENTS, results
 from benchmarks.experiments.__main__ import main
-from benchmarks.experiments.report import reading, report
+from benchmarks.experiments.report import report
 from benchmarks.experiments.results import read, section
 
 ROOT = Path(__file__).parents[3]
@@ -18,6 +17,13 @@ DOCUMENT = ROOT / "docs" / "experiments.md"
 
 def test_the_document_is_up_to_date():
     assert report(RESULTS, DOCUMENT) == DOCUMENT.read_text()
+
+
+def test_a_module_that_runs_has_its_markdown_and_each_has_a_place_of_its_own():
+    folder = ROOT / "benchmarks" / "experiments"
+    runs = {path for path in folder.glob("*.py") if "\ndef run(options: argparse.Namespace) -> Result:" in path.read_text()}
+    assert {experiment.path for experiment in EXPERIMENTS.values()} == runs
+    assert [experiment.place for experiment in EXPERIMENTS.values()] == list(range(1, len(runs) + 1))
 
 
 def test_every_experiment_is_in_it_with_its_plots():
@@ -31,10 +37,10 @@ def test_every_experiment_is_in_it_with_its_plots():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_decimal_of_a_reading_stands_in_the_tables_below_it(name):
     """What is said of the results was said of these."""
-    module = importlib.import_module(EXPERIMENTS[name])
+    module = EXPERIMENTS[name].module()
     result = read(RESULTS / f"{name}.json")
     shown = section(module.tables(result), module.figures(result))
-    numbers = re.findall(r"\d+\.\d+", reading(name))
+    numbers = re.findall(r"\d+\.\d+", EXPERIMENTS[name].reading)
     assert numbers
     assert [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", shown)] == []
 
@@ -43,7 +49,7 @@ def test_every_decimal_of_a_reading_stands_in_the_tables_below_it(name):
 def test_every_plot_has_a_title_labels_and_a_caption_that_stands_alone(name):
     from matplotlib.figure import Figure
 
-    drawn = importlib.import_module(EXPERIMENTS[name]).figures(read(RESULTS / f"{name}.json"))
+    drawn = EXPERIMENTS[name].module().figures(read(RESULTS / f"{name}.json"))
     assert drawn
     for figure in drawn:
         assert len(figure.title) > 20

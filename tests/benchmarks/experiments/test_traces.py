@@ -1,15 +1,13 @@
 """The traces of the experiments: what is loaded, what is left out, and that one forward gives what `score_batch` gives."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
-import tiny_models
 import torch
-from tiny_tokenizer import build_tokenizer
 
 import entra
 from benchmarks.experiments import traces
-from entra.policy import Policy
 from entra.traces import load_traces
 
 ROWS = [
@@ -24,11 +22,6 @@ ROWS = [
 
 def options(**changes):
     return argparse.Namespace(**{"model": "none", "traces": None, "rows": None, "limit": None, "seed": 0, **changes})
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return Policy(tiny_models.build("llama"), build_tokenizer())
 
 
 def test_completions_of_one_prompt_are_one_problem_and_bad_rows_are_counted():
@@ -84,3 +77,19 @@ def test_nothing_that_can_be_used_names_the_first_fault(policy):
         traces.load(options(traces="x.jsonl", rows=ROWS[2:3]))
     with pytest.raises(ValueError, match=r"none of 1 completions .* must be text"):
         traces.measure(policy, traces.from_rows(ROWS[5:]))
+
+
+def test_pairs_are_each_problems_first_traces(measured):
+    assert measured.pairs("overthinking", "concise") == [(1, 0), (4, 3), (7, 6)]
+    twice = replace(measured, traces=[*measured.traces, measured.traces[0]])
+    assert twice.pairs("overthinking", "concise") == [(1, 0), (4, 3), (7, 6)]
+    assert measured.pairs("overthinking", "sample") == []
+    shortest = len("9 > 7.")  # one character a token
+    assert measured.fewest_unprotected(0.0) == shortest
+    assert measured.fewest_unprotected(0.5) == shortest - 3
+
+
+def test_overlap_of_choices():
+    one, other = torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([0, 1, 0, 1]).bool()
+    assert traces.overlap(one, other) == {"kept": 1 / 3, "jaccard": 1 / 4}
+    assert traces.overlap(one & ~one, one & ~one) == {"kept": 1.0, "jaccard": 1.0}

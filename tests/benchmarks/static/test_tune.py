@@ -48,10 +48,10 @@ def test_wrong_and_impossible_sizes_are_named(tune, monkeypatch):
     wrong, impossible = good._replace(num_stages=2), good._replace(num_stages=3)
     run = tune.attention._launch
 
-    def sabotaged(q, k, spans, out, size, **options):
+    def sabotaged(q, k, spans, out, size, options):
         if size == impossible:
             raise RuntimeError("out of resource: shared memory")
-        run(q, k, spans, out, size, **options)
+        run(q, k, spans, out, size, options)
         if size == wrong:
             out[0, 0, 3] = float("nan")
 

@@ -3,23 +3,26 @@
 The public functions have checked shapes and dtypes by the time these run. What depends on values is checked here, on the CPU
 only: on a GPU that would wait for the device, so there spans are clamped to the memory they index instead.
 
-Annotations are real types in this module (no `from __future__ import annotations`): torch infers each op's schema from them.
+Annotations are real types in this module (no `from __future__ import annotations`): torch infers the schemas of the other ops
+from them.
 """
 
 import importlib.util
 import math
 import os
+from dataclasses import fields
 from types import ModuleType
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from entra_kernels._checks import accumulation_dtype
-from entra_kernels._sampling import draw
-from entra_kernels._spans import Spans
+from ._checks import accumulation_dtype
+from ._sampling import draw
+from ._spans import Spans
+from .reference import AttentionOptions
 
-_MODULES = {"reference": "entra_kernels.reference", "torch": "entra_kernels._torch", "triton": "entra_kernels._triton"}
+_MODULES = {"reference": ".reference", "torch": "._torch", "triton": "._triton"}
 
 
 def _implementation(backend: str, tensor: Tensor) -> ModuleType:
@@ -39,7 +42,7 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
                 "backend='triton' runs on CUDA and ROCm tensors, and these are on the CPU; move them to a GPU, use "
                 "backend='torch', or set TRITON_INTERPRET=1 before triton is imported (slow, for tests)"
             )
-    return importlib.import_module(_MODULES[backend])
+    return importlib.import_module(_MODULES[backend], __package__)
 
 
 def _without_autocast(tensor: Tensor) -> torch.autocast:
@@ -56,86 +59,62 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
             raise ValueError(f"targets holds id {wrong}, outside the vocabulary 0 to {vocabulary - 1}; check the tokenizer")
 
 
-@torch.library.custom_op("entra_kernels::incoming_attention", mutates_args=())
-def incoming_attention(
-    q: Tensor,
-    k: Tensor,
-    starts: Optional[Tensor],  # noqa: UP045
-    ends: Optional[Tensor],  # noqa: UP045
-    sequences: int,
-    scale: float,
-    sliding_window: Optional[int],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
-    sinks: Optional[Tensor],  # noqa: UP045
-    lse: Optional[Tensor],  # noqa: UP045
-    row_weights: Optional[Tensor],  # noqa: UP045
-    per_head: bool,
-    normalize: bool,
-    backend: str,
-) -> Tensor:
-    """q [B, H, N, D], k [B, Hkv, N, D] with any strides, and the fields of `Spans`. Returns [B, N], or [B, H, N] per head."""
+OPTIONS = tuple(field.name for field in fields(AttentionOptions))
+_SCHEMA = {"float": "float", "bool": "bool", "int | None": "SymInt?", "float | None": "float?", "Tensor | None": "Tensor?"}
+_ATTENTION = "Tensor q, Tensor k, Tensor? starts, Tensor? ends, SymInt sequences"
+_FLAT_OPTIONS = ", ".join(f"{_SCHEMA[str(field.type)]} {field.name}" for field in fields(AttentionOptions))
+"""A custom op takes no dataclass: its last arguments are the fields of `AttentionOptions`, in their order."""
+
+
+def _attention_call(
+    q: Tensor, starts: Tensor | None, ends: Tensor | None, sequences: int, backend: str, flat: tuple[Any, ...]
+) -> tuple[ModuleType, Spans, AttentionOptions]:
+    """The backend, where the sequences lie, and the options again."""
     module = _implementation(backend, q)
     spans = Spans(starts, ends, sequences, tokens=q.shape[2], batch=q.shape[0])
     spans.check(q.device)
+    return module, spans, AttentionOptions(**dict(zip(OPTIONS, flat, strict=True)))
+
+
+@torch.library.custom_op(
+    "entra_kernels::incoming_attention", mutates_args=(), schema=f"({_ATTENTION}, str backend, {_FLAT_OPTIONS}) -> Tensor"
+)
+def incoming_attention(
+    q: Tensor, k: Tensor, starts: Tensor | None, ends: Tensor | None, sequences: int, backend: str, *flat: Any
+) -> Tensor:
+    """q [B, H, N, D], k [B, Hkv, N, D] with any strides, and the fields of `Spans`. Returns [B, N], or [B, H, N] per head."""
+    module, spans, options = _attention_call(q, starts, ends, sequences, backend, flat)
     with _without_autocast(q):
-        return module.incoming_attention(
-            q,
-            k,
-            spans,
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-            lse=lse,
-            row_weights=row_weights,
-            per_head=per_head,
-            normalize=normalize,
-        )
+        return module.incoming_attention(q, k, spans, options)
 
 
 @incoming_attention.register_fake
-def _(q, k, starts, ends, sequences, scale, sliding_window, softcap, sinks, lse, row_weights, per_head, normalize, backend):  # type: ignore[no-untyped-def]
+def _(q, k, starts, ends, sequences, backend, *flat):  # type: ignore[no-untyped-def]
     batch, heads, tokens, _ = q.shape
-    shape = (batch, heads, tokens) if per_head else (batch, tokens)
+    shape = (batch, heads, tokens) if flat[OPTIONS.index("per_head")] else (batch, tokens)
     return q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op("entra_kernels::sampled_incoming_attention", mutates_args=())
+@torch.library.custom_op(
+    "entra_kernels::sampled_incoming_attention",
+    mutates_args=(),
+    schema=f"({_ATTENTION}, str backend, SymInt sample_rows, SymInt seed, {_FLAT_OPTIONS}) -> (Tensor, Tensor)",
+)
 def sampled_incoming_attention(
     q: Tensor,
     k: Tensor,
-    starts: Optional[Tensor],  # noqa: UP045
-    ends: Optional[Tensor],  # noqa: UP045
+    starts: Tensor | None,
+    ends: Tensor | None,
     sequences: int,
+    backend: str,
     sample_rows: int,
     seed: int,
-    scale: float,
-    sliding_window: Optional[int],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
-    sinks: Optional[Tensor],  # noqa: UP045
-    lse: Optional[Tensor],  # noqa: UP045
-    row_weights: Optional[Tensor],  # noqa: UP045
-    normalize: bool,
-    backend: str,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor]:
     """As `incoming_attention`. Returns estimate and standard error, [B, N] each."""
-    module = _implementation(backend, q)
-    spans = Spans(starts, ends, sequences, tokens=q.shape[2], batch=q.shape[0])
-    spans.check(q.device)
+    module, spans, options = _attention_call(q, starts, ends, sequences, backend, flat)
     with _without_autocast(q):
-        return module.sampled_incoming_attention(
-            q,
-            k,
-            spans,
-            draw(spans, sample_rows, seed, q.device),
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-            lse=lse,
-            row_weights=row_weights,
-            normalize=normalize,
-        )
+        return module.sampled_incoming_attention(q, k, spans, draw(spans, sample_rows, seed, q.device), options)
 
 
 @sampled_incoming_attention.register_fake
