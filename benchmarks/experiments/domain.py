@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.experiments import traces
+from benchmarks.experiments import measuring
 from benchmarks.experiments.drawing import COLOURS, dots
 from benchmarks.experiments.results import Figure, Result, Table, with_interval
 from benchmarks.experiments.token_kinds import kinds_of
@@ -101,20 +101,20 @@ def run(options: argparse.Namespace) -> Result:
         )
     config = ScoreConfig()
     adjusted_config = replace(config, length_adjusted=options.positions)
-    policy = traces.load_model(options)
+    policy = measuring.load_model(options)
     tokenizer: Any = policy.tokenizer
     with redirect_stdout(sys.stderr):  # reasoning-gym prints dots while it reads; stdout is for the tables
         chosen = problems(policy, options)
     completions = generated(policy.model, tokenizer, [problem["prompt_ids"] for problem in chosen], options)
-    found = traces.Samples(
+    found = measuring.Samples(
         [
-            traces.Sample(problem=str(i), kind=problem["domain"], prompt=problem["prompt"], completion=ids)
+            measuring.Sample(problem=str(i), kind=problem["domain"], prompt=problem["prompt"], completion=ids)
             for i, (problem, ids) in enumerate(zip(chosen, completions, strict=True))
         ]
     )
-    measured = traces.measure(policy, found)
-    scores = traces.scored(measured.traces, config)
-    adjusted = traces.scored(measured.traces, adjusted_config).rewards
+    measured = measuring.measure(policy, found)
+    scores = measuring.scored(measured.traces, config)
+    adjusted = measuring.scored(measured.traces, adjusted_config).rewards
     rows = []
     for i, one in enumerate(measured.traces):
         problem, ids = chosen[int(one.sample.problem)], completions[int(one.sample.problem)]
@@ -262,7 +262,7 @@ def _pearson(pairs: Sequence[tuple[float, float]]) -> float:
     return statistics.correlation(*zip(*pairs, strict=True))
 
 
-def _examples(tokenizer: Any, measured: traces.Measurement, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _examples(tokenizer: Any, measured: measuring.Measurement, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of each domain the completion whose r is the median."""
     examples = {}
     for domain in DOMAINS:
