@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.experiments import EXPERIMENTS, traces
+from benchmarks.experiments import EXPERIMENTS, measuring
 from benchmarks.experiments.__main__ import main
 
 ROOT = Path(__file__).parents[3]

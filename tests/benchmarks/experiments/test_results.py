@@ -3,7 +3,7 @@
 import pytest
 
 import entra
-from benchmarks.experiments import attention_weight, importance, results, threshold, traces
+from benchmarks.experiments import attention_weight, importance, measuring, results, threshold
 from benchmarks.experiments.__main__ import main
 
 NAMES = {"importance": importance, "threshold": threshold, "lambda": attention_weight}
