@@ -119,7 +119,8 @@ def is_package(module: str) -> bool:
 
 
 def statements_of(module: str) -> list[ast.stmt]:
-    """Those at the top of a module, and those in its `if TYPE_CHECKING:`."""
+    """Those at the top of a module, and those in its `if TYPE_CHECKING:`. None where there is no such module."""
     path = ROOT.joinpath(*module.split("."))
-    body = ast.parse((path / "__init__.py" if is_package(module) else path.with_suffix(".py")).read_text()).body
+    file = path / "__init__.py" if is_package(module) else path.with_suffix(".py")
+    body = ast.parse(file.read_text()).body if file.is_file() else []
     return [inner for node in body for inner in (node.body if isinstance(node, ast.If) else [node])]

@@ -75,9 +75,10 @@ def test_a_public_name_without_a_page_is_found(package):
     assert package(["good"], GOOD, "") == ["some.inner.good is public but stands on no page of docs/api"]
 
 
-def test_a_page_that_shows_what_does_not_exist_is_found(package):
-    with pytest.raises(ValueError, match=r"some\.gone does not exist; correct docs/api"):
-        package(["good"], GOOD, "::: some.good\n\n::: some.gone\n")
+@pytest.mark.parametrize("gone", ["some.gone", "some.gone.good"])
+def test_a_page_that_shows_what_does_not_exist_is_found(package, gone):
+    with pytest.raises(ValueError, match=rf"{gone} does not exist; correct docs/api"):
+        package(["good"], GOOD, f"::: some.good\n\n::: {gone}\n")
 
 
 def test_fields_and_methods_need_docstrings_but_for_private_ones(package):
