@@ -2,24 +2,39 @@
 
     rewards = entra.score_batch(prompts, completions, model=model, tokenizer=tokenizer)
 
-Importing this loads torch and nothing heavier: transformers, trl and triton load when they are used.
+Importing this loads nothing: torch, transformers, trl and triton load when they are used.
 """
 
+import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from entra.capture import capture_incoming_attention
-from entra.config import ScoreConfig
-from entra.doctor import doctor
 from entra.name_clash import name_clash
-from entra.policy import bind_policy
-from entra.reward import EntraReward
-from entra.score import Scores, score_batch
 
 if TYPE_CHECKING:
+    from entra.capture import capture_incoming_attention
+    from entra.config import ScoreConfig
+    from entra.diagnosis import doctor
+    from entra.policy import bind_policy
+    from entra.reward import EntraReward
+    from entra.score import CompletionScores, Scores, score_batch
     from entra.trl import EntraGRPOTrainer, EntraRLOOTrainer
 
+_MODULES = {
+    "CompletionScores": "score",
+    "EntraGRPOTrainer": "trl",
+    "EntraRLOOTrainer": "trl",
+    "EntraReward": "reward",
+    "ScoreConfig": "config",
+    "Scores": "score",
+    "bind_policy": "policy",
+    "capture_incoming_attention": "capture",
+    "doctor": "diagnosis",
+    "score_batch": "score",
+}
+
 __all__ = [
+    "CompletionScores",
     "EntraGRPOTrainer",
     "EntraRLOOTrainer",
     "EntraReward",
@@ -37,14 +52,21 @@ if (_clash := name_clash()) is not None:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("EntraGRPOTrainer", "EntraRLOOTrainer"):
+    if name.startswith("_"):
         raise AttributeError(f"module 'entra' has no attribute {name!r}")
+    module = f"entra.{_MODULES.get(name, name)}"
     try:
-        import entra.trl
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != "trl":
+        if error.name == module:
+            raise AttributeError(f"module 'entra' has no attribute {name!r}") from None
+        if module != "entra.trl" or error.name != "trl":
             raise
         raise ModuleNotFoundError(
             f"entra.{name} needs TRL, which is not installed; pip install 'entra-reward[train]'", name="trl"
         ) from error
-    return getattr(entra.trl, name)
+    return getattr(found, name) if name in _MODULES else found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

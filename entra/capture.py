@@ -220,12 +220,12 @@ class Capture:
 
         RuntimeError as for `incoming`.
         """
-        incoming, _, rows = self._finished()
-        if rows is None:
+        incoming, _, packed = self._finished()
+        if packed is None:
             return None
         tokens = incoming.shape[1]
-        first = [cu_seqlens[:-1] + row * tokens for row, cu_seqlens in enumerate(rows)]
-        return torch.cat([*first, rows[-1][-1:] + (len(rows) - 1) * tokens])
+        first = [cu_seqlens[:-1] + row * tokens for row, cu_seqlens in enumerate(packed)]
+        return torch.cat([*first, packed[-1][-1:] + (len(packed) - 1) * tokens])
 
     def _finished(self) -> tuple[Tensor, CapturedLayer, list[Tensor] | None]:
         if self._result is None:
@@ -302,11 +302,11 @@ class Capture:
         if not found.may_open or not bool(found.opens.any()):
             return None
         self._refuse_unpackable()
-        rows = sequences_of(found)
-        self._doubt_mask(module, mask, arguments, rows)
-        lengths = torch.stack([row.diff()[places(row, tokens)[0]] for row in rows])
+        packed = sequences_of(found)
+        self._doubt_mask(module, mask, arguments, packed)
+        lengths = torch.stack([cu_seqlens.diff()[places(cu_seqlens, tokens)[0]] for cu_seqlens in packed])
         self._doubt_rope(lengths, ~found.pads, arguments, tokens)
-        return rows
+        return packed
 
     def _given_rows(
         self, module: Any, q: Tensor, mask: Any, arguments: dict[str, Any], found: Separation | None
@@ -347,27 +347,27 @@ class Capture:
         longest = lengths.new_tensor(tokens) if positions is None else positions.max().to(lengths.device) + 1
         self._doubt(self._rope.other(lengths, longest) & inside, _OTHER_ROPE)
 
-    def _doubt_mask(self, module: Any, mask: Any, arguments: dict[str, Any], rows: list[Tensor]) -> None:
+    def _doubt_mask(self, module: Any, mask: Any, arguments: dict[str, Any], packed: list[Tensor]) -> None:
         """The tokens of packed rows must see every earlier one of their sequence and nothing else; [B, 1, N, N] masks."""
-        if not (isinstance(mask, Tensor) and mask.ndim == 4) or all(row.numel() <= 2 for row in rows):
+        if not (isinstance(mask, Tensor) and mask.ndim == 4) or all(cu_seqlens.numel() <= 2 for cu_seqlens in packed):
             return
         tokens = mask.shape[2]
         seen = visible(mask[:, 0, :, :tokens])
-        position = torch.stack([places(row, tokens)[1] for row in rows])
+        position = torch.stack([places(cu_seqlens, tokens)[1] for cu_seqlens in packed])
         expected = position.clamp(min=1, max=self._window(module, arguments))
         sees_itself = seen.diagonal(dim1=-2, dim2=-1)
         self._doubt((seen.sum(-1) != expected) & sees_itself, _OTHER_MASK)
         self._doubt(biased(mask[:, 0, :, :tokens]).any(-1) & sees_itself, _BIASED)
 
-    def _reusable_lse(self, mask: Any, arguments: dict[str, Any], rows: list[Tensor] | None) -> str | None:
-        """The attention implementation, when the log-sum-exp of its rows may be that of the rows that are scored.
+    def _reusable_lse(self, mask: Any, arguments: dict[str, Any], packed: list[Tensor] | None) -> str | None:
+        """The attention implementation, when the log-sum-exp of its queries may be that of those that are scored.
 
         A row's keys are those from token 0 on only without `start`; right padding is then never seen. Sinks are not in an
         operation's log-sum-exp. What a mask holds only the device knows, BlockMasks aside. Packed rows compute their own.
         """
         if (
             not self._reuse_lse
-            or rows is not None
+            or packed is not None
             or self._start is not None
             or isinstance(mask, Tensor)
             or arguments.get("s_aux") is not None
@@ -382,10 +382,10 @@ class Capture:
         q: Tensor,
         k: Tensor,
         arguments: dict[str, Any],
-        rows: list[Tensor] | None,
+        packed: list[Tensor] | None,
         known_lse: Callable[..., Any] | None,
     ) -> None:
-        """Set the result from one attention call; q [B, H, N, D], k [B, Hkv, N, D], `rows` their cu_seqlens when packed."""
+        """Set the result from one attention call; q [B, H, N, D], k [B, Hkv, N, D], `packed` each row's cu_seqlens or None."""
         batch, _, tokens, dim = q.shape
         window = self._window(module, arguments)
         windowed = self._uniform and window is not None
@@ -397,20 +397,20 @@ class Capture:
         lse, lse_source = (None, None) if known is None else known
 
         options: dict[str, Any] = {"scale": scale, "sliding_window": window, "softcap": softcap, "sinks": sinks}
-        if rows is None:
+        if packed is None:
             start = None if self._start is None else self._start.to(q.device)
             length = None if self._length is None else self._length.to(q.device)
             weights = _visible_keys(batch, tokens, start, window, q.device) if self._statistic == "lift" else None
             incoming = self._incoming(q, k, lse, {"start": start, "length": length, **options, "row_weights": weights})
         else:
             parts = []
-            for row, cu_seqlens in enumerate(rows):
+            for row, cu_seqlens in enumerate(packed):
                 sequence, position = places(cu_seqlens, tokens)
                 weights = position.clamp(min=1, max=window).float() if self._statistic == "lift" else None
                 length = None if self._length is None else self._length.to(q.device)
                 spans = cu_seqlens if length is None else shortened(cu_seqlens, length)
-                packed = {"cu_seqlens": spans, **options, "row_weights": weights}
-                part = self._incoming(q[row].transpose(0, 1), k[row].transpose(0, 1), None, packed)
+                given = {"cu_seqlens": spans, **options, "row_weights": weights}
+                part = self._incoming(q[row].transpose(0, 1), k[row].transpose(0, 1), None, given)
                 # What is left of a sequence beyond its length was scored as one.
                 parts.append(part if length is None else part.masked_fill(position > length[sequence], 0.0))
             incoming = torch.stack(parts)
@@ -426,7 +426,7 @@ class Capture:
                 has_sinks=sinks is not None,
                 lse_source=lse_source,
             ),
-            rows,
+            packed,
         )
 
     def _incoming(self, q: Tensor, k: Tensor, lse: Tensor | None, options: dict[str, Any]) -> Tensor:
@@ -595,8 +595,8 @@ def _capturing_attention(
     capture: Capture = swapped._entra_capture
     capture._refuse_unscorable(module, query, key, attention_mask, kwargs)
     with torch.no_grad():
-        rows = capture._packed_rows(module, query, attention_mask, kwargs)
-    implementation = capture._reusable_lse(attention_mask, kwargs, rows)
+        packed = capture._packed_rows(module, query, attention_mask, kwargs)
+    implementation = capture._reusable_lse(attention_mask, kwargs, packed)
     observer = LseObserver() if implementation in OBSERVABLE else None
     # Flash attention reads module.config itself; a nested capture finds its own there.
     module.config = capture._config
@@ -611,7 +611,7 @@ def _capturing_attention(
     elif implementation == "flex_attention":
         known_lse = partial(flex_attention_lse, attended, attention_mask)
     with torch.no_grad():
-        capture._reduce(module, query, key, kwargs, rows, known_lse)
+        capture._reduce(module, query, key, kwargs, packed, known_lse)
     return attended
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
+
+from entra_kernels._checks import check_number
 
 Class = TypeVar("Class", bound=type)
 
@@ -27,6 +29,19 @@ def names_unknown_options(cls: Class) -> Class:
 
     cls.__init__ = __init__  # type: ignore[misc]
     return cls
+
+
+def takes_fields_of(config: type) -> Callable[[Class], Class]:
+    """Class decorator: the signature of a class that takes the fields of the dataclass `config` as keywords names them."""
+
+    def decorate(cls: Class) -> Class:
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        *own, _ = signature.parameters.values()  # the last one is **keywords
+        more = [p for p in inspect.signature(config).parameters.values() if p.name not in signature.parameters]
+        cls.__init__.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[misc]
+        return cls
+
+    return decorate
 
 
 def nearest_of(name: str, known: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> str:
@@ -65,7 +80,6 @@ def options_elsewhere() -> dict[str, str]:
 
 # What scoring itself passes to apply_chat_template.
 _TEMPLATE_ARGUMENTS = {"conversation", "tokenize", "return_dict", "add_generation_prompt", "continue_final_message"}
-FLOAT32_MAX = 3.4028234663852886e38
 
 Statistic = Literal["mean", "lift"]
 HeadReduction = Literal["mean", "max"]
@@ -121,9 +135,9 @@ class ScoreConfig:
     """The kernels' backend: "auto" is Triton on CUDA and ROCm, else torch."""
 
     def __post_init__(self) -> None:
-        check_number("attention_weight", self.attention_weight, -FLOAT32_MAX, FLOAT32_MAX, "the paper used 2.0 and 1e-4")
-        check_number("protect_fraction", self.protect_fraction, 0.0, 1.0, "0.2 protects the top 20 %")
-        check_number("degenerate_reward", self.degenerate_reward, -FLOAT32_MAX, FLOAT32_MAX, "rewards lie in 0 to 1")
+        check_number("attention_weight", self.attention_weight, "finite; the paper used 2.0 and 1e-4")
+        check_number("protect_fraction", self.protect_fraction, "in [0, 1]; 0.2 protects the top 20 %", low=0.0, high=1.0)
+        check_number("degenerate_reward", self.degenerate_reward, "finite; rewards lie in 0 to 1")
         check_integer("length_adjusted", self.length_adjusted, 2, "positions, or None for no adjustment")
         check_integer("token_budget", self.token_budget, 1, "tokens, or None")
         for name, kind in (
@@ -140,18 +154,6 @@ class ScoreConfig:
         reserved = _TEMPLATE_ARGUMENTS & set(self.chat_template_kwargs)
         if reserved:
             raise ValueError(f"chat_template_kwargs holds {min(reserved)!r}, which scoring sets itself; leave it out")
-
-
-def check_number(name: str, value: Any, low: float, high: float, hint: str) -> None:
-    """Raises when `value` is no number (TypeError) or outside [low, high] (ValueError)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}; {hint}")
-    if not low <= value <= high:
-        if high == FLOAT32_MAX:
-            rule = "finite" if low == -FLOAT32_MAX else f"at least {low:g} and finite"
-        else:
-            rule = f"at most {high:g} and finite" if low == -FLOAT32_MAX else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name}={value} must be {rule}; {hint}")
 
 
 def check_integer(name: str, value: Any, low: int, unit: str) -> None:

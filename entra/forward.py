@@ -308,8 +308,8 @@ class _HeadLogprobs:
                     softcap=self._transform.softcap,
                     backend=backend,
                 )
-            rows = max(1, _CHUNK_LOGITS // self._vocabulary)
-            chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+            tokens = max(1, _CHUNK_LOGITS // self._vocabulary)
+            chunks = zip(hidden.split(tokens), targets.split(tokens), strict=True)
             return torch.cat([token_logprobs(self._transform(head(h).float()), t, backend=backend) for h, t in chunks])
 
         if self.inspect is not None:

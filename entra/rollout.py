@@ -143,9 +143,9 @@ class Rollout:
             for row, own in zip(self._sequences, self._own, strict=True)
         ]
 
-    def own_mask(self, row: int) -> Tensor:
-        """bool [n], the completion tokens of a row that the policy wrote itself."""
-        return torch.ones(len(self._sequences[row].completion), dtype=torch.bool) if self._own is None else self._own[row]
+    def own_mask(self, r: int) -> Tensor:
+        """bool [n], the completion tokens of row r that the policy wrote itself."""
+        return torch.ones(len(self._sequences[r].completion), dtype=torch.bool) if self._own is None else self._own[r]
 
     def signals(self, config: ScoreConfig) -> list[TokenSignals]:
         """Signals of the ranked tokens of `rows()`: recorded ones, and a forward for the rows that have none.

@@ -100,8 +100,8 @@ def check_readable_again(path: Path, what: str = "") -> None:
         )
 
 
-def read_rows(path: Path, start: int) -> Iterator[Row]:
-    """The rows of a file from row `start` (counted from 0) on; a malformed line is a row, too.
+def read_rows(path: Path, first: int) -> Iterator[Row]:
+    """The rows of a file from row `first` (counted from 0) on; a malformed line is a row, too.
 
     Raises:
         CommandError: the file cannot be read any further.
@@ -109,10 +109,10 @@ def read_rows(path: Path, start: int) -> Iterator[Row]:
     parquet = _is_parquet(path)
     try:
         if parquet:
-            yield from _parquet_rows(path, start)
+            yield from _parquet_rows(path, first)
         else:
             with path.open("rb") as file:
-                for number, line in islice(_lines(file), start, None):
+                for number, line in islice(_lines(file), first, None):
                     yield _parsed(number, line)
     except (OSError, ValueError, RuntimeError) as error:  # pyarrow's errors about damaged pages are one of these
         raise CommandError(
@@ -120,11 +120,11 @@ def read_rows(path: Path, start: int) -> Iterator[Row]:
         ) from error
 
 
-def _parquet_rows(path: Path, start: int) -> Iterator[Row]:
+def _parquet_rows(path: Path, first: int) -> Iterator[Row]:
     from datasets import load_dataset
 
     stream = load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
-    for columns in stream.skip(start):
+    for columns in stream.skip(first):
         yield Row(dict(columns))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -27,9 +29,64 @@ _SHOWN = 20
 _OPTIONS = ("completion_ids", "model", "tokenizer", "logprobs", "incoming", "config", "details")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CompletionScores:
+    """The reward of one completion of n tokens, and what it was made of: CPU tensors [n].
+
+    The tokens are the completion's, without pads and trailing EOS.
+    """
+
+    reward: float | None
+    """r in [0, 1], high when the unprotected tokens do not repeat. None where a log-prob or attention is not finite."""
+    token_ids: Tensor
+    """int64 ids."""
+    logprobs: Tensor
+    """float32, log P(x_i given x_<i), natural log."""
+    incoming: Tensor
+    """float32, mu: mean attention from future tokens (or lift)."""
+    importance: Tensor
+    """float32, log P + lambda * mu."""
+    protected: Tensor
+    """bool, the tokens of highest importance, which the reward does not look at."""
+
+    def __eq__(self, other: object) -> bool:
+        """Whether reward and every element are equal."""
+        if not isinstance(other, CompletionScores):
+            return NotImplemented
+        tensors = ("token_ids", "logprobs", "incoming", "importance", "protected")
+        return self.reward == other.reward and all(torch.equal(getattr(self, n), getattr(other, n)) for n in tensors)
+
+    @cached_property
+    def counts(self) -> Counter[int]:
+        """How often each token id occurs among the unprotected tokens."""
+        return Counter(self.token_ids[~self.protected].tolist())
+
+    @property
+    def unprotected(self) -> int:
+        """M, the number of unprotected tokens."""
+        return self.counts.total()
+
+    @property
+    def entropy(self) -> float:
+        """Of the unprotected tokens' frequencies, in nats: from 0, all the same, to log M, all different."""
+        total = self.unprotected
+        return math.log(total) - sum(c * math.log(c) for c in self.counts.values()) / total if total else 0.0
+
+    @property
+    def repeated_share(self) -> float:
+        """Share of the unprotected tokens that occurred before among them, (M - different ones) / M, in [0, 1)."""
+        return 1 - len(self.counts) / self.unprotected if self.unprotected else 0.0
+
+    @property
+    def redundant_tokens(self) -> float | None:
+        """D = M (1 - r): 0 when no unprotected token repeats, M when all are the same; None where r means nothing."""
+        unprotected = int((~self.protected).sum())
+        return None if self.reward is None or unprotected <= 1 else unprotected * (1.0 - self.reward)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """The rewards, and what each was made of: lists with one CPU tensor [n] for each completion of n tokens.
+class Scores(Sequence[CompletionScores]):
+    """The scores of all completions: a sequence of `CompletionScores`, and each of their fields as a list.
 
     The tokens are the completion's, without pads and trailing EOS.
     """
@@ -51,6 +108,25 @@ class Scores:
     tokenizer: Any = field(default=None, repr=False, compare=False)
     """The policy's, for the text of the tokens. None where ids were scored without one."""
 
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    @overload
+    def __getitem__(self, index: int) -> CompletionScores: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CompletionScores]: ...
+    def __getitem__(self, index: int | slice) -> CompletionScores | list[CompletionScores]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return CompletionScores(
+            reward=self.rewards[index],
+            token_ids=self.token_ids[index],
+            logprobs=self.logprobs[index],
+            incoming=self.incoming[index],
+            importance=self.importance[index],
+            protected=self.protected[index],
+        )
+
     def show(self, rows: int | slice | None = None) -> NotebookView:
         """Show completions in a notebook, with every token shaded by importance; elsewhere, as text.
 
@@ -61,7 +137,7 @@ class Scores:
             IndexError: there is no completion of that index.
         """
         from entra.view.notebook import NotebookView
-        from entra.view.traces import Trace, pieces_of
+        from entra.view.trace import Trace, pieces_of
 
         count = len(self.rewards)
         if isinstance(rows, int) and not -count <= rows < count:
@@ -72,12 +148,7 @@ class Scores:
                 name=f"completion {i}",
                 prompt="",
                 pieces=pieces_of(self.tokenizer, self.token_ids[i].tolist()),
-                token_ids=self.token_ids[i].tolist(),
-                logprobs=self.logprobs[i].tolist(),
-                incoming=self.incoming[i].tolist(),
-                importance=self.importance[i].tolist(),
-                protected=self.protected[i].tolist(),
-                reward=self.rewards[i],
+                scores=self[i],
                 error=None if self.rewards[i] is not None else "a log-prob or incoming attention is not finite",
             )
             for i in chosen

@@ -104,8 +104,8 @@ def incoming_attention(
 
     There are two layouts. Neither is copied, and strides may be any:
 
-    - padded: q [B, H, N, D] and k [B, Hkv, N, D]. The tokens of batch element b are start[b] ... start[b] + length[b] - 1,
-      which describes left and right padding. Everything outside gets 0 and influences nothing.
+    - padded: q [B, H, N, D] and k [B, Hkv, N, D]. The tokens of batch element b are start[b] ... start[b] + length[b] - 1.
+      That describes left and right padding. Everything outside gets 0 and influences nothing.
     - packed: q [T, H, D], k [T, Hkv, D] and cu_seqlens [S + 1], as for FlashAttention's varlen functions.
 
     Args:

@@ -16,7 +16,8 @@ from benchmarks.evidence.evaluate import MAX_NEW_TOKENS
 from benchmarks.evidence.model import EOS_ID
 from benchmarks.evidence.problems import Problem, correct
 from entra.config import ScoreConfig
-from entra.reward import EntraReward, gated, group_gated
+from entra.guards import gated, group_gated
+from entra.reward import EntraReward
 from entra.score import score_batch
 
 Reward = Callable[..., Sequence[float | None]]

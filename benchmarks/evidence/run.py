@@ -222,7 +222,7 @@ def _trained(
 
 def _recording_trainer() -> Any:
     """The class is made here because importing TRL takes seconds."""
-    from entra.reward import correlation, group_std
+    from entra.guards import correlation, group_std
     from entra.trl import EntraGRPOTrainer
 
     class RecordingTrainer(EntraGRPOTrainer):

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.experiments import traces
+from benchmarks.experiments import measuring
 from benchmarks.experiments.drawing import COLOURS, REFERENCE
 from benchmarks.experiments.results import Figure, Result, Table, with_interval
 from benchmarks.experiments.twins import compare, over_problems, rewards_of
 from entra.config import ScoreConfig, Statistic
-from entra.view.traces import pieces_of
+from entra.view.trace import pieces_of
 
 STATISTICS: tuple[Statistic, ...] = ("mean", "lift")
 _FIRST = 0.2
@@ -33,7 +33,7 @@ _TITLES = {"mean": "mean attention", "lift": "lift"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the experiment `lambda`."""
-    traces.add_arguments(parser)
+    measuring.add_arguments(parser)
     parser.add_argument(
         "--attention-weight",
         type=float,
@@ -59,22 +59,22 @@ def run(options: argparse.Namespace) -> Result:
         for statistic in STATISTICS
         for weight in weights
     }
-    found = traces.load(options)
-    policy = traces.load_model(options)
-    measured = traces.measure(policy, found)
+    found = measuring.load(options)
+    policy = measuring.load_model(options)
+    measured = measuring.measure(policy, found)
     in_prompt = [_in_prompt(policy.tokenizer, trace) for trace in measured.traces]
-    unweighted = traces.scored(measured.traces, configs["mean", 0.0])
+    unweighted = measuring.scored(measured.traces, configs["mean", 0.0])
     first_rewards = rewards_of(measured, configs["mean", 0.0])[0]
     rows: list[dict[str, Any]] = []
     positions: list[dict[str, Any]] = []
     twins: list[dict[str, Any]] = []
     for (statistic, weight), config in configs.items():
-        scores = traces.scored(measured.traces, config)
+        scores = measuring.scored(measured.traces, config)
         plain, adjusted = rewards_of(measured, config)
         names = {"attention_statistic": statistic, "attention_weight": weight}
         for i, trace in enumerate(measured.traces):
             row = {"problem": trace.sample.problem, "trace_kind": trace.sample.kind, "trace": i, **names}
-            row |= traces.overlap(unweighted.protected[i], scores.protected[i])
+            row |= measuring.overlap(unweighted.protected[i], scores.protected[i])
             row |= _nearness(scores.protected[i], in_prompt[i])
             row |= {"reward": plain[i], "length_adjusted": adjusted[i], "reward_change": plain[i] - first_rewards[i]}
             rows.append(row)
@@ -112,11 +112,11 @@ def run(options: argparse.Namespace) -> Result:
             )
         ],
     }
-    settings = {**traces.settings(options), "attention_weight": weights, "protect_fraction": options.protect_fraction}
+    settings = {**measuring.settings(options), "attention_weight": weights, "protect_fraction": options.protect_fraction}
     return Result(name="lambda", settings=settings, rows=rows, summary=summary)
 
 
-def _in_prompt(tokenizer: Any, trace: traces.Measured) -> Tensor:
+def _in_prompt(tokenizer: Any, trace: measuring.Measured) -> Tensor:
     """bool [n]: tokens that are a word or a number, and whose text is also a token of the user's messages."""
     prompt, ids = trace.sample.prompt, trace.prompt_ids
     if isinstance(prompt, str):
@@ -155,7 +155,7 @@ def _by_weight(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]
 
 
 def _over_position(
-    measured: traces.Measurement, values: Mapping[str, Sequence[Tensor]], chosen: Sequence[int], seed: int
+    measured: measuring.Measurement, values: Mapping[str, Sequence[Tensor]], chosen: Sequence[int], seed: int
 ) -> list[dict[str, Any]]:
     """For each bin of the relative position: the mean of each of the values over the chosen traces, with interval."""
     bins: list[list[dict[str, Any]]] = [[] for _ in range(_BINS)]
@@ -173,7 +173,7 @@ def _over_position(
     ]
 
 
-def _spread(measured: traces.Measurement, seed: int) -> list[dict[str, Any]]:
+def _spread(measured: measuring.Measurement, seed: int) -> list[dict[str, Any]]:
     """For each kind of trace: tokens, and the standard deviations of log P and mu within a trace."""
     rows = []
     for trace in measured.traces:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.experiments import traces
+from benchmarks.experiments import measuring
 from benchmarks.experiments.drawing import COLOURS, dots
 from benchmarks.experiments.results import Figure, Result, Table, with_interval
 from benchmarks.experiments.token_kinds import kinds_of
@@ -37,7 +37,6 @@ from entra.metrics import Interval, mean_interval, resampled_ratio, wilson_inter
 from entra.policy import Policy
 from entra.problems import load_problems, reasoning_gym_reward
 from entra.progress import progress_bar
-from entra.view.traces import Trace
 
 DOMAINS: dict[str, dict[str, dict[str, Any]]] = {
     "math": {
@@ -102,26 +101,25 @@ def run(options: argparse.Namespace) -> Result:
         )
     config = ScoreConfig()
     adjusted_config = replace(config, length_adjusted=options.positions)
-    policy = traces.load_model(options)
+    policy = measuring.load_model(options)
     tokenizer: Any = policy.tokenizer
     with redirect_stdout(sys.stderr):  # reasoning-gym prints dots while it reads; stdout is for the tables
         chosen = problems(policy, options)
     completions = generated(policy.model, tokenizer, [problem["prompt_ids"] for problem in chosen], options)
-    found = traces.Samples(
+    found = measuring.Samples(
         [
-            traces.Sample(problem=str(i), kind=problem["domain"], prompt=problem["prompt"], completion=ids)
+            measuring.Sample(problem=str(i), kind=problem["domain"], prompt=problem["prompt"], completion=ids)
             for i, (problem, ids) in enumerate(zip(chosen, completions, strict=True))
         ]
     )
-    measured = traces.measure(policy, found)
-    scores = traces.scored(measured.traces, config)
-    adjusted = traces.scored(measured.traces, adjusted_config).rewards
+    measured = measuring.measure(policy, found)
+    scores = measuring.scored(measured.traces, config)
+    adjusted = measuring.scored(measured.traces, adjusted_config).rewards
     rows = []
     for i, one in enumerate(measured.traces):
         problem, ids = chosen[int(one.sample.problem)], completions[int(one.sample.problem)]
         text = tokenizer.decode(one.token_ids, skip_special_tokens=True)
-        protected = scores.protected[i].tolist()
-        trace = Trace(name=one.sample.problem, prompt="", token_ids=one.token_ids, protected=protected)
+        own = scores[i]
         rows.append(
             {
                 "domain": problem["domain"],
@@ -129,13 +127,13 @@ def run(options: argparse.Namespace) -> Result:
                 "correct": int(reasoning_gym_reward([text], entry=[problem["entry"]])[0] == 1.0),
                 "finished": int(len(ids) > len(one.token_ids)),
                 "tokens": len(one.token_ids),
-                "r": scores.rewards[i],
-                "r_adjusted": adjusted[i] if trace.unprotected >= options.positions else None,
-                "repeated": trace.repeated_share,
+                "r": own.reward,
+                "r_adjusted": adjusted[i] if own.unprotected >= options.positions else None,
+                "repeated": own.repeated_share,
                 "logprob": float(one.logprobs.double().mean()),
                 "mu": float(one.mean.double().mean()),
                 "lift": float(one.lift.double().mean()),
-                **_kinds(one.pieces, protected),
+                **_kinds(one.pieces, own.protected.tolist()),
             }
         )
     names = ("problems", "max_new_tokens", "max_prompt_tokens", "batch_size", "temperature", "top_p", "positions", "seed")
@@ -264,7 +262,7 @@ def _pearson(pairs: Sequence[tuple[float, float]]) -> float:
     return statistics.correlation(*zip(*pairs, strict=True))
 
 
-def _examples(tokenizer: Any, measured: traces.Measurement, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _examples(tokenizer: Any, measured: measuring.Measurement, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of each domain the completion whose r is the median."""
     examples = {}
     for domain in DOMAINS:

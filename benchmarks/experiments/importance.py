@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.experiments import traces
+from benchmarks.experiments import measuring
 from benchmarks.experiments.drawing import REFERENCE, dots
 from benchmarks.experiments.results import Figure, Result, Table, with_interval
 from benchmarks.experiments.token_kinds import KINDS, kinds_of
 from entra.config import ScoreConfig
 from entra.metrics import resampled_ratio
 from entra.score import Scores
+from entra.view.lines import protected_runs
 
 FORMULA, ALL = "in a formula", "all"
 _SHOWN_KINDS = (*KINDS, FORMULA, ALL)
@@ -33,7 +34,7 @@ _TERMS = {"logprob": "log P", "incoming": "μ", "importance": "I"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the experiment `importance`."""
-    traces.add_arguments(parser)
+    measuring.add_arguments(parser)
     parser.add_argument("--attention-weight", type=float, default=2.0, help="lambda (default: %(default)s)")
     parser.add_argument("--protect-fraction", type=float, default=0.2, help="tau (default: %(default)s)")
     parser.add_argument(
@@ -53,13 +54,13 @@ def run(options: argparse.Namespace) -> Result:
         protect_fraction=options.protect_fraction,
         attention_statistic=options.attention_statistic,
     )
-    found = traces.load(options)
-    measured = traces.measure(traces.load_model(options), found)
+    found = measuring.load(options)
+    measured = measuring.measure(measuring.load_model(options), found)
     rankings = _rankings(measured.traces, config)
     rows = [row for i in range(len(measured.traces)) for row in _rows(measured.traces[i], i, rankings)]
     kinds = measured.kinds()
     settings = {
-        **traces.settings(options),
+        **measuring.settings(options),
         **{name: getattr(options, name) for name in ("attention_weight", "protect_fraction", "attention_statistic")},
     }
     summary = {
@@ -76,17 +77,17 @@ def run(options: argparse.Namespace) -> Result:
     return Result(name="importance", settings=settings, rows=rows, summary=summary)
 
 
-def _rankings(measured: Sequence[traces.Measured], config: ScoreConfig) -> dict[str, Scores]:
+def _rankings(measured: Sequence[measuring.Measured], config: ScoreConfig) -> dict[str, Scores]:
     """The scores when tokens are ranked by I, by log P alone, and by mu alone."""
     without = [replace(trace, logprobs=torch.zeros_like(trace.logprobs)) for trace in measured]
     return {
-        "importance": traces.scored(measured, config),
-        "logprob": traces.scored(measured, replace(config, attention_weight=0.0)),
-        "incoming": traces.scored(without, replace(config, attention_weight=1.0)),
+        "importance": measuring.scored(measured, config),
+        "logprob": measuring.scored(measured, replace(config, attention_weight=0.0)),
+        "incoming": measuring.scored(without, replace(config, attention_weight=1.0)),
     }
 
 
-def _rows(trace: traces.Measured, i: int, rankings: dict[str, Scores]) -> list[dict[str, Any]]:
+def _rows(trace: measuring.Measured, i: int, rankings: dict[str, Scores]) -> list[dict[str, Any]]:
     """One record for each kind of token: how many tokens, how many protected, and the sums of what they are ranked by."""
     kinds = kinds_of(trace.pieces)
     scores = rankings["importance"]
@@ -136,7 +137,7 @@ def _by_token_kind(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, dict[
     return result
 
 
-def _agreement(measured: traces.Measurement, rankings: dict[str, Scores], seed: int) -> dict[str, list[float]]:
+def _agreement(measured: measuring.Measurement, rankings: dict[str, Scores], seed: int) -> dict[str, list[float]]:
     """Share of the protected tokens that one term alone would protect too, and what chance would give."""
     ranked = rankings["importance"].protected
 
@@ -156,7 +157,7 @@ def _agreement(measured: traces.Measurement, rankings: dict[str, Scores], seed: 
     }
 
 
-def _examples(measured: traces.Measurement, scores: Scores, problems: int) -> list[dict[str, str]]:
+def _examples(measured: measuring.Measurement, scores: Scores, problems: int) -> list[dict[str, str]]:
     """The completions of the first problems, but `sample`, with their protected tokens marked."""
     chosen = list(measured.by_problem().items())[: max(0, problems)]
     return [
@@ -173,17 +174,14 @@ def _examples(measured: traces.Measurement, scores: Scores, problems: int) -> li
 
 def marked(pieces: Iterable[str], protected: Iterable[bool]) -> str:
     """The text for a cell of a Markdown table, protected tokens in bold; nothing in it is taken for Markdown or HTML."""
-    parts: list[str] = []
-    bold = False
-    for piece, is_protected in zip(pieces, protected, strict=True):
-        if is_protected != bold:
-            parts.append("<b>" if is_protected else "</b>")
-            bold = is_protected
-        escaped = html.escape(piece)
+    shown = []
+    for part, bold in protected_runs(list(pieces), list(protected), around=""):
+        escaped = html.escape(part)
         for character in "|*_`[]\\~":
             escaped = escaped.replace(character, f"&#{ord(character)};")
-        parts.append(escaped.replace("\n", "<br>"))
-    return "".join(parts) + ("</b>" if bold else "")
+        escaped = escaped.replace("\n", "<br>")
+        shown.append(f"<b>{escaped}</b>" if bold else escaped)
+    return "".join(shown)
 
 
 def _known(result: Result, trace_kind: str, token_kind: str) -> bool:

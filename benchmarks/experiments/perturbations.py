@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.experiments import traces
+from benchmarks.experiments import measuring
 from entra.policy import Policy
 from entra.score import Scores
 
@@ -30,7 +30,7 @@ CHANGES = ("kept", "jaccard", "reward_change", "logprob_change")
 """What `stability_of` says of a trace."""
 
 
-def measure_again(policy: Policy, measured: traces.Measurement, name: str) -> dict[int, traces.Measured]:
+def measure_again(policy: Policy, measured: measuring.Measurement, name: str) -> dict[int, measuring.Measured]:
     """What was measured again under a perturbation, by index; not the traces to which it does not apply."""
     base = [trace.sample for trace in measured.traces]
     samples = base
@@ -41,16 +41,16 @@ def measure_again(policy: Policy, measured: traces.Measurement, name: str) -> di
     index = {id(sample): i for i, sample in enumerate(samples) if sample.prompt is not None}
     if not index:
         return {}
-    applicable = traces.Samples([samples[i] for i in index.values()])
-    again = traces.measure(policy, applicable, label=f"completions, {PERTURBATIONS[name]}")
+    applicable = measuring.Samples([samples[i] for i in index.values()])
+    again = measuring.measure(policy, applicable, label=f"completions, {PERTURBATIONS[name]}")
     return {index[id(trace.sample)]: trace for trace in again.traces}
 
 
 def stability_of(before: Scores, after: Scores) -> list[dict[str, float]]:
-    """For each trace: `traces.overlap` of the protected sets, and the absolute changes of r and, mean over tokens, of log P."""
+    """For each trace: `measuring.overlap` of the protected sets, the absolute change of r, and the mean one of log P."""
     return [
         {
-            **traces.overlap(before.protected[i], after.protected[i]),
+            **measuring.overlap(before.protected[i], after.protected[i]),
             "reward_change": abs((after.rewards[i] or 0.0) - (before.rewards[i] or 0.0)),
             "logprob_change": float((after.logprobs[i] - before.logprobs[i]).abs().double().mean()),
         }

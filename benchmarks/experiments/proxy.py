@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.experiments import traces
+from benchmarks.experiments import measuring
 from benchmarks.experiments.influence import (
     Replay,
     bidirectional,
@@ -81,7 +81,7 @@ _SHIPPED_KINDS = ("concise", "overthinking")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the experiment `proxy`."""
-    traces.add_arguments(parser)
+    measuring.add_arguments(parser)
     parser.add_argument(
         "--kinds", nargs="+", metavar="KIND", help=f"of completions (default: {' '.join(_SHIPPED_KINDS)}; of a file all)"
     )
@@ -113,23 +113,23 @@ def run(options: argparse.Namespace) -> Result:
             measured (`benchmarks.experiments.influence`).
     """
     _check(options)
-    found = traces.load(options)
+    found = measuring.load(options)
     kinds = options.kinds or (_SHIPPED_KINDS if options.traces is None else None)
     if kinds is not None:
-        found = traces.Samples([sample for sample in found.samples if sample.kind in kinds], found.left_out)
+        found = measuring.Samples([sample for sample in found.samples if sample.kind in kinds], found.left_out)
     if len({sample.problem for sample in found.samples}) < 2:
         raise ValueError(
             f"{len(found.samples)} completions of fewer than 2 problems are left; intervals are over problems: raise --limit, "
             "or name other --kinds"
         )
-    policy = traces.load_model(options)
+    policy = measuring.load_model(options)
     model = policy.model
     if model.dtype != torch.float32:  # models out of a GGUF file refuse to be cast, also to what they are
         model = model.float()
-    measured = traces.measure(policy, found)
+    measured = measuring.measure(policy, found)
     rows, plan_tokens = _measure(model, measured, options)
     settings = {
-        **traces.settings(options),
+        **measuring.settings(options),
         "kinds": list(kinds or measured.kinds()),
         **{name: getattr(options, name) for name in ("max_tokens", "alternatives", "tail", "top")},
     }
@@ -227,7 +227,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--top {options.top} must be in [0.1, 1), so that the top of {FEWEST_TOKENS} tokens is not empty")
 
 
-def _measure(model: Any, measured: traces.Measurement, options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+def _measure(model: Any, measured: measuring.Measurement, options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """A row for every ranked token but the last two of each completion; how many tokens ran beside the plain forwards."""
     plans = []
     total, plain, started = 0, 0, time.monotonic()

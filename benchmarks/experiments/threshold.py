@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.experiments import traces
+from benchmarks.experiments import measuring
 from benchmarks.experiments.drawing import COLOURS, REFERENCE
 from benchmarks.experiments.perturbations import CHANGES, PERTURBATIONS, measure_again, stability_of
 from benchmarks.experiments.results import Figure, Result, Table, with_interval
@@ -31,7 +31,7 @@ IMPORTANCE, RANDOM = "importance", "random"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the experiment `threshold`."""
-    traces.add_arguments(parser)
+    measuring.add_arguments(parser)
     parser.add_argument(
         "--protect-fraction",
         type=float,
@@ -62,9 +62,9 @@ def run(options: argparse.Namespace) -> Result:
         ScoreConfig(attention_weight=options.attention_weight, protect_fraction=tau)  # raises before the model is loaded
     if options.draws < 1:
         raise ValueError(f"--draws {options.draws} must be at least 1")
-    found = traces.load(options)
-    policy = traces.load_model(options)
-    measured = traces.measure(policy, found)
+    found = measuring.load(options)
+    policy = measuring.load_model(options)
+    measured = measuring.measure(policy, found)
     again = {name: other for name in options.perturbations if (other := measure_again(policy, measured, name))}
     rows: list[dict[str, Any]] = []
     separation: list[dict[str, Any]] = []
@@ -82,7 +82,9 @@ def run(options: argparse.Namespace) -> Result:
                 row |= {"tokens": len(trace.token_ids), "protect_fraction": tau, "selection": selection}
                 rows.append({**row, "reward": plain[i], "length_adjusted": adjusted[i]})
         for change, other in again.items() if tau else ():
-            before, after = (traces.scored([of[i] for i in other], config) for of in (dict(enumerate(measured.traces)), other))
+            before, after = (
+                measuring.scored([of[i] for i in other], config) for of in (dict(enumerate(measured.traces)), other)
+            )
             kept = [
                 {"problem": measured.traces[i].sample.problem, **values}
                 for i, values in zip(other, stability_of(before, after), strict=True)
@@ -118,7 +120,7 @@ def run(options: argparse.Namespace) -> Result:
         "stability": stability,
     }
     settings = {
-        **traces.settings(options),
+        **measuring.settings(options),
         "protect_fraction": taus,
         **{name: getattr(options, name) for name in ("attention_weight", "draws", "perturbations")},
     }
@@ -126,7 +128,7 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def _random_rewards(
-    measured: traces.Measurement, config: ScoreConfig, draws: int, seed: int
+    measured: measuring.Measurement, config: ScoreConfig, draws: int, seed: int
 ) -> tuple[list[float], list[float]]:
     """The same, mean over draws of which tokens are protected."""
     generator = torch.Generator().manual_seed(seed)

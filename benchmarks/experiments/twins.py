@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from benchmarks.experiments import traces
+from benchmarks.experiments import measuring
 from entra.config import ScoreConfig
 from entra.metrics import paired_difference, resampled_ratio, wilson_interval
 
@@ -15,15 +15,15 @@ PAIRS = (("overthinking", "concise"), ("overthinking", "control"))
 """Kinds of traces of one problem of which the first should score lower."""
 
 
-def rewards_of(measured: traces.Measurement, config: ScoreConfig) -> tuple[list[float], list[float]]:
+def rewards_of(measured: measuring.Measurement, config: ScoreConfig) -> tuple[list[float], list[float]]:
     """r of each trace, and r adjusted to as many positions as the shortest trace leaves unprotected."""
     positions = measured.fewest_unprotected(config.protect_fraction)
-    both = [traces.scored(measured.traces, replace(config, length_adjusted=m)).rewards for m in (None, positions)]
+    both = [measuring.scored(measured.traces, replace(config, length_adjusted=m)).rewards for m in (None, positions)]
     plain, adjusted = ([0.0 if reward is None else reward for reward in rewards] for rewards in both)
     return plain, adjusted
 
 
-def compare(measured: traces.Measurement, rewards: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+def compare(measured: measuring.Measurement, rewards: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """For each of `PAIRS` that there is and each reward by name: in how many pairs the first is lower, by how much, the AUC.
 
     The AUC is how often any trace of the first kind scores lower than any of the second, ties counting half.

@@ -7,6 +7,8 @@ message names, 2 bad usage, 130 interrupted with Ctrl-C.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 
 import entra
@@ -15,6 +17,17 @@ from entra.name_clash import REMEDY, name_clash
 
 __all__ = ["CommandError", "Parser", "main", "one_line", "refuse", "say"]
 
+COMMANDS = {
+    "score": ("entra.cli.score", "score a file of traces"),
+    "inspect": ("entra.cli.inspect", "look at traces in the browser or the terminal"),
+    "eval": ("entra.cli.evaluate.command", "accuracy and length of completions, alone or against others"),
+    "train": ("entra.cli.train.command", "train a model with ENTRA rewards"),
+    "doctor": ("entra.cli.doctor", "check a model, the versions and a training's arguments"),
+    "experiment": ("entra.cli.experiment", None),
+    "demo": ("entra.cli.demo", "score the shipped traces with SmolLM2-135M-Instruct and look at them"),
+}
+"""By name: the module, which is imported when the command is called and not before, and its line in `entra --help`."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with `arguments` (None: those of the process) and return the exit code.
@@ -22,31 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse, for `--help`, `--version` and options that it cannot parse (exit code 2).
     """
-    if not hasattr(entra, "score_batch"):  # the package of another project, or what is left after that was uninstalled
+    if "score_batch" not in getattr(entra, "__all__", ()):  # another project's package, or what is left after that is gone
         say(f"entra: {name_clash() or f'files of entra-reward are missing; {REMEDY}'}")
         return 1
-    import entra.cli.demo as demo
-    import entra.cli.doctor as doctor
-    import entra.cli.evaluate as evaluate
-    import entra.cli.experiment as experiment
-    import entra.cli.inspect as inspect
-    import entra.cli.score as score
-    import entra.cli.train as train
-
+    words = sys.argv[1:] if arguments is None else list(arguments)
     parser = Parser(prog="entra", description="Score how redundant reasoning traces are, and train on it.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {entra.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = {
-        "score": score,
-        "inspect": inspect,
-        "eval": evaluate,
-        "train": train,
-        "doctor": doctor,
-        "experiment": experiment,
-        "demo": demo,
-    }
-    parsers = {name: module.add_parser(commands) for name, module in modules.items()}
-    options, unknown = parser.parse_known_args(arguments)
+    parsers = {}
+    for name, (module, line) in COMMANDS.items():
+        if words[:1] == [name]:
+            parsers[name] = importlib.import_module(module).add_parser(commands)
+        elif line is not None:
+            parsers[name] = commands.add_parser(name, help=line)
+    options, unknown = parser.parse_known_args(words)
     if options.command in ("train", "doctor"):
         options.rest = unknown  # for TRL's parser, which takes seconds to load
     elif unknown and options.command != "experiment":  # which says where it went, whatever comes after it

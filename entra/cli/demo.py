@@ -20,13 +20,14 @@ from entra.config import ScoreConfig
 from entra.policy import Policy
 from entra.progress import progress_bar
 from entra.rarefaction import rarefied_redundancy
-from entra.score import score_batch
+from entra.score import CompletionScores, score_batch
 from entra.traces import Completion, Problem, load_traces
+from entra.view.lines import PROTECTED, protected_runs
+from entra.view.trace import pieces_of
 
 CONFIG = ScoreConfig()
 _SHOWN_KINDS = ("concise", "overthinking", "control")
 _PROTECTED_STYLE = "bold #000000 on #e8c040"
-_MARKS = ("«", "»")
 
 _READING = (
     "The reward falls with the length by itself, so that overthinking scores lower than its shorter twin proves nothing. The "
@@ -60,15 +61,29 @@ _SVG_FORMAT = """\
 
 
 class Scored(NamedTuple):
-    """One completion with its scores."""
+    """One completion of a problem with its scores, which are finite."""
 
     problem: Problem
     completion: Completion
-    reward: float
+    scores: CompletionScores
+    pieces: list[str]
+    """The text of each token."""
     length_adjusted: float
-    tokens: int
-    mean_logprob: float
-    protected: list[bool]
+
+    @property
+    def reward(self) -> float:
+        """r."""
+        return self.scores.reward or 0.0
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.scores.token_ids.numel()
+
+    @property
+    def mean_logprob(self) -> float:
+        """In nats."""
+        return float(self.scores.logprobs.double().mean())
 
 
 class Comparison(NamedTuple):
@@ -84,7 +99,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo",
         allow_abbrev=False,
-        help="score the shipped traces with SmolLM2-135M-Instruct and look at them",
         description="Score the shipped reasoning traces with SmolLM2-135M-Instruct on this machine, show which tokens are "
         "protected, and count how often overthinking scores lower.",
     )
@@ -128,7 +142,7 @@ def run(options: argparse.Namespace) -> None:
     done = time.monotonic()
 
     for problem in problems[: max(0, options.show)]:
-        for part in _traces(problem, scored, policy.tokenizer, marks=not console.is_terminal or console.no_color):
+        for part in _traces(problem, scored, marks=not console.is_terminal or console.no_color):
             console.print(part)
     console.print(_table(scored, positions))
     console.print(_means(scored))
@@ -140,7 +154,7 @@ def run(options: argparse.Namespace) -> None:
         highlight=False,
     )
     if options.svg is not None:
-        _write_svg(options.svg, problems[0], scored, policy.tokenizer)
+        _write_svg(options.svg, problems[0], scored)
 
 
 def fewest_unprotected(tokenizer: Any, problems: Sequence[Problem]) -> int:
@@ -155,40 +169,31 @@ def score_problems(problems: Sequence[Problem], policy: Policy, positions: int) 
     scored = []
     with progress_bar(sum(len(problem.completions) for problem in problems), 0, "completions") as bar:
         for first in range(0, len(problems), 2):
-            rows = [(problem, completion) for problem in problems[first : first + 2] for completion in problem.completions]
+            batch = [(problem, completion) for problem in problems[first : first + 2] for completion in problem.completions]
             scores = score_batch(
-                [[{"role": "user", "content": problem.prompt}] for problem, _ in rows],
-                [completion.text for _, completion in rows],
+                [[{"role": "user", "content": problem.prompt}] for problem, _ in batch],
+                [completion.text for _, completion in batch],
                 model=policy.model,
                 tokenizer=policy.tokenizer,
                 config=CONFIG,
                 details=True,
             )
-            for i, (problem, completion) in enumerate(rows):
-                ids, protected, reward = scores.token_ids[i], scores.protected[i], scores.rewards[i]
-                if reward is None:
+            for (problem, completion), own in zip(batch, scores, strict=True):
+                if own.reward is None:
                     raise CommandError(f"the scores of problem {problem.id} ({completion.kind}) are not finite", 1)
-                scored.append(
-                    Scored(
-                        problem=problem,
-                        completion=completion,
-                        reward=reward,
-                        length_adjusted=rarefied_redundancy(ids[~protected], positions),
-                        tokens=ids.numel(),
-                        mean_logprob=float(scores.logprobs[i].double().mean()),
-                        protected=protected.tolist(),
-                    )
-                )
-            bar.update(len(rows))
+                pieces = pieces_of(policy.tokenizer, own.token_ids.tolist())
+                adjusted = rarefied_redundancy(own.token_ids[~own.protected], positions)
+                scored.append(Scored(problem, completion, own, pieces, adjusted))
+            bar.update(len(batch))
     return scored
 
 
 def compare(scored: Sequence[Scored], kind: str) -> Comparison:
     """Overthinking against the first completion of another kind, problem by problem."""
     by_problem: dict[str, dict[str, Scored]] = {}
-    for row in scored:
-        by_problem.setdefault(row.problem.id, {}).setdefault(row.completion.kind, row)
-    pairs = [(rows["overthinking"], rows[kind]) for rows in by_problem.values() if {"overthinking", kind} <= set(rows)]
+    for one in scored:
+        by_problem.setdefault(one.problem.id, {}).setdefault(one.completion.kind, one)
+    pairs = [(kinds["overthinking"], kinds[kind]) for kinds in by_problem.values() if {"overthinking", kind} <= set(kinds)]
     return Comparison(
         pairs=len(pairs),
         lower=sum(overthinking.reward < other.reward for overthinking, other in pairs),
@@ -207,55 +212,34 @@ def _chosen(shipped: list[Problem], options: argparse.Namespace) -> list[Problem
     return shipped[: options.limit]
 
 
-def _traces(problem: Problem, scored: Sequence[Scored], tokenizer: Any, marks: bool) -> list[Any]:
+def _traces(problem: Problem, scored: Sequence[Scored], marks: bool) -> list[Any]:
     """A problem's prompt and completions to print, protected tokens highlighted (between marks where there is no colour)."""
     from rich.panel import Panel
     from rich.text import Text
 
     parts: list[Any] = [Panel(Text(problem.prompt), title=f"{problem.id}, the prompt", title_align="left", style="dim")]
-    for row in scored:
-        if row.problem.id == problem.id and row.completion.kind in _SHOWN_KINDS:
-            numbers = f"reward {row.reward:.3f}, {row.tokens} tokens, mean log-prob {row.mean_logprob:.2f}"
-            title = f"{row.completion.kind}: {numbers}"
-            parts.append(Panel(_highlighted(row, tokenizer, marks), title=title, title_align="left"))
-    how = f"between {' and '.join(_MARKS)}" if marks else "highlighted"
+    for one in scored:
+        if one.problem.id == problem.id and one.completion.kind in _SHOWN_KINDS:
+            numbers = f"reward {one.reward:.3f}, {one.tokens} tokens, mean log-prob {one.mean_logprob:.2f}"
+            title = f"{one.completion.kind}: {numbers}"
+            parts.append(Panel(_highlighted(one, marks), title=title, title_align="left"))
+    how = f"between {' and '.join(PROTECTED)}" if marks else "highlighted"
     parts.append(Text(f"Protected tokens, which the reward does not look at, are {how}.\n", style="dim"))
     return parts
 
 
-def _highlighted(row: Scored, tokenizer: Any, marks: bool) -> Any:
+def _highlighted(one: Scored, marks: bool) -> Any:
     from rich.text import Text
 
-    source = row.completion.text
     text = Text()
-    end = 0
-    for first, last in _protected_spans(row, tokenizer):
-        text.append(source[end:first])
-        if marks:
-            text.append(_MARKS[0] + source[first:last] + _MARKS[1])
+    for part, is_protected in protected_runs(one.pieces, one.scores.protected.tolist()):
+        if not is_protected or part.isspace():
+            text.append(part)
+        elif marks:
+            text.append(part.join(PROTECTED))
         else:
-            text.append(source[first:last], style=_PROTECTED_STYLE)
-        end = last
-    return text.append(source[end:])
-
-
-def _protected_spans(row: Scored, tokenizer: Any) -> list[tuple[int, int]]:
-    """Where the protected tokens stand in the text, those next to each other joined, without the space around them."""
-    text = row.completion.text
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    spans: list[tuple[int, int]] = []
-    # Trailing EOS has no entry in `protected`.
-    for (first, last), protected in zip(offsets, row.protected, strict=False):
-        if protected and spans and spans[-1][1] >= first:
-            spans[-1] = (spans[-1][0], last)
-        elif protected:
-            spans.append((first, last))
-    trimmed = []
-    for first, last in spans:
-        inside = text[first:last]
-        if inside.strip():
-            trimmed.append((last - len(inside.lstrip()), first + len(inside.rstrip())))
-    return trimmed
+            text.append(part, style=_PROTECTED_STYLE)
+    return text
 
 
 def _table(scored: Sequence[Scored], positions: int) -> Any:
@@ -267,13 +251,13 @@ def _table(scored: Sequence[Scored], positions: int) -> Any:
     for name in ("reward", f"at {positions}", "tokens", "log-prob"):
         table.add_column(name, justify="right")
     before = None
-    for row in scored:
-        new = row.problem.id != before
+    for one in scored:
+        new = one.problem.id != before
         if new and before is not None:
             table.add_section()
-        before = row.problem.id
-        numbers = (f"{row.reward:.3f}", f"{row.length_adjusted:.3f}", str(row.tokens), f"{row.mean_logprob:.2f}")
-        table.add_row(row.problem.id if new else "", row.completion.kind, *numbers)
+        before = one.problem.id
+        numbers = (f"{one.reward:.3f}", f"{one.length_adjusted:.3f}", str(one.tokens), f"{one.mean_logprob:.2f}")
+        table.add_row(one.problem.id if new else "", one.completion.kind, *numbers)
     return table
 
 
@@ -284,15 +268,15 @@ def _means(scored: Sequence[Scored]) -> Any:
     table.add_column("kind")
     for name in ("completions", "reward", "length-adjusted", "tokens", "log-prob"):
         table.add_column(name, justify="right")
-    for kind in dict.fromkeys(row.completion.kind for row in scored):
-        rows = [row for row in scored if row.completion.kind == kind]
+    for kind in dict.fromkeys(one.completion.kind for one in scored):
+        of_kind = [one for one in scored if one.completion.kind == kind]
         table.add_row(
             kind,
-            str(len(rows)),
-            f"{fmean(row.reward for row in rows):.3f}",
-            f"{fmean(row.length_adjusted for row in rows):.3f}",
-            f"{fmean(row.tokens for row in rows):.0f}",
-            f"{fmean(row.mean_logprob for row in rows):.2f}",
+            str(len(of_kind)),
+            f"{fmean(one.reward for one in of_kind):.3f}",
+            f"{fmean(one.length_adjusted for one in of_kind):.3f}",
+            f"{fmean(one.tokens for one in of_kind):.0f}",
+            f"{fmean(one.mean_logprob for one in of_kind):.2f}",
         )
     return table
 
@@ -314,13 +298,13 @@ def _is_ours(path: Path) -> bool:
     return text.startswith('<svg class="rich-terminal"') and "entra-title" in text
 
 
-def _write_svg(path: Path, problem: Problem, scored: Sequence[Scored], tokenizer: Any) -> None:
+def _write_svg(path: Path, problem: Problem, scored: Sequence[Scored]) -> None:
     import io
 
     from rich.console import Console
 
     console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    for part in _traces(problem, scored, tokenizer, marks=False):
+    for part in _traces(problem, scored, marks=False):
         console.print(part)
     try:
         console.save_svg(str(path), title=f"entra demo --problem {problem.id}", code_format=_SVG_FORMAT, unique_id="entra")

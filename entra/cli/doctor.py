@@ -24,7 +24,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra doctor` to the subparsers of the command line."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "doctor",
-        help="check a model, the versions and a training's arguments",
         description=_DESCRIPTION,
         usage=_USAGE,
         allow_abbrev=False,
@@ -40,10 +39,10 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         CommandError: something is wrong, or an option is.
     """
-    from entra.doctor import doctor
+    from entra.diagnosis import doctor
 
     if options.rest:
-        from entra.cli.train import _parse
+        from entra.cli.train.command import _parse
 
         with tempfile.TemporaryDirectory() as folder:  # nothing is written, but TRL wants one
             given = _parse([*options.rest, "--model_name_or_path", options.model, "--output_dir", folder])

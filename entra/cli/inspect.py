@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,14 +25,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from entra import __version__
 from entra.cli import CommandError, say
+from entra.cli.columns import DETAIL_COLUMNS, ERROR_COLUMN, SCORE_COLUMNS, row_names, score_prefixes
 from entra.cli.output import check_destination, recorded
 from entra.cli.scoring import (
-    DETAIL_COLUMNS,
-    ERROR_COLUMN,
-    SCORE_COLUMNS,
-    RowScores,
     Scorer,
     add_scoring_flags,
     check_scoring_flags,
@@ -48,9 +46,10 @@ from entra.config import ScoreConfig
 from entra.encode import as_ids
 from entra.progress import progress_bar
 from entra.rows import Row, Survey, is_finite, read_rows, survey
+from entra.score import CompletionScores
 from entra.traces import load_traces
 from entra.view.page import is_page
-from entra.view.traces import Trace, pieces_of
+from entra.view.trace import Trace, pieces_of
 
 _DESCRIPTION = """\
 Show which tokens of a completion carry the reasoning and which repeat: a self-contained page for the browser, or with
@@ -64,9 +63,7 @@ _SHIPPED = "the traces that ship with entra"
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra inspect` to the subparsers of the command line."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "inspect", help="look at traces in the browser or the terminal", description=_DESCRIPTION, allow_abbrev=False
-    )
+    parser: argparse.ArgumentParser = commands.add_parser("inspect", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
         "traces", type=Path, nargs="?", help="*.parquet, anything else is read as JSON Lines; left out: the shipped traces"
     )
@@ -180,16 +177,11 @@ def _file(options: argparse.Namespace) -> _Source:
 
 def _prefix_of_scores(options: argparse.Namespace, source: Survey) -> str | None:
     """What stands before the names of the columns of `entra score --details`; None where the file has none."""
-    needed = ("reward", *DETAIL_COLUMNS)
-    found = [
-        prefix
-        for prefix in (name.removesuffix("token_ids") for name in source.columns if name.endswith("token_ids"))
-        if all(prefix + name in source.columns for name in needed) and options.prefix in (None, prefix)
-    ]
+    found = [prefix for prefix in score_prefixes(source.columns) if options.prefix in (None, prefix)]
     if len(found) > 1:
         raise CommandError(f"the file was scored more than once; choose with --prefix, one of {', '.join(map(repr, found))}")
     if options.prefix is not None and not found:
-        names = ", ".join(options.prefix + name for name in needed)
+        names = ", ".join(options.prefix + name for name in ("reward", *DETAIL_COLUMNS))
         raise CommandError(f"--prefix {options.prefix!r}: the file lacks one of the columns {names}; write it with --details")
     return found[0] if found else None
 
@@ -205,7 +197,7 @@ def _scored_now(options: argparse.Namespace, config: ScoreConfig, source: _Sourc
     with progress_bar(total, 0, "rows") as bar:
         while batch := list(islice(rows, options.batch_size)):
             for row, scores in zip(batch, scorer.score(batch), strict=True):
-                traces.add(row, scores if isinstance(scores, str) else _values(scores))
+                traces.add(row, scores)
             bar.update(len(batch))
     return _Shown(traces.named(), config, {"model": model, "device": device_name(policy)})
 
@@ -242,11 +234,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _values(scores: RowScores) -> dict[str, Any]:
-    return {name: getattr(scores, name).tolist() for name in DETAIL_COLUMNS} | {"reward": scores.reward}
-
-
-def _read_scores(row: Row, prefix: str) -> dict[str, Any] | str:
+def _read_scores(row: Row, prefix: str) -> CompletionScores | str:
     """The scores in the columns of a row that `entra score --details` wrote, or what is wrong with them."""
     if row.malformed is not None:
         return f"malformed: {row.malformed}"
@@ -272,7 +260,9 @@ def _read_scores(row: Row, prefix: str) -> dict[str, Any] | str:
         right = _is_bool if name == "protected" else _is_number
         if not isinstance(value, Sequence) or len(value) != len(ids) or not all(map(right, value)):
             return f"malformed: {prefix + name} must hold {rule} for each of the {len(ids)} token_ids"
-    return values
+    kinds = {"token_ids": torch.int64, "protected": torch.bool}
+    columns = {name: torch.tensor(values[name], dtype=kinds.get(name, torch.float32)) for name in DETAIL_COLUMNS}
+    return CompletionScores(reward=values["reward"], **columns)
 
 
 _LARGEST = 2.0**127  # scores are float32
@@ -287,7 +277,7 @@ def _is_bool(value: Any) -> bool:
 
 
 class _Traces:
-    """The traces that are shown, in the order of the rows. Tokens are kept in arrays: there can be millions."""
+    """The traces that are shown, in the order of the rows. Scores stay tensors: there can be millions of tokens."""
 
     def __init__(self, tokenizer: Any, options: argparse.Namespace) -> None:
         self._tokenizer = tokenizer
@@ -296,7 +286,7 @@ class _Traces:
         self._traces: list[Trace] = []
         self._malformed: set[int] = set()
 
-    def add(self, row: Row, scores: Mapping[str, Any] | str, hidden: Iterable[str] = ()) -> None:
+    def add(self, row: Row, scores: CompletionScores | str, hidden: Iterable[str] = ()) -> None:
         """A row with its scores or what is wrong with it; its columns are carried, but for `hidden` ones."""
         if row.malformed is not None:
             self._malformed.add(len(self._traces))
@@ -308,26 +298,14 @@ class _Traces:
             error=scores if isinstance(scores, str) else None,
         )
         if not isinstance(scores, str):
-            ids = scores["token_ids"]
-            trace = replace(
-                trace,
-                pieces=[self._pieces.setdefault(piece, piece) for piece in pieces_of(self._tokenizer, ids)],
-                token_ids=array("i", ids),
-                logprobs=array("f", scores["logprobs"]),
-                incoming=array("f", scores["incoming"]),
-                importance=array("f", scores["importance"]),
-                protected=scores["protected"],
-                reward=scores["reward"],
-            )
+            pieces = pieces_of(self._tokenizer, scores.token_ids.tolist())
+            trace = replace(trace, pieces=[self._pieces.setdefault(piece, piece) for piece in pieces], scores=scores)
         self._traces.append(trace)
 
     def named(self) -> list[Trace]:
         """All traces, with the rows' own names where these are unique."""
-        for column in ("id", "name"):
-            names = [trace.name if i in self._malformed else trace.columns.get(column) for i, trace in enumerate(self._traces)]
-            if all(isinstance(name, str | int) for name in names) and len(set(map(str, names))) == len(names):
-                return [replace(trace, name=str(name)) for trace, name in zip(self._traces, names, strict=True)]
-        return self._traces
+        rows = [None if i in self._malformed else trace.columns for i, trace in enumerate(self._traces)]
+        return [replace(trace, name=name) for trace, name in zip(self._traces, row_names(rows), strict=True)]
 
     def _prompt_text(self, prompt: Any) -> str:
         prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt

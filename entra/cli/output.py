@@ -352,19 +352,6 @@ def _lock(file: BinaryIO, path: Path) -> None:
         raise CommandError(f"{path} is being written by another entra score; wait for it, or stop it") from error
 
 
-def _end_of_last_line(file: BinaryIO) -> int:
-    """The size of `file` without an unfinished last line."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - 2**16)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0
-
-
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested dicts under dotted names."""
     for name, value in values.items():

@@ -26,13 +26,10 @@ import torch
 
 from entra import __version__
 from entra.cli import CommandError, say
+from entra.cli.columns import DETAIL_COLUMNS, ERROR_COLUMN, SCORE_COLUMNS
 from entra.cli.fingerprint import fingerprint
 from entra.cli.output import Output, check, check_output, recorded_threads
 from entra.cli.scoring import (
-    DETAIL_COLUMNS,
-    ERROR_COLUMN,
-    SCORE_COLUMNS,
-    RowScores,
     Scorer,
     add_scoring_flags,
     check_scoring_flags,
@@ -44,6 +41,7 @@ from entra.cli.scoring import (
 )
 from entra.progress import progress_bar
 from entra.rows import Survey, read_rows, survey
+from entra.score import CompletionScores
 
 _DESCRIPTION = """\
 Score the completions in a file of traces, JSON Lines or Parquet. The output has the input's rows in the input's order, each
@@ -56,9 +54,7 @@ write are never replaced, with --overwrite neither."""
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra score` to the subparsers of the command line."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "score", help="score a file of traces", description=_DESCRIPTION, allow_abbrev=False
-    )
+    parser: argparse.ArgumentParser = commands.add_parser("score", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("traces", type=Path, help="the input: *.parquet, anything else is read as JSON Lines")
     parser.add_argument("--model", required=True, help='a folder, a hub name, or "smollm2"')
     parser.add_argument("--output", type=Path, required=True, help="the output, JSON Lines")
@@ -148,7 +144,7 @@ def _score_missing(options: argparse.Namespace, source: Survey, scorer: Scorer, 
             bar.update(len(scored))
 
 
-def _added(scores: RowScores | str, options: argparse.Namespace) -> dict[str, Any]:
+def _added(scores: CompletionScores | str, options: argparse.Namespace) -> dict[str, Any]:
     """The columns that a row gets."""
     if isinstance(scores, str):
         return {options.prefix + ERROR_COLUMN: scores}

@@ -11,10 +11,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from entra.cli import CommandError, one_line
 from entra.config import ScoreConfig
@@ -23,23 +22,7 @@ from entra.flags import add_flags
 from entra.forward import unwrapped
 from entra.policy import Policy, load_policy, load_tokenizer
 from entra.rows import Row, Survey
-from entra.score import score_batch
-
-SCORE_COLUMNS = ("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens")
-DETAIL_COLUMNS = ("token_ids", "logprobs", "incoming", "importance", "protected")
-ERROR_COLUMN = "error"
-"""What `entra score` adds to a row."""
-
-
-class RowScores(NamedTuple):
-    """The scores of one row, as in `entra.Scores`: tensors of its n tokens."""
-
-    reward: float
-    token_ids: Tensor
-    logprobs: Tensor
-    incoming: Tensor
-    importance: Tensor
-    protected: Tensor
+from entra.score import CompletionScores, score_batch
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +99,7 @@ class Scorer:
         self._unlimited = Encoder(policy.tokenizer, model, config.chat_template_kwargs)
         self._unlimited.vocab_size = self._unlimited.context = None
 
-    def score(self, rows: Sequence[Row]) -> list[RowScores | str]:
+    def score(self, rows: Sequence[Row]) -> list[CompletionScores | str]:
         """Each row's scores, or what is wrong with it."""
         faults = [self._fault(row) for row in rows]
         good = [row.columns for row, fault in zip(rows, faults, strict=True) if fault is None]
@@ -135,8 +118,7 @@ class Scorer:
             raise CommandError(f"out of memory; use a smaller --token-budget ({one_line(error)})", 1) from error
         except (ValueError, RuntimeError) as error:
             raise CommandError(f"cannot score with this model: {one_line(error)}", 1) from error
-        lists = (scores.rewards, scores.token_ids, scores.logprobs, scores.incoming, scores.importance, scores.protected)
-        scored = zip(*lists, strict=True)
+        scored = iter(scores)
         return [_finite(next(scored)) if fault is None else fault for fault in faults]
 
     def _fault(self, row: Row) -> str | None:
@@ -165,7 +147,7 @@ class Scorer:
         return "longer than the context" if inside else "outside the vocabulary"
 
 
-def _finite(scores: tuple[Any, ...]) -> RowScores | str:
-    if scores[0] is None:
+def _finite(scores: CompletionScores) -> CompletionScores | str:
+    if scores.reward is None:
         return "not finite: a log-probability or attention of this row is not finite under this model"
-    return RowScores(*scores)
+    return scores

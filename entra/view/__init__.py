@@ -1,4 +1,4 @@
 """Scores to look at: a page for the browser, a program for the terminal, an output for the notebook.
 
-`entra.view.traces` is what all of them show; it needs no model and no other package.
+`entra.view.trace` is what all of them show; it needs no model.
 """

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from rich.cells import cell_len, set_cell_size
-
-from entra.view.traces import Repeated
+from entra.view.trace import Repeated
 from entra.view.visible import quoted
 
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
@@ -96,4 +94,6 @@ def scatter(
 
 
 def _fitted(text: str, width: int) -> str:
+    from rich.cells import cell_len, set_cell_size
+
     return text if cell_len(text) <= width else set_cell_size(text, max(1, width - 1)) + "…"

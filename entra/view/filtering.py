@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Mapping
 
-from entra.view.traces import Trace
+from entra.view.trace import Trace
 
 _COMPARED = re.compile(r"(reward|tokens|entropy|repeated)(<=|>=|<|>|=)(-?\d*\.?\d+)", re.IGNORECASE)
 _OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq}

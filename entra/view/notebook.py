@@ -9,8 +9,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from entra.view.terminal import summary, with_marks
-from entra.view.traces import Trace
+from entra.view.lines import summary, with_marks
+from entra.view.trace import Trace
 from entra.view.visible import visible
 
 _SHADE = "230, 150, 30"
@@ -55,7 +55,7 @@ def _token(trace: Trace, i: int, strength: float) -> str:
     token = trace.token_ids[i]
     numbers = (
         f"token {i + 1}, id {token}\nlog-prob {trace.logprobs[i]:.3f}\nincoming attention {trace.incoming[i]:.5f}\n"
-        f"importance {trace.importance[i]:.3f}\n{trace.counts[token]} times among the unprotected tokens"
+        f"importance {trace.importance[i]:.3f}\n{trace.scores.counts[token]} times among the unprotected tokens"
     )
     style = f"background: rgba({_SHADE}, {0.05 + 0.45 * strength:.2f});{_PROTECTED if trace.protected[i] else ''}"
     text = "\n".join(visible(line) for line in trace.pieces[i].split("\n"))

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from entra.config import ScoreConfig
-from entra.view.traces import Trace
+from entra.view.trace import Trace
 
 # In this order: each may use what stands in an earlier one.
 _SCRIPTS = ("data.js", "charts.js", "overview.js", "trace.js", "main.js")
@@ -162,9 +162,9 @@ def _record(trace: Trace, words: np.ndarray, kinds: str, prompt: int) -> dict[st
         "error": trace.error,
         "reward": reward,
         "tokens": len(words),
-        "counted": trace.unprotected,
-        "entropy": trace.entropy,
-        "repeated": trace.repeated_share,
+        "counted": trace.scores.unprotected,
+        "entropy": trace.scores.entropy,
+        "repeated": trace.scores.repeated_share,
         "kinds": kinds,
         "runs": {
             length: [(words[run.first : run.first + length].tolist(), run.times) for run in trace.most_repeated(length, 8)]

@@ -26,8 +26,8 @@ from textual.strip import Strip
 from textual.widgets import DataTable, Footer, Input, Static
 
 from entra.view.filtering import matches
-from entra.view.terminal import COLUMNS, about, charts, rewards_chart, row_of, summary, token_facts
-from entra.view.traces import Trace
+from entra.view.lines import COLUMNS, about, charts, rewards_chart, row_of, summary, token_facts
+from entra.view.trace import Trace
 from entra.view.visible import visible
 from entra.view.wrapping import Span, wrapped
 
@@ -143,7 +143,7 @@ class TokenText(ScrollView):
         if by < 0 and here == 0:
             self.scroll_relative(y=by, animate=False)  # to the prompt
             return
-        column = next(span.start for span in self._lines[here] if span.token == self.token)
+        column = next(span.column for span in self._lines[here] if span.token == self.token)
         target = min(max(here + by, 0), len(self._lines) - 1)
         while 0 < target < len(self._lines) - 1 and not self._lines[target]:
             target += 1 if by > 0 else -1
@@ -178,7 +178,7 @@ class TokenText(ScrollView):
 
     def _at(self, line: int, column: int) -> Span:
         spans = self._lines[line]
-        return spans[max(0, bisect_right([span.start for span in spans], column) - 1)]
+        return spans[max(0, bisect_right([span.column for span in spans], column) - 1)]
 
     def _under(self, event: events.MouseEvent) -> int | None:
         offset = event.get_content_offset(self)
@@ -186,7 +186,7 @@ class TokenText(ScrollView):
         if offset is None or not 0 <= line < len(self._lines) or not self._lines[line]:
             return None
         span = self._at(line, offset.x)
-        return span.token if offset.x < span.start + span.width else None
+        return span.token if offset.x < span.column + span.width else None
 
     def on_mouse_move(self, event: events.MouseMove) -> None:
         token = self._under(event)
@@ -483,6 +483,6 @@ def _numbers(trace: Trace) -> dict[str, float]:
     return {
         "reward": trace.reward,
         "tokens": float(len(trace.token_ids)),
-        "entropy": trace.entropy,
-        "repeated": 100 * trace.repeated_share,
+        "entropy": trace.scores.entropy,
+        "repeated": 100 * trace.scores.repeated_share,
     }

@@ -16,8 +16,8 @@ class Span(NamedTuple):
     token: int
     """Its number in the completion."""
     text: str
-    start: int
-    """Column of its first cell."""
+    column: int
+    """Of its first cell."""
     width: int
     """Cells."""
 

@@ -133,5 +133,5 @@ def test_signs_that_a_stream_has_not_are_escaped():
 
 def test_a_name_clash_is_printed_as_signs(capsys, monkeypatch):
     monkeypatch.setattr("entra.cli.name_clash", lambda: f"the distribution entra {EVIL} is another project")
-    monkeypatch.delattr("entra.score_batch")
+    monkeypatch.delattr("entra.__all__")
     assert "the distribution entra ␛]0;title" in printed(capsys, "demo")

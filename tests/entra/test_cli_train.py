@@ -1,6 +1,5 @@
 """`entra train`: from YAML and flags to a trained model, resumed exactly; bad input is one line before training."""
 
-import inspect
 import json
 import os
 import shutil
@@ -19,9 +18,10 @@ from tiny_tokenizer import build_tokenizer
 
 import entra
 from entra.cli import main
-from entra.cli.checkpoints import last_checkpoint
-from entra.cli.rewards import reward_functions
-from entra.cli.train import _GUARDS, RECIPES, TrainOptions, _parse, _summary
+from entra.cli.train.checkpoints import last_checkpoint
+from entra.cli.train.command import RECIPES, TrainOptions, _parse, _summary
+from entra.cli.train.rewards import reward_functions
+from entra.guards import Guards
 from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
 
 for package in ("trl", "datasets", "accelerate"):
@@ -248,7 +248,7 @@ def test_problems_whose_answers_run_as_code_are_refused_before_training(changes,
 def _reward_functions(command):
     options = _parse(["--model_name_or_path", "m", "--output_dir", "o", *command]).options
     return reward_functions(
-        options.reward_funcs, None, ["entry"], entra.ScoreConfig(), {}, run_answers_as_code=options.run_answers_as_code
+        options.reward_funcs, None, ["entry"], entra.ScoreConfig(), Guards(), run_answers_as_code=options.run_answers_as_code
     )
 
 
@@ -399,15 +399,19 @@ def test_help_names_every_option_of_ours(capsys):
         main(["train", "--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for config in (TrainOptions, entra.ScoreConfig):
+    for config in (TrainOptions, Guards, entra.ScoreConfig):
         assert all(f"--{field.name}" in text for field in fields(config))
     assert "smollm2-reasoning-gym" in text
     assert "tau: the share of the completion's tokens" in text
 
 
-def test_defaults_are_those_of_the_reward():
-    signature = inspect.signature(entra.EntraReward.__init__.__wrapped__).parameters
-    assert all(getattr(TrainOptions(), name) == signature[name].default for name in _GUARDS)
+def test_guards_are_flags(tmp_path):
+    options = {"halve_at": 5.0, "group_gate": 0.5, "min_length": 2, "min_mean_logprob": -9.0, "dead_band": 0.1}
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = _parse(["--model_name_or_path", "m", "--output_dir", str(tmp_path), *flags, "--skip_truncated"])
+    assert command.guards == Guards(**options, skip_truncated=True)
+    assert command.settings()["options"].items() >= vars(command.guards).items()
+    assert _parse(["--model_name_or_path", "m", "--output_dir", str(tmp_path)]).guards == Guards()
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -418,10 +422,4 @@ def test_recipes_parse_and_their_problems_exist(recipe, here, monkeypatch):
     command = _parse(["--config", recipe.stem, "--bf16", "false", "--problems", "40"])
     assert len(load_problems(command.options.tasks, command.options.problems)) == 40
     assert command.options.gate == "reasoning_gym"
-    assert command.options.group_gate == 0.5
-
-
-def test_command_line_is_quick_without_trl():
-    code = "import sys; from entra.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('trl' in sys.modules)"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.splitlines()[-1] == "False"
+    assert command.guards.group_gate == 0.5

@@ -9,6 +9,7 @@ import sys
 from io import StringIO
 
 import pytest
+from shown_traces import scores_of
 
 import entra
 from entra.cli import demo, main
@@ -22,8 +23,9 @@ needs_smollm2 = pytest.mark.skipif(
 
 
 def row(kind, reward, length_adjusted, problem):
-    completion = argparse.Namespace(kind=kind, text="one two three four")
-    return demo.Scored(argparse.Namespace(id=problem), completion, reward, length_adjusted, 4, -1.0, [False] * 4)
+    completion, pieces = argparse.Namespace(kind=kind), ["one ", "two ", "three ", "four"]
+    scores = scores_of([1, 2, 3, 4], protected=[True, True, False, True], reward=reward)
+    return demo.Scored(argparse.Namespace(id=problem), completion, scores, pieces, length_adjusted)
 
 
 def test_comparisons_count_strictly_lower_pairs_of_first_completions():
@@ -39,17 +41,10 @@ def test_comparisons_count_strictly_lower_pairs_of_first_completions():
     assert demo.compare(scored, "control") == demo.Comparison(pairs=1, lower=1, lower_adjusted=1)
 
 
-class Words:
-    """Splits text after each space."""
-
-    def __call__(self, text, **options):
-        return {"offset_mapping": [match.span() for match in re.finditer(r"\S+ ?", text)]}
-
-
 def test_neighbouring_protected_tokens_are_one_span_without_the_space_around_it():
-    scored = row("concise", 0.5, 0.5, "a")._replace(protected=[True, True, False, True])
-    assert demo._highlighted(scored, Words(), marks=True).plain == "«one two» three «four»"
-    styled = demo._highlighted(scored, Words(), marks=False)
+    scored = row("concise", 0.5, 0.5, "a")
+    assert demo._highlighted(scored, marks=True).plain == "«one two» three «four»"
+    styled = demo._highlighted(scored, marks=False)
     assert styled.plain == "one two three four"
     assert [styled.plain[span.start : span.end] for span in styled.spans] == ["one two", "four"]
 

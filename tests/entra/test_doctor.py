@@ -198,7 +198,7 @@ def test_versions_that_cannot_be_checked_are_noted(monkeypatch):
 
 def test_files_of_the_other_project_among_ours_are_wrong(monkeypatch):
     monkeypatch.setattr(
-        sys.modules["entra.doctor"], "name_clash", lambda: "another project; run pip uninstall entra", raising=False
+        sys.modules["entra.diagnosis"], "name_clash", lambda: "another project; run pip uninstall entra", raising=False
     )
     finding = wrong(entra.doctor(build("qwen3")))
     assert finding == ("versions", "wrong", "another project; run pip uninstall entra")
@@ -210,7 +210,7 @@ def test_a_model_of_none_is_refused():
 
 
 def test_time_of_a_batch_and_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys.modules["entra.doctor"], "_seconds", lambda model, ids, config: len(ids) / 1_000)
+    monkeypatch.setattr(sys.modules["entra.diagnosis"], "_seconds", lambda model, ids, config: len(ids) / 1_000)
     model = build("qwen3")
     diagnosis = entra.doctor(model, build_tokenizer(), args=arguments(tmp_path, max_completion_length=256))
     mebibytes = sum(weight.numel() * 4 for weight in model.parameters()) / 2**20
@@ -431,7 +431,7 @@ def test_the_command_names_a_model_that_cannot_be_loaded(capsys, tmp_path):
 
 
 def test_the_command_prints_nothing_that_moves_the_cursor(folders, capsys, monkeypatch):
-    doctor = sys.modules["entra.doctor"]
+    doctor = sys.modules["entra.diagnosis"]
     diagnosis = doctor.Diagnosis(findings=(doctor.Finding("layer", "ok", "model.\x1b[2Jlayers"),))
     monkeypatch.setattr(doctor, "doctor", lambda *args, **kwargs: diagnosis)
     assert main(["doctor", "--model", str(folders / "right")]) == 0

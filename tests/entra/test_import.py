@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -10,6 +11,42 @@ HEAVY = ("transformers", "triton", "trl", "matplotlib", "datasets", "rich")
 
 def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_entra_does_not_load_torch_and_knows_every_name():
+    code = """
+import entra, sys
+assert "torch" not in sys.modules
+assert {*entra.__all__} <= {*dir(entra)}
+from entra import doctor, score_batch
+import entra.diagnosis, entra.score
+assert entra.doctor is doctor is entra.diagnosis.doctor
+assert entra.score_batch is score_batch is entra.score.score_batch
+assert entra.capture.capture_incoming_attention is entra.capture_incoming_attention
+assert not hasattr(entra, "no_such_name")
+"""
+    python(code)
+
+
+def test_the_command_line_helps_within_a_second_and_loads_only_what_it_runs():
+    code = """
+import sys
+from entra.cli import main
+try: main({words})
+except SystemExit: print([name for name in sys.modules if name.partition(".")[0] in ("torch", "numpy", "trl", "rich")
+    or name.startswith("entra.cli.")])
+"""
+    assert python(code.format(words=["--help"])).splitlines()[-1] == "[]"
+    loaded = python(code.format(words=["eval", "--help"])).splitlines()[-1]
+    assert "entra.cli.evaluate.command" in loaded
+    assert "entra.cli.train" not in loaded
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        python("from entra.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass")
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 1.0  # the best of three: a busy machine can only be slower
 
 
 @pytest.mark.parametrize("package", ["entra", "entra_kernels"])

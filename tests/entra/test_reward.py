@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import inspect
 import math
 import pickle
 
@@ -14,7 +15,7 @@ from tiny_tokenizer import build_tokenizer
 import entra
 from entra.encode import prompt_value
 from entra.gates import called_once
-from entra.reward import correlation, dead_banded, gated, group_gated, group_std, guarded, halved
+from entra.guards import Guards, Judged, correlation, dead_banded, gated, group_gated, group_std, halved
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +100,24 @@ def test_truncated_completions_are_not_scored(model, tokenizer):
         reward(["a"], ["b"])
 
 
+def judged(score, length=30, mean_logprob=-1.0, redundant=None, gate=1.0, ended=True, group="a"):
+    return Judged(group, length, mean_logprob, score, redundant, gate, ended)
+
+
 def test_guards():
-    assert guarded([0.9, 0.8, 0.7, None], [2, 30, 30, 30], [-1, -9, -1, -1], 3, -5.0) == [0.0, 0.0, 0.7, None]
-    assert guarded([0.9], [2], [-9.0], 0, None) == [0.9]
+    completions = [judged(0.9, length=2), judged(0.8, mean_logprob=-9.0), judged(0.7), judged(None)]
+    rewards, stopped = Guards(min_length=3, min_mean_logprob=-5.0).apply(completions)
+    assert rewards == [0.0, 0.0, 0.7, None]
+    assert stopped == {"min_length": 1 / 3, "min_mean_logprob": 1 / 3}
+    assert Guards().apply(completions) == ([0.9, 0.8, 0.7, None], {})
+
+
+def test_every_guard_is_a_keyword_of_the_reward():
+    options = {"halve_at": 5.0, "group_gate": 0.5, "min_length": 2, "min_mean_logprob": -9.0, "dead_band": 0.1}
+    reward = entra.EntraReward(gate=is_long, **options, skip_truncated=True)
+    assert reward.guards == Guards(**options, skip_truncated=True)
+    parameters = inspect.signature(entra.EntraReward).parameters
+    assert {name: parameters[name].default for name in vars(Guards())} == vars(Guards())
 
 
 def test_gating_never_pays_for_redundancy():
@@ -262,8 +278,9 @@ def test_truncation_without_an_eos_id_is_an_error():
 
 
 def test_guards_and_dead_band_at_their_boundaries():
-    assert guarded([0.9], [3], [-5.0], 3, -5.0) == [0.9]
-    assert guarded([0.9], [2], [-5.0], 3, -5.0) == [0.0]
+    boundary = Guards(min_length=3, min_mean_logprob=-5.0)
+    assert boundary.apply([judged(0.9, length=3, mean_logprob=-5.0)])[0] == [0.9]
+    assert boundary.apply([judged(0.9, length=2, mean_logprob=-5.0)])[0] == [0.0]
     assert dead_banded([0.25, 0.5], ["a", "a"], 0.25) == [0.25, 0.5]
 
 

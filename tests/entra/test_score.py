@@ -148,6 +148,22 @@ def test_text_chat_and_ids_give_the_same_number(tokenizer, llama):
     assert 0 < rewards[0] < 1
 
 
+def test_scores_are_a_sequence_of_the_scores_of_each_completion(rows, llama):
+    scores = entra.score_batch([p for p, _ in rows], [c for _, c in rows], model=llama, details=True)
+    assert len(scores) == len(rows)
+    assert scores[1:] == [scores[i] for i in range(1, len(rows))]
+    assert scores[-1] == list(scores)[-1] != scores[0]
+    for i, one in enumerate(scores):
+        assert isinstance(one, entra.CompletionScores)
+        assert one.reward == scores.rewards[i]
+        for name in ("token_ids", "logprobs", "incoming", "importance", "protected"):
+            assert getattr(one, name) is getattr(scores, name)[i]
+        assert one.unprotected == int((~one.protected).sum())
+        assert one.reward == pytest.approx(one.entropy / math.log(one.unprotected) if one.unprotected > 1 else 0.0, abs=1e-6)
+    with pytest.raises(IndexError):
+        scores[len(rows)]
+
+
 def test_given_signals_need_no_model(rows, llama):
     prompts, completions = [p for p, _ in rows], [c for _, c in rows]
     computed = entra.score_batch(prompts, completions, model=llama, details=True)

@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from shown_traces import scores_of
 
 from entra.config import ScoreConfig
 from entra.view.page import write_page
-from entra.view.traces import Trace
+from entra.view.trace import Trace
 
 BROWSER = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -29,16 +30,14 @@ def trace_of(name, ids, *, seed=0, prompt="What?", words=None, **fields):
     protected = np.zeros(n, dtype=bool)
     protected[np.argsort(-importance, kind="stable")[: n // 5]] = True
     values = {
-        "prompt": prompt,
-        "pieces": [words[i] if words else f" w{i}" for i in ids],
-        "token_ids": list(ids),
         "logprobs": logprobs.tolist(),
         "incoming": incoming.tolist(),
         "importance": importance.tolist(),
         "protected": protected.tolist(),
-        "reward": 0.5,
     }
-    return Trace(name=name, **{**values, **fields})
+    scores = scores_of(list(ids), **{key: fields.pop(key, values.get(key)) for key in values}, reward=fields.pop("reward", 0.5))
+    pieces = fields.pop("pieces", [words[i] if words else f" w{i}" for i in ids])
+    return Trace(name=name, prompt=prompt, pieces=pieces, scores=scores, **fields)
 
 
 def some_traces():
@@ -184,7 +183,7 @@ def shown_numbers(trace, at, counted="incoming attention"):
         "log-prob": f"{trace.logprobs[at]:.3f} nats".replace("-", MINUS),
         counted: f"{trace.incoming[at]:.6f}",
         "importance": f"{trace.importance[at]:.3f} nats".replace("-", MINUS),
-        "among the low-importance ones": f"{trace.counts[trace.token_ids[at]]} of {trace.unprotected}",
+        "among the low-importance ones": f"{trace.scores.counts[trace.token_ids[at]]} of {trace.scores.unprotected}",
     }
 
 
@@ -204,7 +203,7 @@ def test_heading_and_summary_say_what_was_scored_and_how(open_page, traces):
         "5",
         f"{np.mean([trace.reward for trace in scored]):.3f}",
         f"{np.mean([len(trace.token_ids) for trace in scored]):.0f}",
-        f"{100 * np.mean([trace.repeated_share for trace in scored]):.1f}\u202f%",
+        f"{100 * np.mean([trace.scores.repeated_share for trace in scored]):.1f}\u202f%",
     ]
     page.assert_quiet()
     assert re.search(r"date \d{4}-\d\d-\d\d", open_page([]).find("#facts").text.replace("\n", " ")), (
@@ -220,7 +219,8 @@ def test_rows_have_the_numbers_of_their_traces_and_errors_are_shown(page, traces
             assert row == [NONE] * 4
             continue
         reward = NONE if trace.reward is None else f"{trace.reward:.3f}"
-        assert row == [reward, str(len(trace.token_ids)), f"{trace.entropy:.2f}", f"{100 * trace.repeated_share:.1f}\u202f%"]
+        repeated = f"{100 * trace.scores.repeated_share:.1f}\u202f%"
+        assert row == [reward, str(len(trace.token_ids)), f"{trace.scores.entropy:.2f}", repeated]
     assert "empty completion: it has no tokens" in page.find(".row .error").text
 
 
@@ -326,7 +326,7 @@ def test_pointer_and_keyboard_show_the_numbers_of_a_token(page, traces):
 
     page.load("#trace=1")
     trace = traces[0]
-    for at in (0, 17, trace.protected.index(True)):
+    for at in (0, 17, list(trace.protected).index(True)):
         page.hover(page.token(at))
         card = page.card()
         assert shown_numbers(trace, at).items() <= card.items()
@@ -339,7 +339,7 @@ def test_pointer_and_keyboard_show_the_numbers_of_a_token(page, traces):
     page.keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
     assert shown_numbers(trace, 6).items() <= page.card().items()
     assert page.js("document.activeElement === document.querySelectorAll('.text .t')[6]")
-    again = trace.token_ids.index(trace.token_ids[6], 7)
+    again = list(trace.token_ids).index(trace.token_ids[6], 7)
     page.keys("n")
     assert page.card()["where"].startswith(f"token {again + 1} ")
     page.keys("p", Keys.ARROW_DOWN)
@@ -455,7 +455,7 @@ def test_two_traces_of_one_prompt_side_by_side(page, traces):
     assert shown_numbers(traces[1], 3).items() <= page.card().items()
     assert page.card()["where"].startswith("alpha, token 4 ")
     same = page.js("[...document.querySelectorAll('.text')].map(e => e.querySelectorAll('.same').length)")
-    assert same == [trace.token_ids.count(traces[1].token_ids[3]) for trace in traces[:2]], "marked in both"
+    assert same == [list(trace.token_ids).count(traces[1].token_ids[3]) for trace in traces[:2]], "marked in both"
     page.keys(Keys.ESCAPE)
     page.wait("document.querySelectorAll('.pane').length === 1")
     page.keys(Keys.ESCAPE)
@@ -585,7 +585,7 @@ def test_two_traces_of_one_name_and_lists_that_do_not_fit_are_refused(tmp_path):
     twice = [trace_of("same", [1]), trace_of("same", [2])]
     with pytest.raises(ValueError, match=r"two traces have name='same'.*number them"):
         write_page(twice, tmp_path / "x.html", title="x", config=ScoreConfig())
-    short = replace(trace_of("short", [1, 2]), logprobs=[-1.0])
+    short = trace_of("short", [1, 2], logprobs=[-1.0])
     with pytest.raises(ValueError, match=r"trace 'short' has 2 token_ids.*1 logprobs"):
         write_page([short], tmp_path / "x.html", title="x", config=ScoreConfig())
 
@@ -693,7 +693,15 @@ def test_500_traces_of_8192_tokens_open_in_less_than_3_seconds_and_scroll(open_p
     # Counting in Python what repeats is most of the work of writing: once for each base.
     repeated = {id(base.pieces): {length: base.most_repeated(length, 8) for length in (1, 2, 4, 8)} for base in bases}
     monkeypatch.setattr(Trace, "most_repeated", lambda self, length, limit: repeated[id(self.pieces)][length])
-    made = (replace(bases[i % 4], name=f"trace {i}", prompt=f"prompt {i // 2}", reward=0.4 + i / 1000) for i in range(500))
+    made = (
+        replace(
+            bases[i % 4],
+            name=f"trace {i}",
+            prompt=f"prompt {i // 2}",
+            scores=replace(bases[i % 4].scores, reward=0.4 + i / 1000),
+        )
+        for i in range(500)
+    )
     page = open_page(made)
     timing = page.js("performance.getEntriesByType('navigation')[0].toJSON()")
     paint = page.js("performance.getEntriesByName('first-contentful-paint')[0].startTime")
@@ -733,7 +741,7 @@ def test_a_page_of_the_shipped_traces(open_page):
     from tiny_tokenizer import build_tokenizer
 
     from entra.traces import load_traces
-    from entra.view.traces import pieces_of
+    from entra.view.trace import pieces_of
 
     tokenizer = build_tokenizer()
     rows = [(problem, completion) for problem in load_traces() for completion in problem.completions]

@@ -6,11 +6,13 @@ import random
 
 import pytest
 from rich.cells import cell_len
+from shown_traces import scores_of
 
 from entra.view.blocks import bars, column_chart, scatter
 from entra.view.filtering import matches
-from entra.view.terminal import print_traces, token_facts
-from entra.view.traces import Repeated, Trace
+from entra.view.lines import token_facts
+from entra.view.terminal import print_traces
+from entra.view.trace import Repeated, Trace
 from entra.view.visible import visible
 from entra.view.wrapping import wrapped
 
@@ -33,12 +35,14 @@ def trace(name, tokens, *, prompt="What is 3 + 4?", seed=0, reward=0.5, **column
         name=name,
         prompt=prompt,
         pieces=[WORDS[i] for i in ids],
-        token_ids=ids,
-        logprobs=[value - 0.25 for value in importance],
-        incoming=[0.125] * tokens,
-        importance=importance,
-        protected=[value >= cut for value in importance],
-        reward=reward,
+        scores=scores_of(
+            ids,
+            logprobs=[value - 0.25 for value in importance],
+            incoming=[0.125] * tokens,
+            importance=importance,
+            protected=[value >= cut for value in importance],
+            reward=reward,
+        ),
         columns=columns,
     )
 
@@ -82,7 +86,7 @@ def test_list_is_sorted_filtered_and_opened():
         assert names(app) == ["first", "[red]second␛[0m", "broken", "fourth"]
         row = [str(cell) for cell in app.screen.query_one(DataTable).get_row_at(0)]
         assert row[1:3] == ["0.500", "100"]
-        assert row[3:5] == [f"{TRACES[0].entropy:.2f}", f"{100 * TRACES[0].repeated_share:.1f}"]
+        assert row[3:5] == [f"{TRACES[0].scores.entropy:.2f}", f"{100 * TRACES[0].scores.repeated_share:.1f}"]
         assert "missing field: completion is ␛[31mnull" in str(app.screen.query_one(DataTable).get_row_at(2)[5])
         await pilot.press("s", "s")  # by name, then by reward
         assert names(app) == ["[red]second␛[0m", "first", "fourth", "broken"]
@@ -135,7 +139,7 @@ def test_cursor_goes_over_tokens_and_shows_their_numbers():
         assert f"importance {TRACES[0].importance[3]:.3f}" in text_of(facts)
         assert f"log-prob {TRACES[0].logprobs[3]:.3f} nats · incoming attention 0.125000" in text_of(facts)
         await pilot.press("n")
-        assert view.token == TRACES[0].token_ids.index(3, 4)
+        assert view.token == list(TRACES[0].token_ids).index(3, 4)
         await pilot.press("N")
         assert view.token == 3
         await pilot.press("end")
@@ -282,7 +286,7 @@ def test_plain_text_has_everything_and_no_escapes():
         "importance, log-prob in nats + lambda x attention",
         "most repeated unprotected tokens, times",
         "reward against length, tokens",
-        f"reward 0.500 · 100 tokens, 20 protected · entropy {TRACES[0].entropy:.2f} nats",
+        f"reward 0.500 · 100 tokens, 20 protected · entropy {TRACES[0].scores.entropy:.2f} nats",
     ):
         assert expected in text
     assert text.count("«") == text.count("»") >= 3
@@ -313,7 +317,7 @@ def test_wrapped_lines_hold_all_tokens_in_order_within_the_width(width):
     for line in lines:
         column = 0
         for span in line:
-            assert span.start == column
+            assert span.column == column
             assert span.width == cell_len(span.text)
             column += span.width
         # A newline's sign may stand behind the last cell's word; a character of two cells does not fit one.
@@ -362,7 +366,8 @@ def test_scatter_puts_points_at_their_places():
     ],
 )
 def test_filter(wanted, expected):
-    numbers = {"reward": 0.5, "tokens": 100.0, "entropy": TRACES[0].entropy, "repeated": 100 * TRACES[0].repeated_share}
+    scores = TRACES[0].scores
+    numbers = {"reward": 0.5, "tokens": 100.0, "entropy": scores.entropy, "repeated": 100 * scores.repeated_share}
     assert matches(TRACES[0], numbers, wanted) is expected
 
 

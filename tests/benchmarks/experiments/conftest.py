@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 from tiny_tokenizer import build_tokenizer
 
-from benchmarks.experiments import results, traces
+from benchmarks.experiments import measuring, results
 from benchmarks.experiments.__main__ import main
 from entra.policy import Policy
 
@@ -53,11 +53,11 @@ def policy():
 @pytest.fixture(scope="session")
 def measured(policy):
     samples = [
-        traces.Sample(problem=str(i), kind=kind, prompt=[{"role": "user", "content": prompt}], completion=text)
+        measuring.Sample(problem=str(i), kind=kind, prompt=[{"role": "user", "content": prompt}], completion=text)
         for i, (prompt, texts) in enumerate(PROBLEMS)
         for kind, text in texts.items()
     ]
-    return traces.measure(policy, traces.Samples(samples))
+    return measuring.measure(policy, measuring.Samples(samples))
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def folder(policy, tmp_path_factory):
     @functools.cache
     def written(name):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(traces, "load_policy", lambda name: policy)
+            patch.setattr(measuring, "load_policy", lambda name: policy)
             patch.setattr(results, "draw", lambda figure, folder: None)
             arguments = ["--model", "tiny", "--traces", str(folder / "traces.jsonl"), "--output", str(folder)]
             assert main([name, *arguments, *(["--draws", "3"] if name == "threshold" else [])]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.experiments import EXPERIMENTS, traces
+from benchmarks.experiments import EXPERIMENTS, measuring
 from benchmarks.experiments.__main__ import main
 
 ROOT = Path(__file__).parents[3]
@@ -57,7 +57,7 @@ def check_printed(text):
     ],
 )
 def test_bad_usage_is_one_line(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(traces, "load_policy", None)  # found before the model is loaded
+    monkeypatch.setattr(measuring, "load_policy", None)  # found before the model is loaded
     assert main(arguments) in (1, 2)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line

@@ -10,7 +10,7 @@ from tiny_tokenizer import build_tokenizer
 pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
 pytest.importorskip("datasets", reason="needs datasets: pip install 'entra-reward[train]'")
 
-from benchmarks.experiments import domain, results, traces
+from benchmarks.experiments import domain, measuring, results
 from benchmarks.experiments.__main__ import main
 from entra.policy import Policy
 
@@ -53,7 +53,7 @@ def test_the_same_seed_gives_the_same_completions_and_leaves_the_generator_alone
 
 
 def test_rows_say_what_was_generated_and_redraw_gives_the_same_page(policy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(traces, "load_model", lambda options: policy)
+    monkeypatch.setattr(measuring, "load_model", lambda options: policy)
     result = domain.run(options())
     assert [row["domain"] for row in result.rows] == [name for name in domain.DOMAINS for _ in range(4)]
     assert [row["task"] for row in result.rows] == [task for tasks in domain.DOMAINS.values() for task in tasks]

@@ -5,13 +5,13 @@ import math
 import torch
 
 import entra
-from benchmarks.experiments import importance, results, traces
+from benchmarks.experiments import importance, measuring, results
 from benchmarks.experiments.token_kinds import KINDS
 
 
 def test_importance_counts_every_token_once(folder, measured):
     rows = results.read(folder("importance") / "importance.json").rows
-    scores = traces.scored(measured.traces, entra.ScoreConfig())
+    scores = measuring.scored(measured.traces, entra.ScoreConfig())
     by_mu = [trace.mean.argsort(descending=True, stable=True)[: int(0.2 * len(trace.mean) + 1e-9)] for trace in measured.traces]
     for i, trace in enumerate(measured.traces):
         own = {row["token_kind"]: row for row in rows if row["trace"] == i}

@@ -6,19 +6,19 @@ import pytest
 import torch
 
 import entra
-from benchmarks.experiments import perturbations, traces
+from benchmarks.experiments import measuring, perturbations
 
 
 def test_a_perturbation_that_changes_nothing_keeps_everything(policy, measured, monkeypatch):
     monkeypatch.setitem(perturbations._PROMPTS, "polite", lambda prompt: prompt)
     config = entra.ScoreConfig()
-    before = traces.scored(measured.traces, config)
+    before = measuring.scored(measured.traces, config)
     again = perturbations.measure_again(policy, measured, "polite")
-    same = perturbations.stability_of(before, traces.scored(list(again.values()), config))
+    same = perturbations.stability_of(before, measuring.scored(list(again.values()), config))
     assert list(again) == list(range(9))
     assert all(row == {"kept": 1.0, "jaccard": 1.0, "reward_change": 0.0, "logprob_change": 0.0} for row in same)
     changed = perturbations.measure_again(policy, measured, "plain")
-    moved = perturbations.stability_of(before, traces.scored(list(changed.values()), config))
+    moved = perturbations.stability_of(before, measuring.scored(list(changed.values()), config))
     assert min(row["kept"] for row in moved) < 1
     assert min(row["logprob_change"] for row in moved) > 0
 

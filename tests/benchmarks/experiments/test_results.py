@@ -3,7 +3,7 @@
 import pytest
 
 import entra
-from benchmarks.experiments import attention_weight, importance, results, threshold, traces
+from benchmarks.experiments import attention_weight, importance, measuring, results, threshold
 from benchmarks.experiments.__main__ import main
 
 NAMES = {"importance": importance, "threshold": threshold, "lambda": attention_weight}
@@ -12,7 +12,7 @@ NAMES = {"importance": importance, "threshold": threshold, "lambda": attention_w
 @pytest.mark.parametrize("name", NAMES)
 def test_redraw_writes_the_same_report_from_the_json_alone(name, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "draw", lambda figure, folder: None)
-    monkeypatch.setattr(traces, "load_policy", None)
+    monkeypatch.setattr(measuring, "load_policy", None)
     assert main([name, "--redraw", str(folder(name) / f"{name}.json"), "--output", str(tmp_path)]) == 0
     for ending in ("md", "json", "csv"):
         assert (tmp_path / f"{name}.{ending}").read_bytes() == (folder(name) / f"{name}.{ending}").read_bytes()

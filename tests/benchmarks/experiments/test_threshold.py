@@ -5,13 +5,13 @@ import math
 from itertools import pairwise
 
 import entra
-from benchmarks.experiments import perturbations, results, threshold, traces, twins
+from benchmarks.experiments import measuring, perturbations, results, threshold, twins
 from benchmarks.experiments.__main__ import main
 
 
 def test_perturbations_that_apply_to_no_prompt_are_left_out(policy, problems, tmp_path, monkeypatch):
     """Another system message and no chat template: neither can be said of prompts that are plain text."""
-    monkeypatch.setattr(traces, "load_policy", lambda name: policy)
+    monkeypatch.setattr(measuring, "load_policy", lambda name: policy)
     monkeypatch.setattr(results, "draw", lambda figure, folder: None)
     rows = [{"prompt": prompt, "completion": text, "kind": kind} for prompt, texts in problems for kind, text in texts.items()]
     (tmp_path / "traces.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -25,7 +25,8 @@ def test_perturbations_that_apply_to_no_prompt_are_left_out(policy, problems, tm
 
 def test_protected_sets_are_nested_over_tau(measured):
     chosen = [
-        traces.scored(measured.traces, entra.ScoreConfig(protect_fraction=tau)).protected for tau in (0.1, 0.2, 0.3, 0.4, 0.5)
+        measuring.scored(measured.traces, entra.ScoreConfig(protect_fraction=tau)).protected
+        for tau in (0.1, 0.2, 0.3, 0.4, 0.5)
     ]
     for smaller, larger in pairwise(chosen):
         for one, other in zip(smaller, larger, strict=True):

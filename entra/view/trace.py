@@ -1,14 +1,27 @@
-"""`Trace`: one completion, its tokens and their scores, with the numbers that every view shows computed in one place."""
+"""`Trace`: one completion as it is looked at: its tokens' text and scores, its prompt, what else its row says."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from entra.score import CompletionScores
+
+NO_SCORES = CompletionScores(
+    reward=None,
+    token_ids=torch.empty(0, dtype=torch.int64),
+    logprobs=torch.empty(0),
+    incoming=torch.empty(0),
+    importance=torch.empty(0),
+    protected=torch.empty(0, dtype=torch.bool),
+)
+"""Of a completion that could not be scored."""
 
 
 class Repeated(NamedTuple):
@@ -30,42 +43,42 @@ class Trace:
     """As text; two traces of equal prompt can be laid side by side."""
     pieces: Sequence[str] = ()
     """The text of each of the n tokens (see `pieces_of`); joined they are the completion."""
-    token_ids: Sequence[int] = ()
-    logprobs: Sequence[float] = ()
-    """log P(x_i given x_<i), natural log."""
-    incoming: Sequence[float] = ()
-    """mu: mean attention from future tokens (or lift)."""
-    importance: Sequence[float] = ()
-    """log P + lambda * mu."""
-    protected: Sequence[bool] = ()
-    """The top share by importance, which the reward does not look at."""
-    reward: float | None = None
-    """r in [0, 1], high when the unprotected tokens do not repeat."""
+    scores: CompletionScores = field(default_factory=lambda: NO_SCORES)
+    """Of the n tokens."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns, in its order."""
     error: str | None = None
     """What is wrong with the row, as `entra score` says it; such a trace has no tokens."""
 
-    @cached_property
-    def counts(self) -> Counter[int]:
-        """How often each token id occurs among the unprotected tokens."""
-        return Counter(token for token, protected in zip(self.token_ids, self.protected, strict=True) if not protected)
+    @property
+    def reward(self) -> float | None:
+        """r in [0, 1], high when the unprotected tokens do not repeat."""
+        return self.scores.reward
 
     @property
-    def unprotected(self) -> int:
-        """M, the number of unprotected tokens."""
-        return self.counts.total()
+    def token_ids(self) -> Sequence[int]:
+        """The scores' ids, as Python's numbers; so are the next four."""
+        return _numbers(self.scores.token_ids)
 
     @property
-    def entropy(self) -> float:
-        """Of the unprotected tokens' frequencies, in nats: from 0, all the same, to log M, all different."""
-        total = self.unprotected
-        return math.log(total) - sum(c * math.log(c) for c in self.counts.values()) / total if total else 0.0
+    def logprobs(self) -> Sequence[float]:
+        """log P(x_i given x_<i), natural log."""
+        return _numbers(self.scores.logprobs)
 
     @property
-    def repeated_share(self) -> float:
-        """Share of the unprotected tokens that occurred before among them, (M - different ones) / M, in [0, 1)."""
-        return 1 - len(self.counts) / self.unprotected if self.unprotected else 0.0
+    def incoming(self) -> Sequence[float]:
+        """mu: mean attention from future tokens (or lift)."""
+        return _numbers(self.scores.incoming)
+
+    @property
+    def importance(self) -> Sequence[float]:
+        """log P + lambda * mu."""
+        return _numbers(self.scores.importance)
+
+    @property
+    def protected(self) -> Sequence[bool]:
+        """The top share by importance, which the reward does not look at."""
+        return _numbers(self.scores.protected)
 
     def most_repeated(self, length: int = 1, limit: int = 10) -> list[Repeated]:
         """The runs of `length` neighbouring tokens that come most often, more than once; the first to appear wins a tie.
@@ -74,14 +87,20 @@ class Trace:
         """
         ids = list(self.token_ids)
         runs = list(zip(*(ids[shift:] for shift in range(length)), strict=False))
-        starts = [i for i in range(len(runs)) if length > 1 or not self.protected[i]]
-        counts = Counter(runs[i] for i in starts)
-        first = {runs[i]: i for i in reversed(starts)}
+        protected = self.protected
+        counted = [i for i in range(len(runs)) if length > 1 or not protected[i]]
+        counts = Counter(runs[i] for i in counted)
+        first = {runs[i]: i for i in reversed(counted)}
         return [
             Repeated("".join(self.pieces[first[run] : first[run] + length]), times, first[run])
             for run, times in counts.most_common(limit)
             if times > 1
         ]
+
+
+def _numbers(values: Tensor) -> Sequence[Any]:
+    """A tensor's elements as Python's numbers, without a copy: a report holds millions of tokens."""
+    return values.numpy().data
 
 
 # A character is at most four bytes, so four tokens; one that never becomes whole must not hold up the rest.

@@ -293,9 +293,9 @@ def _eagerly(inner: Any, ids: list[int], layer: CapturedLayer) -> tuple[Tensor, 
     if layer.sliding_window is not None:
         later = later.clamp(max=layer.sliding_window - 1)
     incoming = matrix.tril(diagonal=-1).sum(dim=0) / later.clamp(min=1)
-    row = logits[0, :-1].double().log_softmax(dim=-1)
-    targets = torch.tensor(ids[1:], device=row.device)
-    return row.gather(1, targets[:, None])[:, 0].float(), incoming.float()
+    log_shares = logits[0, :-1].double().log_softmax(dim=-1)
+    targets = torch.tensor(ids[1:], device=log_shares.device)
+    return log_shares.gather(1, targets[:, None])[:, 0].float(), incoming.float()
 
 
 @contextmanager

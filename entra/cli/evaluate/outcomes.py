@@ -14,12 +14,12 @@ Decisions taken here:
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from entra.cli import CommandError, one_line
+from entra.cli.columns import KNOWN, TOKENS, TRUNCATED, correct_column, first, key_of, problem_column
 from entra.cli.scoring import load_tokenizer_of
 from entra.encode import Encoder, as_ids, completion_text
 from entra.progress import progress_bar
@@ -124,18 +124,7 @@ def read_outcomes(options: argparse.Namespace, paths: Sequence[Path]) -> Reading
         if name is not None and name not in shared:
             raise CommandError(f"{flag} {name}: not a column of every file; these are: {', '.join(shared) or 'none'}")
     named = {options.pair_on, options.correct_column, options.tokens_column, options.completion_column}
-    kept = named | {
-        "id",
-        "prompt",
-        "correct",
-        "reward",
-        "entry",
-        "answer",
-        "tokens",
-        "completion_ids",
-        "truncated",
-        "finish_reason",
-    }
+    kept = named | KNOWN
     files = [
         [Row({name: row.columns[name] for name in row.columns if name in kept}, row.malformed) for row in read_rows(path, 0)]
         for path in paths
@@ -144,12 +133,12 @@ def read_outcomes(options: argparse.Namespace, paths: Sequence[Path]) -> Reading
     notes: list[str] = []
     tokenizer = load_tokenizer_of(options.model) if options.model is not None else None
     text_of = _text_getter(options.completion_column, tokenizer)
-    pair_on = options.pair_on or _pair_on(files, shared)
+    pair_on = options.pair_on or problem_column(files, shared)
     right, is_right = _right_getter(options, files, shared, text_of, notes)
     tokens, tokens_of = _tokens_getter(options, shared, text_of, tokenizer)
     truncated, is_truncated = _truncated_getter(options, shared)
     if pair_on == "id" and "prompt" in shared:
-        ids, prompts = (len({_key(row.columns.get(name)) for rows in files for row in rows}) for name in ("id", "prompt"))
+        ids, prompts = (len({key_of(row.columns.get(name)) for rows in files for row in rows}) for name in ("id", "prompt"))
         if prompts < ids:
             notes.append(
                 f"{ids:,} ids but {prompts:,} prompts: where samples of one prompt have ids of their own, use --pair-on prompt"
@@ -163,7 +152,7 @@ def read_outcomes(options: argparse.Namespace, paths: Sequence[Path]) -> Reading
                 try:
                     if row.malformed is not None:
                         raise _BadRow(f"malformed: {row.malformed}")
-                    problem = str(number) if pair_on is None else _key(_field(row.columns, pair_on))
+                    problem = str(number) if pair_on is None else key_of(_field(row.columns, pair_on))
                     count = tokens_of(row.columns)
                     cut = count >= options.max_tokens if options.max_tokens is not None else is_truncated(row.columns)
                     outcomes.append(Outcome(problem, is_right(row.columns), count, cut))
@@ -182,10 +171,6 @@ def _field(columns: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
-
-
 def _text_getter(column: str, tokenizer: Any) -> Getter:
     def text_of(columns: Mapping[str, Any]) -> str:
         value = _field(columns, column)
@@ -200,29 +185,17 @@ def _text_getter(column: str, tokenizer: Any) -> Getter:
     return text_of
 
 
-def _pair_on(files: Sequence[Sequence[Row]], shared: Sequence[str]) -> str | None:
-    if "id" in shared:
-        ids = [{_key(row.columns["id"]) for row in rows if row.columns.get("id") is not None} for rows in files]
-        if set.intersection(*ids) or "prompt" not in shared:
-            return "id"
-    return "prompt" if "prompt" in shared else None
-
-
 def _right_getter(
     options: argparse.Namespace, files: Sequence[Sequence[Row]], shared: Sequence[str], text_of: Getter, notes: list[str]
 ) -> tuple[str | None, Getter]:
     """Where correctness comes from, in words, and a row's."""
-    column = options.correct_column or next((name for name in ("correct", "reward") if name in shared), None)
-    if column == "reward" and options.correct_column is None:
-        values = [row.columns["reward"] for rows in files for row in rows if row.columns.get("reward") is not None]
-        if not all(isinstance(value, int | float) and value in (0, 1) for value in values):
-            notes.append(
-                "the column reward is not taken for correctness: it does not hold 0 or 1 alone (--correct-column does)"
-            )
-            column = None
+    column = options.correct_column or correct_column(files, shared)
+    if column is None and "reward" in shared:
+        notes.append("the column reward is not taken for correctness: it does not hold 0 or 1 alone (--correct-column does)")
     if column is not None:
         return f"where the column {column} is true or at least 1", lambda columns: _number(columns, column) >= 1
-    if "entry" in shared:
+    checked = first(("entry", "answer"), shared)
+    if checked == "entry":
         from entra.problems import UnsafeScorerError, reasoning_gym_reward, unsafe_reasoning_gym_reward
 
         reward = unsafe_reasoning_gym_reward if options.run_answers_as_code else reasoning_gym_reward
@@ -243,7 +216,7 @@ def _right_getter(
                 raise _BadRow(f"malformed: entry is no problem of reasoning-gym: {one_line(error)}") from error
 
         return "where reasoning-gym's scorer gives the answer 1 (column entry)", gym
-    if "answer" in shared:
+    if checked == "answer":
         from entra.grading import answer_checker
 
         how, check = answer_checker()
@@ -257,8 +230,8 @@ def _right_getter(
 
 def _tokens_getter(options: argparse.Namespace, shared: Sequence[str], text_of: Getter, tokenizer: Any) -> tuple[str, Getter]:
     """Where the number of tokens comes from, in words, and a row's."""
-    column = options.tokens_column or ("tokens" if "tokens" in shared else None)
-    if column is not None:
+    column = options.tokens_column or first(TOKENS, shared)
+    if column is not None and (column != "completion_ids" or options.tokens_column is not None):
 
         def count(columns: Mapping[str, Any]) -> int:
             value = _number(columns, column)
@@ -267,7 +240,7 @@ def _tokens_getter(options: argparse.Namespace, shared: Sequence[str], text_of: 
             return int(value)
 
         return f"the column {column}", count
-    if "completion_ids" in shared:
+    if column is not None:
 
         def length(columns: Mapping[str, Any]) -> int:
             ids = as_ids(_field(columns, "completion_ids"))
@@ -295,9 +268,10 @@ def _truncated_getter(options: argparse.Namespace, shared: Sequence[str]) -> tup
     """Where it comes from which completions were cut off, in words, and a row's."""
     if options.max_tokens is not None:
         return f"completions of at least {options.max_tokens:,} tokens", lambda columns: None
-    if "truncated" in shared:
+    column = first(TRUNCATED, shared)
+    if column == "truncated":
         return "where the column truncated is true", lambda columns: _number(columns, "truncated") >= 1
-    if "finish_reason" in shared:
+    if column == "finish_reason":
         return "where the column finish_reason is length", lambda columns: _field(columns, "finish_reason") == "length"
     return None, lambda columns: None
 

@@ -3,9 +3,9 @@
 Decisions taken here:
 
 - Every option of TRL's ScriptArguments, GRPOConfig (or RLOOConfig), ModelConfig and DatasetMixtureConfig is a flag of the same
-  name with the same meaning, parsed by TRL's own parser. Those of ScoreConfig and of this command come beside them. Only one
-  `chat_template_kwargs` is there, TRL's: prompts are scored as they are generated from.
-- The same command again goes on from the last checkpoint, as with `entra score` (`entra.cli.checkpoints`).
+  name with the same meaning, parsed by TRL's own parser. Those of ScoreConfig, of the guards and of this command come beside
+  them. Only one `chat_template_kwargs` is there, TRL's: prompts are scored as they are generated from.
+- The same command again goes on from the last checkpoint, as with `entra score` (`entra.cli.train.checkpoints`).
 - "smollm2" is written out as an ordinary model folder first: TRL loads the reference model a second time, by name.
 - Without a GPU, `use_cpu` and float32 are the defaults; TRL's would stop with an error.
 """
@@ -27,15 +27,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from entra.cli import CommandError, Parser, one_line, refuse, say
-from entra.cli.checkpoints import check_folder, checkpoint_to_resume, is_finished, last_checkpoint, record
-from entra.cli.rewards import reward_functions
-from entra.cli.training_data import Problems, check_entries, load_data
+from entra.cli.train.checkpoints import check_folder, checkpoint_to_resume, is_finished, last_checkpoint, record
+from entra.cli.train.data import Problems, check_entries, load_data
+from entra.cli.train.rewards import reward_functions
 from entra.config import ScoreConfig, nearest_of
 from entra.flags import add_flags
+from entra.guards import Guards
 from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
 from entra.rows import check_readable_again
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 _USAGE = "entra train --model_name_or_path MODEL --dataset_name DATA --output_dir FOLDER [--config FILE] [OPTION ...]"
 _DESCRIPTION = """\
@@ -54,7 +55,7 @@ class TrainOptions:
     """The algorithm: EntraGRPOTrainer with the options of trl.GRPOConfig, or EntraRLOOTrainer with those of trl.RLOOConfig."""
 
     reward_funcs: list[str] | None = None
-    """Reward functions: "entra" (built from the options below), "reasoning_gym" (checks the answer by the task's scorer),
+    """Reward functions: "entra" (with the guards below), "reasoning_gym" (checks the answer by the task's scorer),
     "answer" (compares with the column `answer`, as entra eval does), TRL's accuracy_reward, reasoning_accuracy_reward,
     think_format_reward, get_soft_overlong_punishment, or a path: package.module.function. Default: the gate and entra."""
 
@@ -62,24 +63,6 @@ class TrainOptions:
     """The reward function that "entra" is multiplied by, so that only right answers are paid for being concise: a name or path
     as above, or "none". Default: reasoning_gym for its problems, accuracy_reward for a dataset with a column `solution`, answer
     for one with a column `answer`."""
-
-    halve_at: float | None = None
-    """"entra" is then 1 / (1 + D / h), with D redundant tokens, instead of r: filler raises it far less. Default: r."""
-
-    group_gate: float = 0.0
-    """"entra" pays only where at least this share of the prompt's completions passes the gate. In [0, 1]; 0: everywhere."""
-
-    min_length: int = 0
-    """Completions of fewer tokens get 0 from "entra": few tokens never repeat."""
-
-    min_mean_logprob: float | None = None
-    """Completions whose mean log P is lower get 0 from "entra": gibberish never repeats either. Default: no floor."""
-
-    dead_band: float = 0.0
-    """If a group's rewards of "entra" lie closer together than this, they become their mean: noise gives no advantage."""
-
-    skip_truncated: bool = False
-    """Completions that were cut off are not scored by "entra"."""
 
     verify_every: int = 0
     """Every n-th time, score one sequence by the pure-PyTorch reference too and log the deviation. 0: never."""
@@ -104,13 +87,11 @@ class TrainOptions:
     with limits that are no sandbox. Default: such tasks are refused."""
 
 
-_GUARDS = ("halve_at", "group_gate", "min_length", "min_mean_logprob", "dead_band", "skip_truncated")
-
-
 class _Run(NamedTuple):
     """A parsed command."""
 
     options: TrainOptions
+    guards: Guards
     config: ScoreConfig
     script: Any
     arguments: Any
@@ -120,7 +101,7 @@ class _Run(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """All of it, as it is recorded."""
         return {
-            "options": vars(self.options),
+            "options": {**vars(self.options), **vars(self.guards)},
             "config": vars(self.config),
             "dataset": vars(self.script),
             "datasets": [vars(dataset) for dataset in self.mixture.datasets],
@@ -131,9 +112,7 @@ class _Run(NamedTuple):
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra train` to the subparsers of the command line; TRL, which has its flags, is not loaded for that."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "train", help="train a model with ENTRA rewards", add_help=False, allow_abbrev=False
-    )
+    parser: argparse.ArgumentParser = commands.add_parser("train", add_help=False, allow_abbrev=False)
     parser.set_defaults(run=run)
     return parser
 
@@ -219,11 +198,12 @@ def _parse(words: Sequence[str]) -> _Run:
             raise CommandError(f"{path} has an unknown option {name!r}; {nearest_of(name, known)}")
         values = vars(own)
         options = TrainOptions(**{field.name: values[field.name] for field in fields(TrainOptions)})
+        guards = Guards(**{field.name: values[field.name] for field in fields(Guards)})
         config = ScoreConfig(
             **{field.name: values[field.name] for field in fields(ScoreConfig) if field.name in values},
             chat_template_kwargs=arguments.chat_template_kwargs or {},
         )
-    return _Run(options, config, script, arguments, model, mixture)
+    return _Run(options, guards, config, script, arguments, model, mixture)
 
 
 def _parser(trainer: str) -> Any:
@@ -243,6 +223,8 @@ def _parser(trainer: str) -> Any:
     group = parser.add_argument_group("options of entra train")
     group.add_argument("--config", metavar="FILE", help=f"YAML with any of these options, or one of {', '.join(_recipes())}")
     add_flags(group, TrainOptions, underscores=True)
+    group = parser.add_argument_group('guards of "entra" (entra.EntraReward)')
+    add_flags(group, Guards, underscores=True)
     group = parser.add_argument_group("options of the method (entra.ScoreConfig)")
     add_flags(group, ScoreConfig, leave_out=("chat_template_kwargs",), underscores=True)
     for action in parser._actions:
@@ -292,9 +274,8 @@ def _trainer(command: _Run) -> Any:
     chat = _has_chat_template(name, command.model.model_revision, arguments.trust_remote_code)
     problems = Problems(options.tasks, options.problems, options.eval_problems, options.problem_seed, chat, run_code)
     data = load_data(command.script, command.mixture, problems, arguments.eval_strategy != "no")
-    guards = {guard: getattr(options, guard) for guard in _GUARDS}
     functions = reward_functions(
-        options.reward_funcs, options.gate, data.columns, command.config, guards, run_answers_as_code=run_code
+        options.reward_funcs, options.gate, data.columns, command.config, command.guards, run_answers_as_code=run_code
     )
     if any(getattr(f, "gate", f) in (reasoning_gym_reward, unsafe_reasoning_gym_reward) for f in functions):
         check_entries(data, run_code)

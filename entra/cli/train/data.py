@@ -77,12 +77,13 @@ def check_entries(data: Data, run_answers_as_code: bool) -> None:
         if split is None or not hasattr(split, "num_rows") or "entry" not in split.column_names:
             continue
         tasks = set()
-        for row, entry in enumerate(split["entry"], start=1):
+        for number, entry in enumerate(split["entry"], start=1):
             try:
                 tasks.add(json.loads(entry)["metadata"]["source_dataset"])
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise CommandError(
-                    f"row {row} of the dataset: entry is no problem of reasoning-gym ({one_line(error)}); name another --gate"
+                    f"row {number} of the dataset: entry is no problem of reasoning-gym ({one_line(error)}); "
+                    "name another --gate"
                 ) from error
         try:
             for task in tasks:

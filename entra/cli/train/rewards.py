@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from entra.cli import CommandError, one_line
+from entra.cli.columns import CHECKED, first
 from entra.config import ScoreConfig, nearest_of
 from entra.grading import answer_reward
+from entra.guards import Guards
 from entra.problems import reasoning_gym_reward, unsafe_reasoning_gym_reward
 from entra.reward import EntraReward
 
@@ -31,7 +33,7 @@ def reward_functions(
     gate: str | None,
     columns: Sequence[str] | None,
     config: ScoreConfig,
-    guards: dict[str, Any],
+    guards: Guards,
     *,
     run_answers_as_code: bool = False,
 ) -> list[RewardFunction]:
@@ -42,7 +44,7 @@ def reward_functions(
         gate: name of the gate of "entra", "none", or None: what fits the dataset.
         columns: of the dataset; None: not known (streamed).
         config: of "entra".
-        guards: the other options of EntraReward.
+        guards: of "entra".
         run_answers_as_code: whether "reasoning_gym" scores tasks that do.
 
     Raises:
@@ -65,19 +67,16 @@ def reward_functions(
             functions.append(_function(name, columns, run_answers_as_code) if same is None else same)
             continue
         try:
-            functions.append(EntraReward(config=config, gate=allowed, **guards))
+            functions.append(EntraReward(config=config, gate=allowed, **vars(guards)))
         except (TypeError, ValueError) as error:
             raise CommandError(str(error)) from error
     return functions
 
 
 def _default_gate(columns: Sequence[str] | None) -> str:
-    if columns is not None and "entry" in columns:
-        return "reasoning_gym"
-    if columns is not None and "solution" in columns:
-        return "accuracy_reward"
-    if columns is not None and "answer" in columns:
-        return "answer"
+    checked = first(CHECKED, columns or ())
+    if checked is not None:
+        return {"entry": "reasoning_gym", "solution": "accuracy_reward", "answer": "answer"}[checked]
     raise CommandError(
         "no gate fits the dataset, and concise wrong answers must not be paid for: name a reward function that says which "
         "completions are right with --gate package.module.function, or add a column 'answer' with what is right; "

@@ -27,7 +27,7 @@ from entra.policy import Policy, load_policy
 from entra.progress import progress_bar
 from entra.score import Scores, score_batch
 from entra.traces import Problem, load_traces
-from entra.view.traces import pieces_of
+from entra.view.trace import pieces_of
 
 OTHER_KIND = "trace"
 """The kind of a completion from a file that names none."""

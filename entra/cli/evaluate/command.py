@@ -25,7 +25,7 @@ import numpy as np
 
 from entra import __version__
 from entra.cli import CommandError, say
-from entra.cli.outcomes import Outcome, Outcomes, Reading, add_reading_flags, read_outcomes
+from entra.cli.evaluate.outcomes import Outcome, Outcomes, Reading, add_reading_flags, read_outcomes
 from entra.cli.output import check_destination, write_whole
 from entra.cli.scoring import kind_of, listed
 from entra.metrics import (
@@ -67,9 +67,7 @@ class _Numbers(NamedTuple):
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra eval` to the subparsers of the command line."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "eval", help="accuracy and length of completions, alone or against others", description=_DESCRIPTION, allow_abbrev=False
-    )
+    parser: argparse.ArgumentParser = commands.add_parser("eval", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("base", type=Path, help="completions: *.parquet, anything else is read as JSON Lines")
     parser.add_argument("new", type=Path, nargs="?", help="other completions of the same problems")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE, too; an earlier one is replaced")

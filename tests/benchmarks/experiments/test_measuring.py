@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import entra
-from benchmarks.experiments import traces
+from benchmarks.experiments import measuring
 from entra.traces import load_traces
 
 ROWS = [
@@ -25,18 +25,18 @@ def options(**changes):
 
 
 def test_completions_of_one_prompt_are_one_problem_and_bad_rows_are_counted():
-    found = traces.from_rows(ROWS)
+    found = measuring.from_rows(ROWS)
     assert [(sample.problem, sample.kind) for sample in found.samples] == [
         ("sum", "concise"),
         ("sum", "overthinking"),
         ("problem 2", "trace"),
         ("problem 3", "trace"),
     ]
-    assert found.left_out == traces.LeftOut(("line 3 cannot be parsed: it is no JSON", "row 4 has no completion"))
+    assert found.left_out == measuring.LeftOut(("line 3 cannot be parsed: it is no JSON", "row 4 has no completion"))
 
 
 def test_what_cannot_be_encoded_is_left_out_and_the_rest_goes_on(policy):
-    measured = traces.measure(policy, traces.from_rows(ROWS))
+    measured = measuring.measure(policy, measuring.from_rows(ROWS))
     assert [trace.sample.problem for trace in measured.traces] == ["sum", "sum", "problem 2"]
     summary = measured.left_out.summary()
     assert summary["left_out"] == " Left out: 3 rows that cannot be scored, the first: line 3 cannot be parsed: it is no JSON."
@@ -48,7 +48,7 @@ def test_what_cannot_be_encoded_is_left_out_and_the_rest_goes_on(policy):
 
 @pytest.mark.parametrize("statistic", ["mean", "lift"])
 def test_one_forward_gives_what_score_batch_gives(policy, statistic):
-    measured = traces.measure(policy, traces.from_rows(ROWS)).traces
+    measured = measuring.measure(policy, measuring.from_rows(ROWS)).traces
     config = entra.ScoreConfig(attention_statistic=statistic, attention_weight=3.0)
     expected = entra.score_batch(
         [trace.sample.prompt for trace in measured],
@@ -58,7 +58,7 @@ def test_one_forward_gives_what_score_batch_gives(policy, statistic):
         config=entra.ScoreConfig(attention_statistic=statistic, attention_weight=3.0, token_budget=1),
         details=True,
     )
-    scores = traces.scored(measured, config)
+    scores = measuring.scored(measured, config)
     assert scores.rewards == expected.rewards
     for name in ("token_ids", "logprobs", "incoming", "importance", "protected"):
         for one, other in zip(getattr(scores, name), getattr(expected, name), strict=True):
@@ -66,17 +66,17 @@ def test_one_forward_gives_what_score_batch_gives(policy, statistic):
 
 
 def test_limit_counts_problems():
-    found = traces.load(options(limit=2))
+    found = measuring.load(options(limit=2))
     assert [sample.completion for sample in found.samples] == [c.text for p in load_traces()[:2] for c in p.completions]
     with pytest.raises(ValueError, match="--limit 0 must be at least 1"):
-        traces.load(options(limit=0))
+        measuring.load(options(limit=0))
 
 
 def test_nothing_that_can_be_used_names_the_first_fault(policy):
     with pytest.raises(ValueError, match="line 3 cannot be parsed"):
-        traces.load(options(traces="x.jsonl", rows=ROWS[2:3]))
+        measuring.load(options(traces="x.jsonl", rows=ROWS[2:3]))
     with pytest.raises(ValueError, match=r"none of 1 completions .* must be text"):
-        traces.measure(policy, traces.from_rows(ROWS[5:]))
+        measuring.measure(policy, measuring.from_rows(ROWS[5:]))
 
 
 def test_pairs_are_each_problems_first_traces(measured):
@@ -91,5 +91,5 @@ def test_pairs_are_each_problems_first_traces(measured):
 
 def test_overlap_of_choices():
     one, other = torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([0, 1, 0, 1]).bool()
-    assert traces.overlap(one, other) == {"kept": 1 / 3, "jaccard": 1 / 4}
-    assert traces.overlap(one & ~one, one & ~one) == {"kept": 1.0, "jaccard": 1.0}
+    assert measuring.overlap(one, other) == {"kept": 1 / 3, "jaccard": 1 / 4}
+    assert measuring.overlap(one & ~one, one & ~one) == {"kept": 1.0, "jaccard": 1.0}

@@ -1,0 +1,1 @@
+"""`entra eval`: the command, and how it reads what became of each completion."""

@@ -1,0 +1,1 @@
+"""`entra train`: the command, its data, its reward functions, its checkpoints."""

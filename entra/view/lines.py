@@ -1,0 +1,102 @@
+"""What views say of traces, in lines of text: numbers, charts, and the completion with its protected tokens marked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from entra.view.blocks import bars, column_chart, scatter
+from entra.view.trace import Trace
+from entra.view.visible import NEWLINE, quoted, visible
+
+PROTECTED = ("«", "»")
+RUN_LENGTHS = (1, 2, 4, 8)
+"""Tokens of the runs whose repetitions are listed."""
+COLUMNS = ("trace", "reward", "tokens", "entropy, nats", "repeated, %")
+
+
+def row_of(trace: Trace) -> list[str]:
+    """A trace's cells in a table of `COLUMNS`."""
+    if trace.error is not None or trace.reward is None:
+        return [visible(trace.name), "error", "", "", ""]
+    numbers = [
+        f"{trace.reward:.3f}",
+        f"{len(trace.token_ids):,}",
+        f"{trace.scores.entropy:.2f}",
+        f"{100 * trace.scores.repeated_share:.1f}",
+    ]
+    return [visible(trace.name), *numbers]
+
+
+def summary(trace: Trace) -> str:
+    """A trace's numbers in a line."""
+    if trace.error is not None or trace.reward is None:
+        return f"error: {visible(trace.error or 'no reward')}"
+    scores = trace.scores
+    protected = len(trace.token_ids) - scores.unprotected
+    return (
+        f"reward {trace.reward:.3f} · {len(trace.token_ids):,} tokens, {protected:,} protected · "
+        f"entropy {scores.entropy:.2f} nats · {100 * scores.repeated_share:.1f} % of the unprotected tokens "
+        "repeat an earlier one"
+    )
+
+
+def about(trace: Trace) -> list[str]:
+    """A trace's numbers, its other columns and its prompt, in lines."""
+    columns = [f"{visible(name)}: {visible(str(value))}" for name, value in trace.columns.items()]
+    prompt = [f"│ {visible(line)}" for line in trace.prompt.split("\n")]
+    return [summary(trace), *([" · ".join(columns)] if columns else []), *prompt]
+
+
+def protected_runs(pieces: Sequence[str], protected: Sequence[bool], around: str = " \n") -> Iterator[tuple[str, bool]]:
+    """The text in parts, and of each whether its tokens are protected: how every text shows them.
+
+    Args:
+        pieces: of the tokens.
+        protected: of each token.
+        around: characters at the ends of neighbouring protected tokens that are not shown as protected, unless there are no
+            others: marks stand at words.
+    """
+    for is_protected, group in groupby(zip(pieces, protected, strict=True), key=lambda token: token[1]):
+        run = "".join(piece for piece, _ in group)
+        inside = (run.strip(around) or run) if is_protected else ""
+        before, _, after = run.partition(inside) if inside else (run, "", "")
+        for part, marked in ((before, False), (inside, True), (after, False)):
+            if part:
+                yield part, marked
+
+
+def with_marks(trace: Trace) -> list[str]:
+    """The completion in lines, neighbouring protected tokens between marks."""
+    parts = protected_runs(trace.pieces, trace.protected)
+    lines = [visible(line) for line in "".join(part.join(PROTECTED) if marked else part for part, marked in parts).split("\n")]
+    return [line + NEWLINE for line in lines[:-1]] + lines[-1:]
+
+
+def charts(trace: Trace, width: int) -> list[str]:
+    """Importance over position and what comes most often, in lines."""
+    lines = column_chart(trace.importance, width, 8, label="importance, log-prob in nats + lambda x attention", axis="token")
+    for length in RUN_LENGTHS:
+        what = "unprotected tokens" if length == 1 else f"runs of {length} tokens, protected or not"
+        found = trace.most_repeated(length, limit=8 if length == 1 else 5)
+        lines += ["", *bars(found, width, label=f"most repeated {what}, times")]
+    return lines
+
+
+def rewards_chart(traces: Sequence[Trace], width: int, height: int, marked: int | None = None) -> list[str]:
+    """Reward against length of traces that have a reward."""
+    points: list[tuple[float, float]] = [(len(trace.token_ids), trace.reward or 0.0) for trace in traces]
+    return scatter(points, width, height, x="length, tokens", y="reward", marked=marked)
+
+
+def token_facts(trace: Trace, token: int) -> list[str]:
+    """What is known of a token, in lines."""
+    times = trace.scores.counts[trace.token_ids[token]]
+    share = f" ({100 * times / trace.scores.unprotected:.1f} %)" if trace.scores.unprotected else ""
+    return [
+        f"token {token + 1:,} of {len(trace.token_ids):,}: {quoted(trace.pieces[token])}, id {trace.token_ids[token]}, "
+        + ("protected" if trace.protected[token] else "not protected"),
+        f"log-prob {trace.logprobs[token]:.3f} nats · incoming attention {trace.incoming[token]:.6f} · "
+        f"importance {trace.importance[token]:.3f}",
+        f"occurs {times:,} times among the {trace.scores.unprotected:,} unprotected tokens{share}",
+    ]
