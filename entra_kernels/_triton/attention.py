@@ -42,6 +42,7 @@ from .primitives import (
     probabilities,
     products,
     read_piece,
+    read_span,
     read_tile,
     scan_keys,
     score_factors,
@@ -62,10 +63,10 @@ def _row_lse_kernel(
     walks over the keys that they see."""
     shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED)
     scoring = Scoring(scale, softcap, window)
-    entry = read_tile(tiles, tl.program_id(0) // heads, spans)
+    entry = read_tile(tiles, tl.program_id(0) // heads)
     head = (tl.program_id(0) % heads).to(tl.int64)
-    start = entry.start.to(tl.int64)
-    tokens = entry.tokens
+    start, tokens = read_span(spans, entry.sequence)
+    start = start.to(tl.int64)
     if entry.listed == 0:
         return
     # The table lists tiles of keys, longest walk first; the tile of queries with the same walk is its mirror image.
@@ -157,16 +158,17 @@ def _column_sum_kernel(
     """
     shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, False)
     scoring = Scoring(scale, softcap, window)
-    piece = read_piece(pieces, (tl.program_id(0) // kv_heads).to(tl.int64), spans)
+    piece = read_piece(pieces, (tl.program_id(0) // kv_heads).to(tl.int64))
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     first, stop = walk(piece)
-    start = piece.start.to(tl.int64)
+    start, tokens = read_span(spans, piece.sequence)
+    start = start.to(tl.int64)
     if piece.listed == 0:
         return
     begin = (piece.listed - 1) * RESIDENT
     batch = 0 if PACKED else piece.sequence.to(tl.int64)
     k_first = k + batch * k_stride_batch + kv_head * k_stride_head + (start + begin) * k_stride
-    keys = Tile(k_first, k_stride, k_stride_dim, piece.tokens - begin)
+    keys = Tile(k_first, k_stride, k_stride_dim, tokens - begin)
     key = begin + tl.arange(0, RESIDENT)
     loaded = load_tile(keys, 0, shape, RESIDENT)  # [key, dim]
 
@@ -187,7 +189,7 @@ def _column_sum_kernel(
         partial_out += tl.program_id(0).to(tl.int64) * group * RESIDENT
     sums = tl.zeros((RESIDENT,), tl.float32)
     for _ in tl.range(0, group, disable_licm=True):  # hoisting out of it spills
-        queries = Tile(q_head, q_stride, q_stride_dim, piece.tokens)
+        queries = Tile(q_head, q_stride, q_stride_dim, tokens)
         sums = _scan_queries(sums, loaded, keys, queries, lse, weights, key, first, diagonal_end, scoring, shape, True)
         if AHEAD:
             sums = _scan_queries_ahead(
@@ -218,13 +220,14 @@ def _lay_out_kernel(
     """values [B, lines, N] times `factor`, in float32, as [lines, slots, RESIDENT]: each sequence begins at its first tile and
     fills its last one up with `outside`. So the column pass reads whole aligned vectors, without masks or strides. A line is
     one head's values, or those of all heads."""
-    entry = read_tile(tiles, tl.program_id(0) // lines, spans)
+    entry = read_tile(tiles, tl.program_id(0) // lines)
     line = (tl.program_id(0) % lines).to(tl.int64)
-    start = entry.start.to(tl.int64)
+    start, tokens = read_span(spans, entry.sequence)
+    start = start.to(tl.int64)
     if entry.listed == 0:
         return
     token = (entry.listed - 1) * RESIDENT + tl.arange(0, RESIDENT)
-    inside = token < entry.tokens
+    inside = token < tokens
     batch = 0 if PACKED else entry.sequence.to(tl.int64)
     address = values + batch * stride_batch + line * stride_line + (start + token) * stride
     value = tl.load(address, mask=inside, other=0.0).to(tl.float32) * factor
@@ -237,11 +240,11 @@ def _add_kernel(
     RESIDENT: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """out [B, lines, N]: a tile's pieces, and kv heads unless PER_HEAD, added in ascending order and divided."""
-    entry = read_tile(tiles, tl.program_id(0) // lines, spans)
+    entry = read_tile(tiles, tl.program_id(0) // lines)
     line = (tl.program_id(0) % lines).to(tl.int64)
     slot = of_slot + 2 * (first_slot(entry) + entry.listed - 1)
-    start = entry.start.to(tl.int64)
-    tokens = entry.tokens
+    start, tokens = read_span(spans, entry.sequence)
+    start = start.to(tl.int64)
     if entry.listed == 0:
         return
     first = tl.load(slot).to(tl.int64)

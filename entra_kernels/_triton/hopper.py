@@ -30,7 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..reference import AttentionOptions
 from .launch import FUSED, Ring
 from .plan import Plan
-from .primitives import LOWEST, first_slot, negative_log_sum, read_piece, read_tile, score_factors, walk
+from .primitives import LOWEST, first_slot, negative_log_sum, read_piece, read_span, read_tile, score_factors, walk
 
 RESIDENT = 256
 PART = gl.constexpr(64)
@@ -274,32 +274,33 @@ def _column_sum_kernel(
     """Sums over one piece of the queries, [entries, Hkv, 256], or per query head, [entries, H, 256]."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STREAMED, 16])
     shape: gl.constexpr = Shape(STREAMED, STAGES, IN_REGISTERS, mma)
-    piece = read_piece(pieces, (gl.program_id(0) // kv_heads).to(gl.int64), spans)
+    piece = read_piece(pieces, (gl.program_id(0) // kv_heads).to(gl.int64))
     kv_head = gl.program_id(0) % kv_heads
     begin = gl.maximum(piece.listed - 1, 0) * 256  # a surplus entry is all zeros: then first = stop = 0
     slot = first_slot(piece)
     first, stop = walk(piece)
+    start, tokens = read_span(spans, piece.sequence)
     batch = piece.sequence
     if PACKED:
         batch = 0
-    k_row = batch * k_row_batch + kv_head * k_row_head + piece.start + begin
+    k_row = batch * k_row_batch + kv_head * k_row_head + start + begin
     keys, ring, filled, free = _set_up(k_desc, q_desc, k_row, kv_head * k_column_head, HEAD_DIM, STREAMED, STAGES)
     lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, STREAMED], lse_desc.layout)
     stream = Stream(ring, lse_ring, filled, free)
 
     diagonal_end = gl.minimum(gl.maximum((begin + 256) // STREAMED, first), stop)
-    full_end = gl.maximum(gl.minimum(piece.tokens // STREAMED, stop), diagonal_end)
+    full_end = gl.maximum(gl.minimum(tokens // STREAMED, stop), diagonal_end)
     tiles = Walk(first, diagonal_end, full_end, stop)
     head = kv_head * group
-    q_row = batch * q_row_batch + head * q_row_head + piece.start
+    q_row = batch * q_row_batch + head * q_row_head + start
     lse_row = (head * slots + slot) * (256 // STREAMED)
     path = Path(q_row, q_row_head, head * q_column_head, q_column_head, lse_row, slots * (256 // STREAMED))
     out = partial_out + gl.program_id(0).to(gl.int64) * 256 * (group if PER_HEAD else 1)
     gl.warp_specialize(
         [
-            (_sum_columns, (Parts(keys.index(0), keys.index(1)), stream, out, begin, tiles, piece.tokens, scale, group, shape,
+            (_sum_columns, (Parts(keys.index(0), keys.index(1)), stream, out, begin, tiles, tokens, scale, group, shape,
                             PER_HEAD, 0)),
-            (_sum_columns, (Parts(keys.index(2), keys.index(3)), stream, out, begin, tiles, piece.tokens, scale, group, shape,
+            (_sum_columns, (Parts(keys.index(2), keys.index(3)), stream, out, begin, tiles, tokens, scale, group, shape,
                             PER_HEAD, 1)),
             (_copy_tiles, (q_desc, lse_desc, stream, path, group, first, stop, shape, True)),
         ],
@@ -389,10 +390,10 @@ def _row_lse_kernel(
     """The log-sum-exp of every query, negative and in log2 units, laid out by tiles, [H, slots, 256]."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STREAMED, 16])
     shape: gl.constexpr = Shape(STREAMED, STAGES, IN_REGISTERS, mma)
-    entry = read_tile(tiles, gl.program_id(0) // heads, spans)
+    entry = read_tile(tiles, gl.program_id(0) // heads)
     head = gl.program_id(0) % heads
-    tokens = entry.tokens
     slot = first_slot(entry)
+    start, tokens = read_span(spans, entry.sequence)
     # The table lists tiles of keys, longest walk first; the tile of queries with the same walk is its mirror image.
     begin = ((tokens + 255) // 256 - entry.listed) * 256
     stop = (gl.minimum(begin + 256, tokens) + STREAMED - 1) // STREAMED
@@ -403,12 +404,12 @@ def _row_lse_kernel(
     if PACKED:
         batch = 0
     kv_head = head // group
-    q_row = batch * q_row_batch + head * q_row_head + entry.start + begin
+    q_row = batch * q_row_batch + head * q_row_head + start + begin
     queries, ring, filled, free = _set_up(q_desc, k_desc, q_row, head * q_column_head, HEAD_DIM, STREAMED, STAGES)
     stream = Stream(ring, ring, filled, free)
 
     diagonal = gl.minimum(begin // STREAMED, stop)
-    k_row = batch * k_row_batch + kv_head * k_row_head + entry.start
+    k_row = batch * k_row_batch + kv_head * k_row_head + start
     path = Path(k_row, 0, kv_head * k_column_head, 0, 0, 0)
     out = negative_lse + (head.to(gl.int64) * slots + slot) * 256
     given = Sinks(sinks, sinks_stride)

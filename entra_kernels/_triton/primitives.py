@@ -59,16 +59,12 @@ class Scoring(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An entry of the table of tiles or of pieces (`plan.py`), and where its sequence lies."""
+    """An entry of the table of tiles or of pieces (`plan.py`)."""
 
     address: tl.tensor
     listed: tl.tensor
     """Tile + 1, or 0 for a surplus entry."""
     sequence: tl.tensor
-    start: tl.tensor
-    """The sequence's first token."""
-    tokens: tl.tensor
-    """The sequence's number of tokens."""
 
 
 def score_factors(options: AttentionOptions) -> tuple[float, float]:
@@ -79,29 +75,17 @@ def score_factors(options: AttentionOptions) -> tuple[float, float]:
 
 
 @triton.jit
-def read_span(spans, sequence):
-    """First token of a sequence, and its number of tokens."""
-    return tl.load(spans + 2 * sequence), tl.load(spans + 2 * sequence + 1)
-
-
-@triton.jit
-def _read_entry(address, spans):
-    listed = tl.load(address)
-    sequence = tl.load(address + 1)
-    start, tokens = read_span(spans, sequence)
-    return Entry(address, listed, sequence, start, tokens)
-
-
-@triton.jit
-def read_tile(tiles, index, spans):
+def read_tile(tiles, index):
     """Entry `index` of the table of tiles."""
-    return _read_entry(tiles + TILE_FIELDS * index, spans)
+    address = tiles + TILE_FIELDS * index
+    return Entry(address, tl.load(address), tl.load(address + 1))
 
 
 @triton.jit
-def read_piece(pieces, index, spans):
+def read_piece(pieces, index):
     """Entry `index` of the table of pieces."""
-    return _read_entry(pieces + PIECE_FIELDS * index, spans)
+    address = pieces + PIECE_FIELDS * index
+    return Entry(address, tl.load(address), tl.load(address + 1))
 
 
 @triton.jit
@@ -114,6 +98,12 @@ def first_slot(entry):
 def walk(piece):
     """First and end of a piece's streamed tiles of queries."""
     return tl.load(piece.address + 3), tl.load(piece.address + 4)
+
+
+@triton.jit
+def read_span(spans, sequence):
+    """First token of a sequence, and its number of tokens."""
+    return tl.load(spans + 2 * sequence), tl.load(spans + 2 * sequence + 1)
 
 
 @triton.jit

@@ -55,10 +55,11 @@ def _sampled_lse_kernel(
     block = blocks - 1 - program // heads % blocks
     sequence = (program // heads // blocks).to(tl.int64)
     start, tokens = read_span(spans, sequence)
+    start = start.to(tl.int64)
     entry = block * RESIDENT + tl.arange(0, RESIDENT)
     query = tl.load(rows + sequence * sampled + entry)  # -1: none, sees nothing
     batch = 0 if PACKED else sequence
-    k_first = k + batch * k_stride_batch + head // group * k_stride_head + start.to(tl.int64) * k_stride
+    k_first = k + batch * k_stride_batch + head // group * k_stride_head + start * k_stride
     keys = Tile(k_first, k_stride, k_stride_dim, tokens)
     q_first = q + ((sequence * sampled + block * RESIDENT) * heads + head) * HEAD_DIM
     queries = Tile(q_first, heads * HEAD_DIM, 1, RESIDENT)
@@ -93,10 +94,10 @@ def _sampled_columns_kernel(
     [S, sampled / 2] the variance's coefficients."""
     shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, False)
     scoring = Scoring(scale, softcap, window)
-    tile = read_tile(tiles, tl.program_id(0), spans)
+    tile = read_tile(tiles, tl.program_id(0))
     sequence = tile.sequence.to(tl.int64)
-    start = tile.start.to(tl.int64)
-    tokens = tile.tokens
+    start, tokens = read_span(spans, sequence)
+    start = start.to(tl.int64)
     if tile.listed == 0:
         return
     begin = (tile.listed - 1) * RESIDENT
