@@ -104,8 +104,8 @@ def incoming_attention(
 
     There are two layouts. Neither is copied, and strides may be any:
 
-    - padded: q [B, H, N, D] and k [B, Hkv, N, D]. The tokens of batch element b are start[b] ... start[b] + length[b] - 1, which
-      describes left and right padding. Everything outside gets 0 and influences nothing.
+    - padded: q [B, H, N, D] and k [B, Hkv, N, D]. The tokens of batch element b are start[b] ... start[b] + length[b] - 1,
+      which describes left and right padding. Everything outside gets 0 and influences nothing.
     - packed: q [T, H, D], k [T, Hkv, D] and cu_seqlens [S + 1], as for FlashAttention's varlen functions.
 
     Args:
@@ -114,8 +114,8 @@ def incoming_attention(
         start: int [B], padded layout only. None: 0.
         length: int [B], padded layout only. None: up to the last token.
         cu_seqlens: int [S + 1], packed layout only: 0, then the running sums of the sequence lengths. On a CPU, sequences that
-            leave their tokens and a cu_seqlens that falls are errors. On a GPU a look would wait for the device, so sequences are
-            clamped to the tokens; those that then overlap may count as empty.
+            leave their tokens and a cu_seqlens that falls are errors. On a GPU a look would wait for the device, so sequences
+            are clamped to the tokens; those that then overlap may count as empty.
         scale: factor on q @ k.T. None: D ** -0.5.
         sliding_window: W >= 1, in tokens, the query itself counted. None: full attention.
         softcap: c > 0 (1e-30 to 1e30) turns each scaled score s into c * tanh(s / c). None or 0: no softcap.
