@@ -268,7 +268,7 @@ SUBSET = Selection(
     names=re.compile(
         r"bf16 attention (row_lse|column_sum) d=128$"
         r"|sm_90 bf16 attention (row_lse|column_sum) d=(64|80|256)$"
-        r"|sm_90 bf16 attention (row_lse|column_sum|lay_out|add) d=128"
+        r"|sm_90 bf16 attention ((row_lse|column_sum) d=128|lay_out|add)"
         r"|sm_90 fp32 attention (row_lse|column_sum) d=128 window softcap"
         r"|fp32 attention column_sum d=16$"
         r"|(sm_86|gfx942) bf16 attention column_sum d=512$"
@@ -276,7 +276,7 @@ SUBSET = Selection(
         r"|sm_90 \w+ sampled .* d=(64|128)"
         r"|(sm_80|sm_100|gfx942) bf16 sampled .* d=128$"
         r"|sm_90 \w+ logprobs|bf16 logprobs head$"
-        r"|(sm_90|gfx942) \w+ (plan .* d=128|redundancy)"
+        r"|(sm_90|gfx942) \w+ (plan .* d=(64|128)|redundancy)"
     ),
     calls=re.compile(
         r"bf16 (d=128)?$|fp32 d=16$|sm_90 bf16 d=(64|80|256)$|(sm_86|gfx942) bf16 d=512$"
