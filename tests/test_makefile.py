@@ -37,5 +37,5 @@ def test_an_environment_of_other_versions_is_removed_when_its_tests_fail(make, t
 def test_environments_of_other_versions_are_made_one_after_the_other_from_the_index_that_is_named(make, tmp_path):
     make("-j3", "-k", "test-versions", "TORCH_INDEX=https://index.example")
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert [call.split()[1] for call in calls] == ["venv", "pip", "pip", "pip", "pytest"] * 3
+    assert [call.split()[1] for call in calls] == ["venv", "pip", "pip", "pip", "pip", "pytest"] * 3
     assert sum("--extra-index-url https://index.example" in call for call in calls) == 3
