@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TextIO
 
 from entra.view.visible import visible
@@ -49,3 +49,16 @@ def refuse(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
     known = [name for action in parser._actions for name in action.option_strings]
     nearest = difflib.get_close_matches(wrong, known, n=1) if wrong.startswith("-") else []
     parser.error(f"unknown argument {wrong}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help"))
+
+
+def exit_code(name: str, run: Callable[[argparse.Namespace], object], options: argparse.Namespace) -> int:
+    """Run a command and return its exit code: 0 finished, a `CommandError`'s own after its line, 130 after Ctrl-C."""
+    try:
+        run(options)
+    except CommandError as error:
+        say(f"{name}: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("", f"{name}: interrupted")
+        return 130
+    return 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.experiments import EXPERIMENTS, results
-from entra.commands import CommandError, Parser, one_line, refuse, say
+from entra.commands import CommandError, Parser, exit_code, one_line, refuse, say
 from entra.rows import read_rows, survey
 
 
@@ -36,15 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         refuse(unknown, names.choices[options.experiment])
-    try:
-        run(options)
-    except CommandError as error:
-        say(f"{options.experiment}: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        say("", f"{options.experiment}: interrupted")
-        return 130
-    return 0
+    return exit_code(options.experiment, run, options)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import entra
-from entra.commands import CommandError, Parser, one_line, refuse, say
+from entra.commands import CommandError, Parser, exit_code, one_line, refuse, say
 from entra.name_clash import REMEDY, name_clash
 
 __all__ = ["CommandError", "Parser", "main", "one_line", "refuse", "say"]
@@ -53,12 +53,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.rest = unknown  # for TRL's parser, which takes seconds to load
     elif unknown and options.command != "experiment":  # which says where it went, whatever comes after it
         refuse(unknown, parsers[options.command])
-    try:
-        options.run(options)
-    except CommandError as error:
-        say(f"entra {options.command}: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        say("", f"entra {options.command}: interrupted")
-        return 130
-    return 0
+    return exit_code(f"entra {options.command}", options.run, options)
