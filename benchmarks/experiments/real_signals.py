@@ -1,0 +1,178 @@
+"""What one model says of every token of a real trace: log P, and what each token receives from later ones, in several ways.
+
+One forward gives everything but the gradient: an attention function of ours computes the layer's output by SDPA, as the model
+would have, and besides, a block of queries at a time, the column sums of the probabilities. The gradient takes one backward.
+
+Decisions taken here:
+
+- N tokens of prompt and completion; results are for the n completion tokens. Later queries are those with j > i.
+- *mu* is the last layer's mean over heads and over the N - i later queries, as `entra.score_batch` computes it; `measure` checks
+  that they agree. *mu_all* is the mean of the same over all layers.
+- *mu_far* leaves out the nearest `NEAREST` later queries. It is 0 where no others are left.
+- *value* weighs each head's attention by the norm of the value that it fetches.
+- *gradient* is the derivative of the completion's log-likelihood by a gate on key i, in all layers and heads at once: the gate's
+  logarithm is added to every score of that key. The token's own query sees the gate too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AttentionInterface
+
+NEAREST = 32
+"""Later queries that `mu_far` leaves out."""
+_BLOCK = 256  # queries at a time
+_NAME = "entra_real_traces"
+
+
+class Signals(NamedTuple):
+    """Of the n tokens of a completion; float64 [n] each."""
+
+    logprobs: NDArray[np.float64]
+    """log P(x_i | x_<i), natural log."""
+    mean: NDArray[np.float64]
+    """mu."""
+    lift: NDArray[np.float64]
+    """mu with each query's attention as a multiple of its uniform share."""
+    mean_all: NDArray[np.float64]
+    """mu, the mean of all layers; all NaN where it was not asked for."""
+    far: NDArray[np.float64]
+    """mu without the nearest `NEAREST` queries."""
+    value: NDArray[np.float64]
+    """Attention times the norm of the value, the mean over heads and later queries."""
+    gradient: NDArray[np.float64]
+    """Of the completion's log-likelihood by the logarithm of a gate on key i, in nats; all NaN where it was not asked for."""
+
+
+class _Columns(NamedTuple):
+    """Sums over later queries of one layer's probabilities, the mean over heads: float32 [N] each."""
+
+    total: Tensor
+    lifted: Tensor
+    far: Tensor
+    value: Tensor
+
+
+def signals(
+    model: Any, prompt_ids: list[int], token_ids: list[int], *, all_layers: bool = False, gradient: bool = False
+) -> Signals:
+    """One forward, and with `gradient` one backward, over prompt and completion.
+
+    Args:
+        model: a transformers causal LM in eval mode and float32 whose layers all attend to every earlier token.
+        prompt_ids: at least one token.
+        token_ids: of the completion, at least one.
+        all_layers: whether to look at more than the last one.
+        gradient: whether to compute it. Each of the two about doubles the time.
+    """
+    ids = torch.tensor([prompt_ids + token_ids], device=model.device)
+    tokens = ids.shape[1]
+    with _attention(model, all_layers=all_layers) as layers, torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(token_ids) + 1).logits[0, :-1]
+    logprobs = logits.log_softmax(-1).gather(1, ids[0, -len(token_ids) :, None])[:, 0]
+    later = torch.arange(tokens - 1, -1, -1.0)
+    far = (later - NEAREST).clamp(min=0)
+    last, absent = layers[-1], torch.full((tokens,), torch.nan)
+    columns = (
+        logprobs,
+        last.total / later.clamp(min=1),
+        last.lifted / later.clamp(min=1),
+        torch.stack([layer.total for layer in layers]).mean(0) / later.clamp(min=1) if all_layers else absent,
+        last.far / far.clamp(min=1),
+        last.value / later.clamp(min=1),
+        _gradient(model, ids, len(token_ids)) if gradient else absent,
+    )
+    return Signals(*(column[-len(token_ids) :].double().numpy() for column in columns))
+
+
+@contextlib.contextmanager
+def _attention(model: Any, gate: Tensor | None = None, *, all_layers: bool = False) -> Iterator[list[_Columns]]:
+    """Inside, the last layer (or all) leaves its column sums in the list; a `gate` [N] is added to each key's scores instead."""
+    found: list[_Columns] = []
+    last = model.config.num_hidden_layers - 1
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
+        if mask is not None or query.shape[0] > 1:
+            raise ValueError("one unpadded row under a causal mask is all that is measured here")
+        group = query.shape[1] // key.shape[1]
+        keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        if gate is None:
+            if all_layers or module.layer_idx == last:
+                found.append(_columns(query[0] * scaling, keys[0], values[0]))
+        else:  # one more dimension: the gate beside each key, 1 beside each query; then zeros to a multiple of 8
+            ones = torch.ones_like(query[..., :1]) / scaling
+            column = gate[None, None, :, None].expand(*keys.shape[:3], 1)
+            query, keys = (torch.nn.functional.pad(torch.cat(pair, -1), (0, 7)) for pair in ((query, ones), (keys, column)))
+            values = torch.nn.functional.pad(values, (0, 8))
+        output = torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
+        return output[..., : value.shape[-1]].transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(_NAME, attend)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    try:
+        yield found
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _columns(query: Tensor, key: Tensor, value: Tensor) -> _Columns:
+    """Column sums of one layer, [H, N, D] each; the query is scaled already."""
+    tokens = key.shape[1]
+    total, lifted, far, weighted = (torch.zeros(tokens) for _ in range(4))
+    norms = value.norm(dim=-1)
+    keys = torch.arange(tokens)
+    for start in range(0, tokens, _BLOCK):
+        end = min(start + _BLOCK, tokens)
+        queries = torch.arange(start, end)[:, None]
+        scores = query[:, start:end] @ key[:, :end].transpose(1, 2)
+        rest = keys[None, :end]
+        scores.masked_fill_(rest > queries, -torch.inf)
+        probabilities = scores.softmax(-1).masked_fill_(rest >= queries, 0.0)
+        mean = probabilities.mean(0)
+        total[:end] += mean.sum(0)
+        lifted[:end] += (mean * (queries + 1)).sum(0)
+        far[:end] += (mean * (queries - rest > NEAREST)).sum(0)
+        weighted[:end] += (probabilities.sum(1) * norms[:, :end]).mean(0)
+    return _Columns(total, lifted, far, weighted)
+
+
+def _gradient(model: Any, ids: Tensor, count: int) -> Tensor:
+    """Of the log-likelihood of the last `count` tokens by the gate on each key; float32 [N]."""
+    gate = torch.zeros(ids.shape[1], requires_grad=True)
+    with _attention(model, gate):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -count - 1 : -1]
+        # The logits of a long trace are larger than everything else together: a piece of them at a time.
+        leaf = hidden.detach().requires_grad_()
+        for piece, targets in zip(leaf.split(512), ids[0, -count:].split(512), strict=True):
+            (-torch.nn.functional.cross_entropy(model.lm_head(piece), targets, reduction="sum")).backward()
+        hidden.backward(leaf.grad)
+    assert gate.grad is not None
+    return gate.grad
+
+
+def cached(
+    folder: Path, name: str, model: Any, prompt_ids: list[int], token_ids: list[int], *, all_layers: bool = False, gradient: bool = False
+) -> Signals:
+    """`signals`, kept in `folder` under a hash of the model's name and the tokens, so that a run that was stopped goes on."""
+    asked = json.dumps([name, prompt_ids, token_ids, all_layers, gradient, NEAREST])
+    path = folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.npz"
+    if path.is_file():
+        with np.load(path) as stored:
+            return Signals(**{field: stored[field] for field in Signals._fields})
+    found = signals(model, prompt_ids, token_ids, all_layers=all_layers, gradient=gradient)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, **found._asdict())
+    partial.rename(path)
+    return found
