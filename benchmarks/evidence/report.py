@@ -172,15 +172,15 @@ def _sections(arms: dict[str, Pooled], fresh: list[str]) -> list[str]:
         "",
         "## Seed by seed",
         "",
-        "Accuracy in % / mean tokens. The seconds are the training and the evaluation of one run with one thread. The machine had "
-        "other work at times.",
+        "Accuracy in % / mean tokens. The seconds are the training and the evaluation of one run with one thread. The machine "
+        "had other work at times.",
         "",
         *_by_seed(arms),
         "",
         "## The reward during training",
         "",
         "This is about the weighted sum of an arm's rewards, as means of the first and of the last ten steps. Spread: the "
-        "standard deviation within a prompt's completions, which group-scaled advantages divide by. Correlation: with the length.",
+        "standard deviation within a prompt's completions, which group-scaled advantages divide by. Correlation: with length.",
         "",
         *_training(arms),
         "",
