@@ -9,8 +9,8 @@ Fused attention keeps the log-sum-exp of every query for its backward. transform
   every probability by 2 %: only an unrounded one is taken. It must not run inside a dispatch mode, which turns torch.compile
   off.
 
-What is taken must be the log-sum-exp of exactly the scores that are asked for, as far as can be told without waiting for the
-device: the same q and k in memory, causal, the same scale, window and softcap, and no other argument that is set. Otherwise
+It must be the log-sum-exp of exactly the scores that are asked for, as far as can be told without waiting for the device. That
+means: the same q and k in memory, causal, the same scale, window and softcap, and no other argument that is set. Otherwise
 there is none, and the caller computes its own.
 """
 

@@ -14,8 +14,8 @@ Decisions taken here:
 - What would make a result wrong is looked at on the device and reported when the result is read, so that no forward waits.
 - Scale, window, softcap and sinks are those that the attention call receives, head sizes those of its tensors. The
   config decides only which layer is scored.
-- Attention runs first, because where it computes the log-sum-exp of these scores anyway, the reduction takes it and the
-  Triton kernels need one pass over them instead of two (`entra/attention_lse.py`).
+- Attention runs first. Where it computes the log-sum-exp of these scores anyway, the reduction takes it, and the Triton kernels
+  need one pass over them instead of two (`entra/attention_lse.py`).
 - The name that is registered ends in the original one (`entra_capture|flash_attention_2`), because models ask whether
   "flash" is in the name before they pad v (MLA).
 """

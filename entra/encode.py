@@ -206,8 +206,8 @@ def as_ids(value: Any) -> list[int] | None:
 
 
 def prompt_value(prompt: Any) -> Hashable:
-    """What two prompts have in common when they are the same: equal for lists, tuples, arrays and tensors of the same ids, and
-    for messages with the same keys and contents, in whatever order the keys stand."""
+    """A key that is equal for equal prompts. Lists, tuples, arrays and tensors of the same ids are equal. Messages are equal
+    when they have the same keys and contents, in whatever order the keys stand."""
     prompt = _as_list(prompt)
     if isinstance(prompt, str | bytes):
         return prompt

@@ -1,11 +1,11 @@
 """One forward of the policy that yields log-probabilities and incoming attention of chosen tokens, and no logits.
 
-A hook on the language-model head takes the hidden states on their way in, turns those of the wanted positions into
-log-probabilities in chunks, and lets only a few positions through. So the model computes logits of those instead of
-[B, N, vocabulary], whatever its class, and the work happens while the head's weight is whole (FSDP2 and ZeRO-3 gather it only
-for the head's own forward). What the model does to its logits after the head (scaling, softcap) is read from its config. The
-model goes on with what the head yields in float32, whatever its own precision, and must return exactly that with the known
-transform: so an unknown one is an error and never a silently wrong number.
+A hook on the language-model head takes the hidden states on their way in. It turns those of the wanted positions into
+log-probabilities, in chunks, and lets only a few positions through. So the model computes logits of those instead of
+[B, N, vocabulary], whatever its class. The work happens while the head's weight is whole: FSDP2 and ZeRO-3 gather it only for
+the head's forward. What the model does to its logits after the head (scaling, softcap) is read from its config. The
+model goes on with what the head yields in float32, whatever the model's precision. It must return exactly that with the known
+transform. So an unknown transform is an error and never a silently wrong number.
 
 Rows are padded on the right and run without an attention mask, which is exact for causal models: no token sees a later one.
 Rows whose RoPE would change with a longer one beside them (`entra/rope.py`) do not share its forward.
@@ -99,7 +99,7 @@ def token_signals(
 
     Returns:
         One `TokenSignals` per row, on the model's device, not dependent on how the rows were split into forwards. Where ranks
-        hold parts of the model, every rank must call this the same number of times, with as many rows as it likes: ranks with
+        hold parts of the model, every rank must call this the same number of times, with as many rows as it likes. Ranks with
         fewer forwards run empty ones until all have run the same number.
 
     Raises:
@@ -179,8 +179,8 @@ def _register_head(model: Any) -> None:
 
 
 def _micro_batches(lengths: Sequence[int], token_budget: int, groups: RopeGroups) -> list[list[int]]:
-    """Indices of the rows that are not empty, longest first, so that the padded tokens of a batch stay within the budget (one
-    row always fits) and its rows have the same RoPE as alone."""
+    """Indices of the rows that are not empty, in batches, longest first. The padded tokens of a batch stay within the budget
+    (one row always fits), and its rows have the same RoPE as alone."""
     batches: list[list[int]] = []
     for r in sorted((r for r, length in enumerate(lengths) if length), key=lambda r: -lengths[r]):
         longest = lengths[batches[-1][0]] if batches else 0

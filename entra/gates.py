@@ -2,7 +2,7 @@
 
 `EntraReward` asks through `called_once`; ENTRA's trainers open a batch around their reward functions and ask through it too
 for those that are gates as well. An asynchronous gate is awaited where TRL awaits asynchronous rewards: on the trainer's event
-loop, so that a client that it keeps open stays on one loop; without one, on a loop of ours.
+loop. So a client that it keeps open stays on one loop. Without a trainer's loop the gate gets one of ours.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ def _last_text(completion: Any) -> str:
 def exact_match(completion: str, answer: str) -> bool:
     r"""`normalised(extract_answer(completion)) == normalised(answer)`.
 
-    Normalised is without case, white space but for single spaces between words, `$`, `\text{}` and the like, and a full stop at
-    the end; numbers are compared as numbers: 1,000.0 is 1000. Nothing given is never right.
+    Normalising removes case, `$`, `\text{}` and the like, a full stop at the end, and white space but for single spaces between
+    words. Numbers are compared as numbers: 1,000.0 is 1000. Nothing given is never right.
     """
     given = _normalised(extract_answer(completion))
     return given != "" and given == _normalised(answer)

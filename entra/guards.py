@@ -100,8 +100,8 @@ class Guards:
             has_gate: whether there is a gate, for the shares.
 
         Returns:
-            One reward per completion, None where it is not scored; and by guard that is on the share of the scored completions
-            that it stops, whatever the others do (the dead band: that it levels).
+            One reward per completion, None where it is not scored. And for each guard that is on, the share of the scored
+            completions that it stops (the dead band: that it levels), whatever the others do.
         """
         groups = [one.group for one in judged]
         values = [one.score for one in judged]

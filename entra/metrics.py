@@ -83,8 +83,8 @@ def effective_size(shares: Sequence[float], answers: int) -> float:
     """`p (1 - p) / (variance of the shares / problems)`: how many independent answers tell as much about p as these.
 
     The answers to one problem are alike, so several to a problem tell less than as many to different ones. Between 0 and
-    `answers`; the number of problems when there is one answer to each, and also when all answers are right or all wrong,
-    where nothing tells how alike they are.
+    `answers`. It is the number of problems when there is one answer to each. It is so, too, when all answers are right or all
+    are wrong, because then nothing tells how alike they are.
 
     Args:
         shares: of right answers to each problem, in [0, 1]; p is their mean.
@@ -159,8 +159,8 @@ def compression_effectiveness(
     """`min(1, accuracy / base_accuracy) - tokens / base_tokens`: the length reduction less the share of accuracy lost for it.
 
     Our formula; the paper's was not available. At most 1, without a lower bound. It is the length reduction where no
-    accuracy is lost; 0 for the base itself, and also for a base that leaves any share of the problems blank and answers
-    the others as before: above 0 is shorter than that. It falls strictly with the tokens, rises with the accuracy up to the
+    accuracy is lost. It is 0 for the base itself, and for a base that leaves any share of the problems blank and answers the
+    others as before. Above 0 is shorter than that. It falls strictly with the tokens, rises with the accuracy up to the
     base's, and counts nothing beyond, which is not compression (the accuracy stands beside it). Where the base has nothing
     right, nothing can be lost: the share kept is 1.
 
@@ -204,9 +204,9 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 def resampled_ratio(parts: ArrayLike, *, draws: int = 2000, seed: int = 0) -> Interval:
     """`sum(a) / sum(b)` over groups (a, b), with the interval of `paired_bootstrap`, which draws whole groups.
 
-    For shares and means of things that are not independent, such as the tokens of a trace: one group for each problem, a the
-    sum over its tokens and b their number. With b = 1 it is the mean of a. A draw whose b sum to 0 says nothing and counts as
-    the ratio itself; so does a single group, whose interval is a point.
+    For shares and means of things that are not independent, such as the tokens of a trace. Then each problem is one group, a is
+    the sum over its tokens and b is their number. With b = 1 it is the mean of a. A draw whose b sum to 0 says nothing and
+    counts as the ratio itself; so does a single group, whose interval is a point.
 
     Args:
         parts: [groups, 2], b at least 0 and not all 0.

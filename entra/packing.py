@@ -6,8 +6,8 @@ What counts is what the attention function is going to do, not what the caller m
   so the diagonal below the main one tells, N entries of the N x N. transformers cuts a mask where `position_ids` start again,
   but only without `attention_mask` and without a cache, and not in every model (gpt-oss).
 - Flash attention has no such mask. Without one of pads it goes by `cu_seq_lens_q`, else, with a single row, by `position_ids`.
-- `position_ids` or `cu_seq_lens_q` that open a sequence which attention does not keep apart mean that the sequences see each
-  other: no score of such a forward is that of a sequence.
+- `position_ids` or `cu_seq_lens_q` may open a sequence that attention does not keep apart. Then the sequences see each other,
+  and no score of such a forward is that of a sequence.
 
 Everything stays on the device: values are looked at by who waits for them anyway.
 """

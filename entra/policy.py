@@ -78,8 +78,8 @@ def bound_rollout() -> Rollout | None:
 
 @contextmanager
 def _loaded_whole() -> Iterator[None]:
-    """Inside, a model loads whole: while a training under ZeRO-3 is set up or runs, transformers leaves on each rank a part of
-    every model that it loads, and those of a frozen scorer would never be put together."""
+    """Inside, a model loads whole. While a training under ZeRO-3 is set up or runs, transformers leaves on each rank a part of
+    every model that it loads. The parts of a frozen scorer would never be put together."""
     from transformers.integrations import deepspeed
 
     config = deepspeed._hf_deepspeed_config_weak_ref

@@ -2,9 +2,9 @@
 
 Decisions taken here:
 
-- A row carries the whole reasoning-gym entry as JSON, because scorers look at the question and the metadata, whose structure
-  differs from task to task and fits no common Arrow type. A task whose scorer does not accept its own answer after that (tuples
-  become lists) is refused when the dataset is made.
+- A row carries the whole reasoning-gym entry as JSON, because scorers look at the question and the metadata. The structure of
+  the metadata differs from task to task and fits no common Arrow type. A task whose scorer does not accept its own answer after
+  that (tuples become lists) is refused when the dataset is made.
 - All problems of a dataset are different, so that a split of it has none on both sides. reasoning-gym draws problem i from
   `seed + i`: two datasets with neighbouring seeds would share most of theirs.
 - The instruction stands in the user's message: not every chat template knows a system role.

@@ -4,8 +4,8 @@ r alone can be gamed: five distinct tokens score 1, gibberish never repeats, and
 however small. Hence the options below; docs/method.md argues each.
 
 Under a trainer with several processes the rows of all of them are put together before groups are looked at, because a prompt's
-completions may be spread over ranks. Rows of one prompt, by its value, are one group: a reward function is told no more than
-that, so two rows of a dataset with the same prompt count as one.
+completions may be spread over ranks. Rows whose prompts are equal are one group: a reward function is told no more than that.
+So two rows of a dataset with the same prompt count as one.
 """
 
 from __future__ import annotations

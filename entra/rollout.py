@@ -2,8 +2,8 @@
 
 Decisions taken here:
 
-- A reward function gets text and completion ids from a trainer; prompts are taken as the ids that the trainer generated from,
-  so that no template or truncation can come out differently a second time.
+- A reward function gets text and completion ids from a trainer. Prompts are taken as the ids that the trainer generated from.
+  So no template or truncation can come out differently a second time.
 - Signals that a pass of the trainer yielded anyway are recorded; rows without any get a forward of their own when asked for.
   So do rows whose numbers the pass's padding changes (`entra/rope.py`): they are not those of the row alone.
 - Tokens that a tool wrote attend and are attended to, but they are not the policy's: they are neither ranked nor counted.

@@ -1,11 +1,11 @@
 """What of a batch reaches a row through its positions: which rows may share a forward, so that each is as it is alone.
 
 Most RoPE is a function of the position, and attention sees differences of positions only. LongRoPE takes its long factors for
-all rows once one is longer than `original_max_position_embeddings` (and PhiMoE another scale); dynamic NTK stretches its
+all rows once one is longer than `original_max_position_embeddings` (and PhiMoE another scale). Dynamic NTK stretches its
 frequencies to the longest row beyond `max_position_embeddings`, and keeps them for later forwards. The config names both.
 
-Pads before a row shift its positions. That changes nothing where attention sees differences only, but it does for learned
-positions, and for the few models that do more with a position than RoPE: they were found by running each causal model of
+Pads before a row shift its positions. That changes nothing where attention sees differences only. It does change learned
+positions, and the few models that do more with a position than RoPE. We found these by running each causal model of
 transformers 5.23 that can be built small, with and without pads. Before 5.15 recurrent layers (Qwen3-Next) read the
 pads of a row that is alone in its forward.
 """

@@ -5,8 +5,9 @@ Decisions taken here:
 - This file is also the program that the process runs. It imports nothing of entra, torch or transformers.
 - The process starts with an empty environment, isolated from the working directory, and stays for the next answer. It forks
   for every answer, so that none sees or changes another's score. Each fork is limited before it sees the answer: 10 seconds,
-  2 GiB, no bytes written to files, no further file, socket or process (what scorers need is loaded before); nobody's rights
-  where it would have root's; an empty file system and no network where the system lets it make namespaces or is root's.
+  2 GiB, no bytes written to files, no further file, socket or process. What scorers need is loaded before. Where it would have
+  root's rights it has nobody's. Where it is root or the system lets it make namespaces, it has an empty file system and no
+  network.
 - That limits what code can break. It is no sandbox: it runs on the same kernel, and where there are no namespaces it can still
   delete what its user may delete.
 """

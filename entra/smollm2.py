@@ -72,8 +72,8 @@ def _tokenizer(folder: Path) -> Any:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Inside, gguf remembers what it has parsed: transformers opens the file three times (config, weights, tokenizer), each
-    time with all its vocabulary, and makes the table of tensor names once per module.
+    """Inside, gguf remembers what it has parsed. Otherwise transformers opens the file three times (config, weights,
+    tokenizer), each time with all its vocabulary, and makes the table of tensor names once per module.
     """
     import gguf
 

@@ -4,15 +4,15 @@
 
 Decisions taken here:
 
-- A mixin overrides three methods and calls each of them: `_generate` keeps the token ids, `_get_per_token_logps_and_entropies`
-  lets the capture ride on the log-prob pass that TRL makes of the policy anyway, `_calculate_rewards` binds the policy while
+- A mixin overrides three methods and calls each of them. `_generate` keeps the token ids. `_get_per_token_logps_and_entropies`
+  lets the capture ride on the log-prob pass that TRL makes of the policy anyway. `_calculate_rewards` binds the policy while
   the reward functions run. No method of TRL's is copied; `tests/entra/test_trl_drift.py` says what is relied on.
 - TRL makes such a pass only when generation and optimisation steps are not aligned, or with vLLM and its importance sampling
-  correction. Otherwise, and wherever its numbers are not those of `score_batch` (a temperature other than 1, dropout, rows that
-  are masked out, an adapter switched off), scoring runs one more forward, without gradients.
+  correction. Otherwise scoring runs one more forward, without gradients. So it does where the numbers of TRL's pass are not
+  those of `score_batch`: a temperature other than 1, dropout, rows that are masked out, an adapter switched off.
 - A pass may run the model on the rows as they are padded, or packed one after the other into a single row. Which, is read from
   the token ids that reach the embedding; on anything else scores do not ride, so that none is taken for another row's.
-- That forward is made before the reward functions are called, on every rank alike: what a gate decides cannot make ranks of a
+- That forward runs before the reward functions are called, on every rank alike. So a gate's decision cannot make ranks of a
   sharded model run different numbers of forwards.
 """
 
@@ -206,9 +206,9 @@ class EntraGRPOTrainer(_LivePolicy, GRPOTrainer):
         verify_on_breach: what to do when that exceeds the error budget: "raise" a RuntimeError, or "warn".
 
     Raises:
-        ValueError: at construction: reward weights that are all zero, two rewards of one name, a tokenizer without EOS, a model
-            whose attention cannot be captured (prompt tuning too, because of its virtual tokens), FSDP1, an option out of its
-            range, nothing to verify.
+        ValueError: at construction: reward weights that are all zero, two rewards of one name, a tokenizer without EOS, FSDP1,
+            an option out of its range, nothing to verify. Also a model whose attention cannot be captured; prompt tuning makes
+            one, too, because of its virtual tokens.
         TypeError: an unknown keyword (the message says what takes it), a class instead of an instance.
         OSError: the weights of a frozen scorer cannot be loaded.
         RuntimeError: a model without a language-model head; while training, numbers beyond the error budget.

@@ -1,7 +1,7 @@
 """The operations as torch custom ops, so that torch.compile sees one opaque node instead of tracing a kernel launch.
 
 The public functions have checked shapes and dtypes by the time these run. What depends on values is checked here, on the CPU
-only: on a GPU that would wait for the device, so there spans are clamped to the memory they index instead.
+only. On a GPU that would wait for the device. There spans are clamped to the memory they index instead.
 
 Annotations are real types in this module (no `from __future__ import annotations`): torch infers the schemas of the other ops
 from them.
@@ -137,8 +137,8 @@ def _(logits, targets, temperature, backend):  # type: ignore[no-untyped-def]
 
 
 def _selected(hidden: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [M, C] and targets [M] of the positions `rows` [M], and which of these exist: those that do not are an error on
-    the CPU, elsewhere they read position 0. Only what is selected is copied, whatever the strides of hidden [..., C]."""
+    """hidden [M, C] and targets [M] of the positions `rows` [M], and which of these exist. Those that do not are an error on
+    the CPU; elsewhere they read position 0. Only what is selected is copied, whatever the strides of hidden [..., C]."""
     positions = targets.numel()
     outside = (rows < 0) | (rows >= positions)
     if rows.device.type == "cpu" and outside.any():

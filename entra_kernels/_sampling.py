@@ -2,8 +2,8 @@
 
 The last rows are taken as they are, because a key near the end is seen by few queries. The rows before them are cut into
 strata of neighbouring rows, and each stratum gives two, drawn without replacement: the fewest that tell the variance within
-it. The estimate of a sum over rows is Horvitz and Thompson's, each row by the inverse of its inclusion probability; two rows
-y, y' of a stratum of s rows add s (s - 2) / 4 (y - y')^2 to its estimated variance (Cochran, Sampling Techniques, ch. 5).
+it. The estimate of a sum over rows is Horvitz and Thompson's: each row counts by the inverse of its inclusion probability. Two
+rows y, y' of a stratum of s rows add s (s - 2) / 4 (y - y')^2 to its estimated variance (Cochran, Sampling Techniques, ch. 5).
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class SampledRows(NamedTuple):
 
 
 def draw(spans: Spans, sample_rows: int, seed: int, device: torch.device) -> SampledRows:
-    """`sample_rows` rows of each sequence, at most as many as the longest has (on a GPU, which is not asked, as many as a
-    batch element has): more would be memory for nothing. The draw depends on seed and length of the sequence alone."""
+    """`sample_rows` rows of each sequence, at most as many as the longest has; more would be memory for nothing. A GPU is not
+    asked for the lengths: there the limit is what a batch element has. The draw depends on seed and length of the sequence
+    alone."""
     sample_rows = min(sample_rows, max(spans.longest(device), 4))
     strata = (sample_rows - sample_rows // EXACT_SHARE) // 2
     exact = sample_rows - 2 * strata

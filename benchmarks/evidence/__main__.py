@@ -1,6 +1,6 @@
 """`python -m benchmarks.evidence COMMAND`: what `make evidence` and `make evidence-full` call.
 
-Each run is a process of its own with one thread, two at a time, and writes one JSON file; files that exist are not made again.
+Each run is a process with one thread and writes one JSON file. Two run at a time. Files that exist are not made again.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def sample(
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[list[int]]:
-    """Completion ids at temperature 1, with the EOS where there was one, without what follows it."""
+    """Completion ids at temperature 1. They end with the EOS where there was one."""
     import torch
 
     torch.manual_seed(seed)

@@ -1,8 +1,8 @@
 """The problems of the evidence runs, the overthinking traces that the model is first trained on, and the checker.
 
 Problems and checkers are reasoning-gym's. A trace is a concise core that computes the answer, then 0 to 4 episodes of
-overthinking (re-verify, restate, dead end, second guess), then the answer. Of the kind `guess` the core is a mental guess,
-wrong in 40 % of the traces, and a check that corrects it: that check is needed, and the 15 % of traces that skip it are often
+overthinking (re-verify, restate, dead end, second guess), then the answer. In the kind `guess` the core is a mental guess,
+wrong in 40 % of the traces, and a check that corrects it. That check is needed: the 15 % of traces that skip it are often
 wrong.
 Whether a problem is for training or held out depends on its text alone, so the two never meet.
 """
@@ -41,7 +41,7 @@ _TOKEN = re.compile(r"[a-z]+|[^a-z\s]")
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `entry` is reasoning-gym's own, as JSON, which its checker needs."""
+    """One problem. `entry` is reasoning-gym's record as JSON; its checker needs it."""
 
     kind: str
     prompt: str
@@ -61,7 +61,7 @@ def spaced(text: str) -> str:
 
 
 def problems(kind: str, split: Split, seed: int) -> Iterator[Problem]:
-    """Endless problems of one kind; none comes twice before most of what reasoning-gym can generate has come."""
+    """Endless problems of one kind. None comes twice before most of those that reasoning-gym can generate have come."""
     name, options = _DATASETS[kind]
     seen: set[str] = set()
     repeats = 0

@@ -1,4 +1,4 @@
-"""Runs as processes: each of its own with one thread, two at a time, writing one JSON file; what is there is not made again."""
+"""Runs as processes with one thread each, two at a time. Each writes one JSON file; one that exists is not made again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Run(NamedTuple):
 
 
 def make_missing(runs: Sequence[Run], sft: Path, sft_steps: int | None = None) -> int:
-    """Does the runs whose files are missing, after training the SFT model when that is missing.
+    """Does the runs whose files are missing. Trains the SFT model first when that is missing.
 
     Returns:
         How many processes failed.
@@ -44,7 +44,7 @@ def make_missing(runs: Sequence[Run], sft: Path, sft_steps: int | None = None) -
 
 
 def make_sft(sft: Path, steps: int | None = None) -> int:
-    """Trains the SFT model into its folder when it is not there; the exit code."""
+    """Trains the SFT model into its folder when it is not there. Returns the exit code."""
     if (sft / "sft.json").exists():
         return 0
     return _process("sft", "--into", sft, threads=AT_ONCE, **({} if steps is None else {"sft_steps": steps}))
@@ -56,7 +56,7 @@ def say(line: str) -> None:
 
 
 def _process(*words: Any, threads: int = 1, **flags: Any) -> int:
-    """`python -m benchmarks.evidence` in a process of its own; the exit code."""
+    """Runs `python -m benchmarks.evidence` as a process. Returns the exit code."""
     named: list[str] = []
     for name, value in flags.items():
         values = value if isinstance(value, list | tuple) else [value]

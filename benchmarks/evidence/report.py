@@ -1,6 +1,6 @@
-"""From the JSON files of the runs to `evidence.md` and `evidence.svg`. Tables pool the seeds; one shows them one by one.
+"""Makes `evidence.md` and `evidence.svg` from the JSON files of the runs. Tables pool the seeds; one shows each seed.
 
-`introduction.md` opens the page, with the runs' settings for its names in braces; `reading.md` says where others do better.
+`introduction.md` opens the page; the runs' settings replace its names in braces. `reading.md` says where others do better.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _IMPROBABLE = 0.01
 
 
 class Pooled(NamedTuple):
-    """One arm's held-out results, the seeds one after another, in the same order as the SFT model's."""
+    """One arm's held-out results, one seed after another, in the order of the SFT model's results."""
 
     arm: str
     seeds: list[int]
@@ -145,7 +145,7 @@ def _prose(name: str) -> str:
 
 
 def _fresh(folder: Path) -> list[str]:
-    """The confirmation with seeds that nothing was chosen by."""
+    """The confirmation with seeds by which nobody chose anything."""
     if not any(folder.glob(f"{SFT}-seed*.json")):
         return []
     arms = load(folder)
@@ -172,15 +172,15 @@ def _sections(arms: dict[str, Pooled], fresh: list[str]) -> list[str]:
         "",
         "## Seed by seed",
         "",
-        "Accuracy in % / mean tokens; the seconds are training and evaluation of one run with one thread, on a machine that "
+        "Accuracy in % / mean tokens. The seconds are the training and the evaluation of one run with one thread. The machine "
         "had other work at times.",
         "",
         *_by_seed(arms),
         "",
         "## The reward during training",
         "",
-        "Of the weighted sum of an arm's rewards, mean of the first and of the last ten steps: the standard deviation within a "
-        "prompt's completions, which is what group-scaled advantages divide by, and the correlation with the length.",
+        "This is about the weighted sum of an arm's rewards, as means of the first and of the last ten steps. Spread: the "
+        "standard deviation within a prompt's completions, which group-scaled advantages divide by. Correlation: with length.",
         "",
         *_training(arms),
         "",
@@ -191,7 +191,7 @@ def _sections(arms: dict[str, Pooled], fresh: list[str]) -> list[str]:
 
 
 def _verdict(arms: dict[str, Pooled]) -> str:
-    """The target of the evidence and who is on the Pareto front, in words, from the numbers."""
+    """Who met the target and who is on the Pareto front, in words made from the numbers."""
     lines = ["## Verdict", ""]
     lines += [
         "Target: at least 60 % fewer tokens, and the lower bound of the accuracy difference above -1 point.",
@@ -206,7 +206,7 @@ def _verdict(arms: dict[str, Pooled]) -> str:
             lines.append(f"- {NAMES[arm]}: {100 * fewer:.1f} % fewer, lower bound {100 * accuracy.low:+.1f} points: **{met}**")
     lines += [
         "",
-        "How they differ, and why r leaves filler standing: [method.md](method.md#the-reward-as-an-objective).",
+        "[method.md](method.md#the-reward-as-an-objective) says how they differ, and why r leaves filler standing.",
         "",
     ]
     trained = [arm for arm in arms if arm != SFT]
@@ -218,8 +218,8 @@ def _verdict(arms: dict[str, Pooled]) -> str:
     if "entra-gated" in arms:
         lines += [
             "",
-            "Does it matter which tokens are protected? Gated r against the same reward without importance, with a random "
-            "protected set, and without attention:",
+            "Does it matter which tokens are protected? This compares gated r with the same reward without importance, with a "
+            "random protected set, and without attention.",
             "",
             *_minus_others(arms, "entra-gated", [arm for arm in ("all-tokens", "random-protected", "lambda-0") if arm in arms]),
         ]
@@ -304,7 +304,7 @@ def _examples(arms: dict[str, Pooled]) -> list[str]:
 
 
 def _plot(arms: dict[str, Pooled], path: Path) -> None:
-    """Accuracy against mean tokens, with 95 % intervals of both; the marks are numbered by the legend."""
+    """Accuracy against mean tokens, with 95 % intervals of both. The legend names the marks."""
     import matplotlib
 
     matplotlib.use("Agg")

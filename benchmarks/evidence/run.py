@@ -98,7 +98,7 @@ def recorded(
     score_config: ScoreConfig | None = None,
     kinds: Sequence[str] = KINDS,
 ) -> dict[str, Any]:
-    """What a run's JSON says of its settings: of `score_config` what differs from the defaults."""
+    """What a run's JSON says of its settings. Of `score_config` it names what differs from the defaults."""
     score = ScoreConfig() if score_config is None else score_config
     default = ScoreConfig()
     return {

@@ -1,7 +1,7 @@
 """Questions about the method, answered with numbers.
 
-An experiment is two files of one name in this folder: a module that measures (`benchmarks.experiments.results` says what is in
-it), and Markdown that gives its name, its place in docs/experiments.md and its question, and then says what the numbers say.
+An experiment is two files of one name in this folder. The module measures; `benchmarks.experiments.results` says what is in it.
+The Markdown gives the experiment's name, its place in docs/experiments.md and its question. Then it says what the numbers say.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What lambda does: importance over position, which tokens are protected, and the reward; with mean attention and with lift.
+"""What lambda does to the importance, the protected tokens and the reward, with mean attention and with lift.
 
 Decisions taken here:
 
-- Position is relative to the completion, from 0 to 1, in bins; each trace counts once in a bin, whatever its length.
-- A protected token is near the question in two senses: it stands in the first fifth of the completion, or its text (a word or a
-  number, in any case) is also a token of the user's messages. Beside the second stands the share among all tokens.
+- Position is relative to the completion, from 0 to 1, in bins. Each trace counts once in a bin, whatever its length.
+- A protected token is near the question in two senses. It stands in the first fifth of the completion, or its text is also a
+  token of the user's messages (words and numbers, ignoring case). The second is compared with the share among all tokens.
 - What lambda means depends on how mu's spread compares with that of log P. Near the threshold that is the spread among the
   probable tokens, so it is given for all tokens and for the upper half by log P.
 """
@@ -200,10 +200,10 @@ def tables(result: Result) -> list[Table]:
     """Protected sets, twins, spread."""
     summary, about = result.summary, _about(result)
     weights = Table(
-        caption="**Protected tokens and reward by λ.** Protected at λ = 0 too, in %; protected tokens in the first fifth of "
-        "the completion (chance: 20 %) and with a text that the question has "
-        f"({100 * summary['in_prompt'][0]:.1f} % of all tokens have), in %; reward r and its change from λ = 0. Means over "
-        f"completions, in brackets 95 % intervals over problems. {about}",
+        caption="**Protected tokens and reward by λ.** Of the protected tokens, in %: those that λ = 0 protects too, those in "
+        "the first fifth of the completion, and those with a text that the question has. Chance: 20 % are in the first fifth. "
+        f"{100 * summary['in_prompt'][0]:.1f} % of all tokens have such a text. Then the reward r and its change from λ = 0. "
+        f"Means over completions, in brackets 95 % intervals over problems. {about}",
         header=[
             "μ is",
             "λ",
@@ -231,7 +231,7 @@ def tables(result: Result) -> list[Table]:
         of[row["reward"], row["other"]] = row
     columns = list(next(iter(cells.values()), {}))
     twins = Table(
-        caption="**Is overthinking scored lower, by λ?** Pairs of one problem in which it is, and in brackets the mean reward "
+        caption="**Is overthinking scored lower, by λ?** Pairs of one problem in which it is. In brackets the mean reward "
         f"of overthinking minus that of the other trace. {about}",
         header=["μ is", "λ", *(f"{reward}, against {other}" for reward, other in columns)],
         rows=[
@@ -244,8 +244,8 @@ def tables(result: Result) -> list[Table]:
         ],
     )
     spread = Table(
-        caption="**What λ is worth.** Standard deviations within a completion, mean over completions: of log P in nats, of μ "
-        "and of lift, among all tokens and among the half of them with the highest log P, where the protected ones are found. "
+        caption="**What λ is worth.** Standard deviations within a completion of log P in nats, of μ and of lift, mean over "
+        "completions. Among all tokens, and among the half of them with the highest log P, which has the protected ones. "
         f"Equal at: the λ for which the standard deviation of λ μ is that of log P. {about}",
         header=[
             "traces",
@@ -353,9 +353,9 @@ def figures(result: Result) -> list[Figure]:
         Figure(
             name="lambda-position",
             title="Importance and protection over the position in the completion, by λ",
-            caption="Top: importance, bottom: share of tokens that are protected, by relative position in tenths, mean over "
-            "completions; left with mean attention, right with lift, which weights each query by the number of keys that it "
-            f"sees. Bands are 95 % intervals over problems; the dashed line is what chance protects. {about}",
+            caption="Top: importance. Bottom: share of tokens that are protected. Both by relative position in tenths, mean "
+            "over completions. Left: with mean attention. Right: with lift, which weights each query by the number of keys "
+            f"that it sees. Bands are 95 % intervals over problems. The dashed line is what chance protects. {about}",
             draw=positions,
             size=(10.0, 7.0),
         ),
@@ -363,7 +363,7 @@ def figures(result: Result) -> list[Figure]:
             name="lambda-overlap",
             title="Which tokens are protected, by λ",
             caption="Of the protected tokens, the share that λ = 0 protects too, the share in the first fifth of the "
-            "completion, and the share with a text that the question has. Bars are 95 % intervals over problems; dashed: what "
+            "completion, and the share with a text that the question has. Bars are 95 % intervals over problems. Dashed: what "
             f"chance would give. {about}",
             draw=overlap,
             size=(11.0, 4.4),

@@ -1,15 +1,15 @@
-"""The reward and what it is made of on problems of four domains, in completions that the model writes itself.
+"""The reward and its parts on problems of four domains, in completions that the model writes itself.
 
-The tasks are reasoning-gym's, small enough that a small model gets some right, and stand for their domain because
+The tasks are reasoning-gym's, and small enough that a small model gets some right. They stand for their domain because
 
 - math: the answer is computed from given numbers (a sum, a greatest common divisor, an equation, a word problem);
 - logic: the answer follows from premises alone (a syllogism, who lies, a puzzle of houses, propositions);
 - code: a program, or rules that work like one, must be traced (Python, Brainf*ck, string rewriting, a function of lists);
-- common sense: the answer needs knowledge that is not in the text: how relatives are called, how weeks and months run, how
-  many legs animals have, which verbs mean to like.
+- common sense: the answer needs knowledge that is not in the text (how relatives are called, how weeks and months run, how
+  many legs animals have, which verbs mean to like).
 
-A domain's prompts, answer formats and lengths differ as much as its reasoning: a difference between domains is one between
-these sets of tasks. r falls with the length by itself, so it is reported, too, as the expectation over `--positions`
+A domain's prompts, answer formats and lengths differ as much as its reasoning. So a difference between domains is one between
+these sets of tasks. r falls with the length by itself. So the experiment also reports its expectation over `--positions`
 unprotected tokens drawn at random (rarefaction), for the completions that have as many.
 """
 
@@ -147,7 +147,7 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def problems(policy: Policy, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """`options.problems` of each domain, its tasks in turn, with the domain and the prompt's ids; none is longer than allowed.
+    """`options.problems` of each domain, its tasks in turn, with the domain and the prompt's ids. None is longer than allowed.
 
     Raises:
         ValueError: too few prompts are short enough.
@@ -179,7 +179,7 @@ def problems(policy: Policy, options: argparse.Namespace) -> list[dict[str, Any]
 
 
 def generated(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], options: argparse.Namespace) -> list[list[int]]:
-    """A sampled completion for each prompt, with the EOS where there was one and nothing behind it."""
+    """A sampled completion for each prompt. It ends with the EOS where there was one."""
     end = tokenizer.eos_token_id
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of like length need few pads
     completions: list[list[int]] = [[] for _ in prompts]
@@ -246,7 +246,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _correlation(pairs: Sequence[tuple[float | None, float]]) -> Interval | None:
-    """Pearson's, with the 95 % interval of Fisher's z; None where one of the two does not vary, or of fewer than 5 pairs."""
+    """Pearson's, with the 95 % interval of Fisher's z. None where one of the two does not vary, or for fewer than 5 pairs."""
     known = [(float(a), float(b)) for a, b in pairs if a is not None]
     value = _pearson(known) if len(known) >= 5 else math.nan
     if not math.isfinite(value) or abs(value) >= 1:
@@ -263,7 +263,7 @@ def _pearson(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def _examples(tokenizer: Any, measured: measuring.Measurement, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each domain the completion whose r is the median."""
+    """For each domain the completion whose r is the median."""
     examples = {}
     for domain in DOMAINS:
         inside = sorted((i for i, row in enumerate(rows) if row["domain"] == domain), key=lambda i: rows[i]["r"])
@@ -275,7 +275,7 @@ def _examples(tokenizer: Any, measured: measuring.Measurement, rows: Sequence[di
 
 
 def tables(result: Result) -> list[Table]:
-    """What is measured in each domain, what is protected there, and what r goes along with."""
+    """What is measured in each domain, what is protected there, and what r correlates with."""
     settings, summary = result.settings, result.summary
     by_domain: dict[str, dict[str, Any]] = summary["by_domain"]
     positions = settings["positions"]
@@ -331,20 +331,20 @@ def tables(result: Result) -> list[Table]:
     ]
     return [
         Table(
-            caption=f"**The reward and its parts by domain.** {of}. Means with 95 % intervals: of shares of completions by "
-            f"Wilson, else by the normal approximation. Tasks: {tasks}.{summary['left_out']}",
+            caption=f"**The reward and its parts by domain.** {of}. Means with 95 % intervals: Wilson's for shares of "
+            f"completions, else by the normal approximation. Tasks: {tasks}.{summary['left_out']}",
             header=["", *by_domain],
             rows=[[name, *(show(domain) for domain in by_domain)] for name, show in measured],
         ),
         Table(
-            caption="**What is protected.** Share of the protected tokens that are of a kind, and of all tokens, %; intervals "
+            caption="**What is protected.** Share of a kind among the protected tokens and among all tokens, %. Intervals "
             f"resample completions. {of}. Words include connectives and words of reflection.",
             header=["domain", *(f"{group}, {share}" for group in _GROUPS for share in ("protected", "all"))],
             rows=shares,
         ),
         Table(
             caption="**What r goes along with.** Pearson correlations with 95 % intervals (Fisher's z) over the completions "
-            f"of a domain; empty where one of the two does not vary. {of}.",
+            f"of a domain. A cell is empty where one of the two does not vary. {of}.",
             header=["", *by_domain],
             rows=[[shown, *(correlated(domain, name) for domain in by_domain)] for name, shown in correlations.items()],
         ),

@@ -13,7 +13,7 @@ _MARKERS = "osD^vPX"
 
 
 def dots(axes: Any, labels: Sequence[str], series: Mapping[str, Sequence[Sequence[float] | None]]) -> None:
-    """One row for each label from top to bottom and one dot with its interval in it for each series.
+    """One row for each label, from top to bottom. In it one dot with its interval for each series.
 
     Args:
         axes: matplotlib's.

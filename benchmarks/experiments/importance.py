@@ -1,8 +1,8 @@
-"""Protected against unprotected tokens by kind of token, and which term of the importance decides.
+"""Which kinds of tokens are protected, and which term of the importance decides.
 
-Each completion is scored once. Its tokens are sorted into kinds by their text (`benchmarks.experiments.token_kinds`), and for
-each kind it is counted how many are protected, when tokens are ranked by the importance log P + lambda * mu, by log P alone and
-by mu alone. Tokens of one trace depend on each other, and so do traces of one problem: intervals resample problems.
+Each completion is scored once. `benchmarks.experiments.token_kinds` sorts its tokens into kinds by their text. For each kind
+the experiment counts how many tokens are protected. It ranks them by the importance log P + lambda * mu, by log P alone and by
+mu alone. Tokens of one trace depend on each other, and so do traces of one problem, so intervals resample problems.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _rankings(measured: Sequence[measuring.Measured], config: ScoreConfig) -> di
 
 
 def _rows(trace: measuring.Measured, i: int, rankings: dict[str, Scores]) -> list[dict[str, Any]]:
-    """One record for each kind of token: how many tokens, how many protected, and the sums of what they are ranked by."""
+    """One record for each kind of token: how many there are, how many are protected, and the sums of what ranks them."""
     kinds = kinds_of(trace.pieces)
     scores = rankings["importance"]
     values = {"logprob": scores.logprobs[i], "incoming": scores.incoming[i], "importance": scores.importance[i]}
@@ -173,7 +173,7 @@ def _examples(measured: measuring.Measurement, scores: Scores, problems: int) ->
 
 
 def marked(pieces: Iterable[str], protected: Iterable[bool]) -> str:
-    """The text for a cell of a Markdown table, protected tokens in bold; nothing in it is taken for Markdown or HTML."""
+    """The text for a cell of a Markdown table, protected tokens in bold. Markdown and HTML in it are escaped."""
     shown = []
     for part, bold in protected_runs(list(pieces), list(protected), around=""):
         escaped = html.escape(part)
@@ -201,9 +201,9 @@ def tables(result: Result) -> list[Table]:
     everything = summary["by_kind"][ALL]
     trace_kinds = [kind for kind in summary["by_kind"] if kind != ALL]
     shares = Table(
-        caption=f"**Share of tokens that is protected, in %, by kind of token** and by what tokens are ranked by. {about} "
+        caption=f"**Share of tokens that is protected, in %, by kind of token** and by what ranks the tokens. {about} "
         f"Chance would protect {100 * everything[ALL]['chance']:.1f} % of each kind. In brackets 95 % intervals over problems. "
-        "Tokens in a formula are numbers, operators, brackets and spaces that are also in the rows above.",
+        "Tokens in a formula are numbers, operators, brackets and spaces; the rows above count them too.",
         header=["kind", "tokens", *_RANKINGS.values()],
         rows=[
             [kind, f"{row['tokens']:,}", *(with_interval(row[f"protected_by_{name}"], 100) for name in _RANKINGS)]
@@ -211,7 +211,7 @@ def tables(result: Result) -> list[Table]:
         ],
     )
     by_trace = Table(
-        caption="**The same by kind of trace**, ranked by log P + λ μ: share that is protected, in %; too few: "
+        caption="**The same by kind of trace**, ranked by log P + λ μ: share that is protected, in %. Too few: "
         f"fewer than {_FEWEST} problems have such tokens.",
         header=["kind", *trace_kinds],
         rows=[
@@ -237,8 +237,8 @@ def tables(result: Result) -> list[Table]:
         ],
     )
     agreement = Table(
-        caption="**Which term decides**: share of the protected tokens that would also be protected if tokens were ranked by "
-        "one term alone, in %, mean over completions.",
+        caption="**Which term decides**: share of the protected tokens that one term alone would also protect, in %. Mean over "
+        "completions.",
         header=["ranked by", "also protected"],
         rows=[
             [_RANKINGS.get(name, "at random"), with_interval(interval, 100)] for name, interval in summary["agreement"].items()
@@ -303,16 +303,16 @@ def figures(result: Result) -> list[Figure]:
         Figure(
             name="importance-kinds",
             title="Which kinds of tokens are protected, and by which term",
-            caption=f"Share of the tokens of each kind that is protected, when tokens are ranked by the importance or by one "
-            f"of its terms alone. {about} {intervals}",
+            caption=f"Share of the tokens of each kind that is protected, when the importance or one of its terms alone ranks "
+            f"the tokens. {about} {intervals}",
             draw=by_ranking,
             size=(9.0, 5.0),
         ),
         Figure(
             name="importance-traces",
             title="Which kinds of tokens are protected, by kind of trace",
-            caption=f"Share of the tokens of each kind that is protected when tokens are ranked by log P + λ μ, in each kind "
-            f"of trace; nothing where fewer than {_FEWEST} problems have such tokens. {about} {intervals}",
+            caption=f"Share of the tokens of each kind that is protected, in each kind of trace. Tokens are ranked by "
+            f"log P + λ μ. Nothing is drawn where fewer than {_FEWEST} problems have such tokens. {about} {intervals}",
             draw=by_trace,
             size=(9.0, 5.5),
         ),

@@ -1,4 +1,4 @@
-"""How much a token matters to what comes after it: by definition instead of by proxy, at a cost that only an experiment pays.
+"""How much a token matters to what comes after it, by definition instead of by proxy. Only an experiment can pay for this.
 
 Two definitions, for token i of a sequence x_1..x_N (natural log, float32 forwards, float64 sums):
 
@@ -8,12 +8,12 @@ Two definitions, for token i of a sequence x_1..x_N (natural log, float32 forwar
   log-likelihood `F(v) = log P(x_>i | x_<i, v)`. The sum runs over the likeliest v; `Bidirectional` says what that leaves open.
 
 Both ask the same of the model: log-probabilities of tokens that continue a shorter prefix (leave-one-out: a prefix with a hole
-before the continuation). So the sequence runs once, its key-value cache is kept, and continuations are packed one after the
-other into forwards in which a 4-D mask lets each see its prefix and itself alone. Nothing is computed for the prefix again.
+before the continuation). So the sequence runs once, and its key-value cache is kept. Continuations are packed one after the
+other into forwards, in which a 4-D mask lets each see its prefix and itself alone. Nothing is computed for the prefix again.
 
 transformers hands a 4-D mask to every layer as it is. A model whose layers differ in what they see (windows, linear attention)
-would silently be run as another model, so such models are refused; and each sequence is checked: its second half, packed as a
-continuation, must get the log-probabilities that it had in the plain forward.
+would silently run as another model, so it is refused. Each sequence is checked, too. Its second half, packed as a continuation,
+must get the log-probabilities that it had in the plain forward.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Replay:
     Args:
         model: a transformers causal LM in eval mode and float32 whose layers all attend to every earlier token.
         token_ids: the sequence, prompt first.
-        first: how many of them are prompt, at least 1; the other n = N - first are looked at.
-        budget: tokens of one packed forward; a longer continuation runs alone.
+        first: how many of them are prompt, at least 1. The other n = N - first are measured.
+        budget: tokens of one packed forward. A longer continuation runs alone.
         on_tokens: is called with the number of tokens after each forward.
 
     Raises:
@@ -146,10 +146,10 @@ class Replay:
 
 
 class LeaveOneOut(NamedTuple):
-    """Of each of n tokens, the effect of hiding it from all later queries; float64 [n], in nats."""
+    """The effect of hiding a token from all later queries, for each of n tokens: float64 [n], in nats."""
 
     total: Tensor
-    """Log-probability that the later tokens lose; negative where they become likelier. 0 for the last two tokens."""
+    """Log-probability that the later tokens lose. Negative where they become likelier, 0 for the last two tokens."""
     absolute: Tensor
     """Sum of the changes' absolute values."""
     counted: Tensor
@@ -180,9 +180,11 @@ class Bidirectional(NamedTuple):
     """log P(x_i | all other tokens) of each of n tokens; float64 [n], in nats.
 
     The sum over the vocabulary leaves out alternatives of probability `tail` together. Their terms are positive, so the true
-    value is at most `value`. How far below depends on how likely they make the future. That is at most 1, which bounds the
-    true value by `l_i + F(x_i) - log(sum + tail)`, without use because sum is as small as a long text's likelihood. Where no
-    alternative that was left out makes the future likelier than the best one that was not, the true value is at least `lower`.
+    value is at most `value`. How far below depends on how likely they make the future. That is at most 1, so the true value is
+    at least `l_i + F(x_i) - log(sum + tail)`. This bound is useless, because sum is as small as a long text's likelihood. A
+    better
+    one needs an assumption: no alternative that was left out makes the future likelier than the best one that was run. Then the
+    true value is at least `lower`.
     """
 
     value: Tensor
@@ -196,7 +198,7 @@ class Bidirectional(NamedTuple):
 
 
 def likely_alternatives(replay: Replay, tail: float, limit: int) -> list[list[int]]:
-    """For each looked-at token the likeliest other tokens: until at most `tail` of probability is left, or `limit` of them.
+    """For each measured token the likeliest other tokens: until at most `tail` of probability is left, or `limit` of them.
 
     None for the last token, which has no future to weigh them by.
     """
@@ -234,7 +236,7 @@ def bidirectional(replay: Replay, alternatives: Sequence[Sequence[int]]) -> Bidi
 
 
 def bidirectional_plan(token_ids: Sequence[int], first: int, alternatives: Sequence[Sequence[int]]) -> list[Continuation]:
-    """What `bidirectional` runs: each alternative in its token's place, and after it what comes anyway."""
+    """What `bidirectional` runs: each alternative in its token's place, followed by the text's later tokens."""
     return [
         Continuation(i, i, [token, *token_ids[i + 1 :]])
         for i, chosen in enumerate(alternatives, start=first)

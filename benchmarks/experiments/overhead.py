@@ -1,16 +1,16 @@
-"""Time and peak memory of scoring against model size and length, beside what one would write without ENTRA.
+"""Time and peak memory of scoring against model size and length, compared with what one would write without ENTRA.
 
 Measured on one sequence of random tokens, with random weights in the Qwen3 architecture:
 
-- the forward: the model with all its logits, with fused attention; what any log-prob costs at least;
-- ENTRA: `score_batch`, its own forward included;
-- eager, all layers: a forward with `output_attentions=True`, then the column means of the last layer's attention averaged over
-  heads, and the log-softmax of the logits;
-- eager, last layer: the same forward without the fused kernels, of which a hook keeps the last layer's attention only; the best
-  that eager attention can do.
+- the forward: the model with all its logits and fused attention. Any log-prob costs at least this.
+- ENTRA: `score_batch`, its forward included.
+- eager, all layers: a forward with `output_attentions=True`. Then the column means of the last layer's attention, averaged over
+  heads, and the log-softmax of the logits.
+- eager, last layer: the same forward without the fused kernels. A hook keeps the last layer's attention only. Eager attention
+  can do no better.
 
-Every function first runs once on a short sequence, then once under measurement of its peak memory, then in rounds that run all
-functions in turn, so that a busy machine slows all alike; the median counts. Eager attention is left out where its attention
+Every function first runs once on a short sequence, then under measurement of its peak memory. Then all functions run in turn,
+round after round, so that a busy machine slows all alike. The median counts. Eager attention is left out where its attention
 matrices would need more than `--memory-limit`.
 """
 
@@ -51,7 +51,7 @@ class Shape(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the experiment `overhead`; what is not given depends on the device."""
+    """The flags of the experiment `overhead`. The defaults depend on the device."""
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: cuda when there is one)")
     parser.add_argument("--models", nargs="+", metavar="HIDDENxLAYERS", help=f"(default: {_choices(_MODELS)})")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="TOKENS", help=f"(default: {_choices(_LENGTHS)})")
@@ -140,7 +140,7 @@ def build(shape: Shape, device: str, **config: Any) -> tuple[Any, Any]:
 
 
 def functions(model: Any, eager: Any, ids: Any) -> dict[str, Callable[[], Any]]:
-    """What is measured, by name: each scores the completion in `ids` [1, N], the first tokens of which are the prompt.
+    """What is measured, by name. Each scores the completion in `ids` [1, N], whose first tokens are the prompt.
 
     Returns:
         `FORWARD` gives logits; `ENTRA` gives `Scores`; the eager ones give (log-probs, mean incoming attention), float32 [n].
@@ -221,7 +221,7 @@ def _measured(model: Any, eager: Any, length: int, limit: float, options: argpar
 
 
 def _side_by_side(possible: dict[str, Callable[[], Any]], rounds: int, seconds: float, device: str) -> dict[str, list[float]]:
-    """Seconds of each call; a slow function gets fewer rounds, at least two."""
+    """Seconds of each call. A slow function gets fewer rounds, but at least two."""
     times: dict[str, list[float]] = {name: [] for name in possible}
     for turn in range(rounds):
         for name, function in possible.items():
@@ -235,14 +235,14 @@ def _side_by_side(possible: dict[str, Callable[[], Any]], rounds: int, seconds: 
 
 
 def _median_peak(function: Callable[[], Any], device: str) -> float | None:
-    """Of three calls: what the allocator keeps from one to the next moves a single peak by tens of MiB."""
+    """The median of three calls. What the allocator keeps from one call to the next moves a single peak by tens of MiB."""
     peaks = [_peak_memory(function, device) for _ in range(3)]
     return statistics.median(peak for peak in peaks if peak is not None) if None not in peaks else None
 
 
 def _peak_memory(function: Callable[[], Any], device: str) -> int | None:
-    """Bytes beyond what was there before: the allocator's peak on CUDA, else the peak resident set, which Linux resets when 5
-    is written to /proc/self/clear_refs (proc(5)); None on other systems.
+    """Bytes beyond what was there before. On CUDA this is the allocator's peak, else the peak resident set. Linux resets that
+    when 5 is written to /proc/self/clear_refs (proc(5)). None on other systems.
     """
     import torch
 
@@ -331,7 +331,7 @@ def tables(result: Result) -> list[Table]:
 
     what = (
         f"One sequence, random weights in the Qwen3 architecture, {settings['dtype']}, on {result.environment['machine']} "
-        f"({result.environment['threads']} threads); in brackets the multiple of the forward."
+        f"({result.environment['threads']} threads). In brackets the multiple of the forward."
     )
     counts = {row["rounds"] for row in result.rows if "rounds" in row}
     rounds = f"{min(counts)}" + (f" to {max(counts)}" if len(counts) > 1 else "")
@@ -370,9 +370,9 @@ def figures(result: Result) -> list[Figure]:
     return [
         Figure(
             name="overhead",
-            title="What scores cost, beside the forward and beside eager attention",
-            caption="Above: time as a multiple of the model's forward with fused attention; below: peak memory beyond the "
-            f"weights. Left: against length, {parameters / 1e6:.0f} M parameters; right: against size, {length:,} tokens. "
+            title="What scores cost, compared with the forward and with eager attention",
+            caption="Above: time as a multiple of the model's forward with fused attention. Below: peak memory beyond the "
+            f"weights. Left: against length, {parameters / 1e6:.0f} M parameters. Right: against size, {length:,} tokens. "
             f"One sequence, {result.settings['dtype']}, {result.environment['machine']}; medians.{_left_out(result)}",
             draw=lambda canvas: _draw(canvas, result.rows, model, length),
             size=(9.0, 6.5),

@@ -1,7 +1,7 @@
 """Changes that leave a completion as it is, under which its protected tokens should stay the same.
 
-Four of them: weights and arithmetic in bfloat16 instead of the model's dtype, another system message, a polite sentence in
-front of the question, and the prompt as plain text without the chat template.
+There are four: weights and arithmetic in bfloat16 instead of the model's dtype; another system message; a polite sentence in
+front of the question; the prompt as plain text, without the chat template.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHANGES = ("kept", "jaccard", "reward_change", "logprob_change")
 
 
 def measure_again(policy: Policy, measured: measuring.Measurement, name: str) -> dict[int, measuring.Measured]:
-    """What was measured again under a perturbation, by index; not the traces to which it does not apply."""
+    """What was measured again under a perturbation, by index. Traces to which it does not apply are missing."""
     base = [trace.sample for trace in measured.traces]
     samples = base
     if name == "bfloat16":

@@ -1,17 +1,17 @@
-"""How well attention, log P and the importance made of them order tokens by what they do to the rest of the text.
+"""How well attention, log P and the importance order tokens by what they do to the rest of the text.
 
 Decisions taken here:
 
 - Influence is measured twice (`benchmarks.experiments.influence`): by leaving a token out, and by Bayes' rule. The method takes
-  `log P(x_i | x_<i) + lambda * mu_i` for the log-probability of a token given both sides; the Bayes target is that
-  log-probability, and what it adds to log P, the *Bayes gain*, is what lambda * mu stands for.
-- Leave-one-out is compared as the sum over the later tokens: what the text loses, in the unit of the Bayes gain. Its mean per
-  later token (mu is a mean, too) stands beside it, and in the tables the sum of absolute changes.
-- Of each completion the last `--max-tokens` tokens are ranked, with all before them as context, so that every number is of the
-  whole text and the cost stays that of a CPU. The last two have no later token that leave-one-out counts, and stay out.
-- Orders are compared within a completion; an interval is over problems, each the mean of its completions.
-- Later tokens have less text left to influence, and fewer queries left to attend to them. So a token's place is a proxy of its
-  own, and partial correlations say what the others add to it.
+  `log P(x_i | x_<i) + lambda * mu_i` for the log-probability of a token given both sides. The Bayes target is that
+  log-probability. What it adds to log P is the *Bayes gain*, which lambda * mu stands for.
+- Leave-one-out is a sum over the later tokens: what the text loses, in the unit of the Bayes gain. Its mean per later token is
+  shown, too, because mu is a mean. The tables also have the sum of absolute changes.
+- Of each completion the last `--max-tokens` tokens are ranked, with all before them as context. So every number is about the
+  whole text, and a CPU can pay for it. The last two have no later token that leave-one-out counts, so they stay out.
+- Orders are compared within a completion. An interval is over problems, each the mean of its completions.
+- Later tokens have less text left to influence, and fewer queries left to attend to them. So a token's place is itself a proxy,
+  and partial correlations say what the others add to it.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _measure(model: Any, measured: measuring.Measurement, options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
-    """A row for every ranked token but the last two of each completion; how many tokens ran beside the plain forwards."""
+    """Rows of all ranked tokens but the last two of each completion, and how many tokens ran on top of the plain forwards."""
     plans = []
     total, plain, started = 0, 0, time.monotonic()
     with progress_bar(len(measured.traces), 0, "plans") as bar:

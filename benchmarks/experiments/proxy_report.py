@@ -62,20 +62,20 @@ def tables(result: Result) -> list[Table]:
     return [
         _grid(
             f"Spearman's rank correlation of each proxy with each target, within a completion: mean over problems and its 95 % "
-            f"interval; {of} Leave-one-out: log-probability (nats) that the text from the token after next on loses when no "
-            "query may attend to the token; absolute: the sum of the changes' sizes. log P given both sides: by Bayes' rule; "
+            f"interval. {of} Leave-one-out: log-probability (nats) that the text loses, from the token after next on, when no "
+            "query may attend to the token. Absolute: the sum of the changes' sizes. log P given both sides: by Bayes' rule. "
             "Bayes gain: what it adds to log P, the part that λμ stands for in the method." + summary["left_out"],
             summary["spearman"],
         ),
         _grid(
-            f"Overlap of the {share} of tokens that a proxy ranks highest with the {share} that the target does, as a share of "
-            f"it: mean over problems and its 95 % interval; {of} Chance gives {_chance(result):.2f}.",
+            f"Share of a target's top {share} of tokens that is in the proxy's top {share}: mean over problems and its 95 % "
+            f"interval. {of} Chance gives {_chance(result):.2f}.",
             summary["overlap"],
         ),
         *(
             _grid(
-                f"Partial rank correlation given {name}: what a proxy says about a target that the ranks of {name} do not; "
-                f"mean over problems and its 95 % interval; {of}",
+                f"Partial rank correlation given {name}: what a proxy says about a target that the ranks of {name} do not. "
+                f"Mean over problems and its 95 % interval. {of}",
                 partial,
             )
             for name, partial in summary["partial"].items()
@@ -90,7 +90,7 @@ def tables(result: Result) -> list[Table]:
         ),
         Table(
             caption=f"Spearman's rank correlation of the targets with each other, within a completion: mean over problems and "
-            f"its 95 % interval; {of}",
+            f"its 95 % interval. {of}",
             header=["target", *_TARGETS.values()],
             rows=[[_TARGETS[a], *(_cell(summary["targets"][b][a]) for b in _TARGETS)] for a in _TARGETS],
         ),
@@ -119,15 +119,15 @@ def figures(result: Result) -> list[Figure]:
         return draw
 
     explained = (
-        "Leave-one-out: log-probability that the later text loses when nobody may attend to the token, in sum and per later "
-        "token. Bayes gain: how much the text after a token raises its log-probability; log P given both sides: what it is "
+        "Leave-one-out: log-probability that the later text loses when no query may attend to the token, in sum and per later "
+        "token. Bayes gain: how much the text after a token raises its log-probability. log P given both sides: what it is "
         "then."
     )
     return [
         Figure(
             name="proxy-spearman",
             title="How well a proxy orders tokens by their influence",
-            caption=f"Spearman's rank correlation within a completion, mean over problems with 95 % intervals; dashed: no "
+            caption=f"Spearman's rank correlation within a completion, mean over problems with 95 % intervals. Dashed: no "
             f"relation. {of} {explained}",
             draw=agreement("spearman", _MAIN, "Spearman's rank correlation with the target (1: same order, 0: none)", 0),
             size=(8.0, 6.0),
@@ -136,7 +136,7 @@ def figures(result: Result) -> list[Figure]:
             name="proxy-overlap",
             title=f"How many of the {share:.0%} most influential tokens a proxy finds",
             caption=f"Share of a target's top {share:.0%} of tokens that is in the proxy's top {share:.0%}, mean over problems "
-            f"with 95 % intervals; dashed: what chance finds. {of} {explained}",
+            f"with 95 % intervals. Dashed: what chance finds. {of} {explained}",
             draw=agreement("overlap", _MAIN, f"share of the target's top {share:.0%} that the proxy finds", _chance(result)),
             size=(8.0, 6.0),
         ),
@@ -144,7 +144,7 @@ def figures(result: Result) -> list[Figure]:
             name="proxy-tokens",
             title="Attention against influence, token by token",
             caption=f"Each token's place in its completion's order by attention (across) and by leave-one-out per later token "
-            f"(up), from 0, the lowest, to 1; a good proxy would fill the diagonal. {of}",
+            f"(up), from 0, the lowest, to 1. A good proxy would fill the diagonal. {of}",
             draw=lambda canvas: _draw_tokens(canvas, result.rows),
             size=(9.0, 4.4),
         ),
@@ -152,8 +152,8 @@ def figures(result: Result) -> list[Figure]:
             name="proxy-layers",
             title="Which layer's attention says most",
             caption=f"Spearman's rank correlation of incoming attention with four targets, for the last layer (the method's), "
-            f"the middle one and the mean of all; mean over problems with 95 % intervals; dashed: no relation. {of} μ: mean "
-            "attention from later tokens; lift: the same as a multiple of each query's uniform share.",
+            f"the middle one and the mean of all. Mean over problems with 95 % intervals. Dashed: no relation. {of} μ: mean "
+            "attention from later tokens. Lift: the same as a multiple of each query's uniform share.",
             draw=lambda canvas: _draw_layers(canvas, summary["spearman"]),
             size=(11.0, 4.0),
         ),
@@ -170,7 +170,7 @@ def _of(result: Result) -> str:
 
 
 def _chance(result: Result) -> float:
-    """What a random order finds of the top in expectation; less than `top`, of which whole tokens are taken."""
+    """What a random order finds of the top in expectation. This is less than `top`, because only whole tokens count."""
     counts = [len(own) for own in compared(result.rows).values()]
     return sum(len(top(range(count), result.settings["top"])) / count for count in counts) / len(counts)
 
@@ -194,8 +194,8 @@ def _certainty(result: Result) -> Table:
     bounds = summary["bounds"]
     return Table(
         caption=f"How sure the targets are. Bayes' rule sums over the token and at most {settings['alternatives']} "
-        f"alternatives, fewer where what is left has at most {settings['tail']:g} of the probability. What is left out can "
-        "only lower log P given both sides; the lower bound assumes that none of it makes the later text likelier than the "
+        f"alternatives. It takes fewer where the rest has at most {settings['tail']:g} of the probability. What is left out "
+        "can only lower log P given both sides. The lower bound assumes that none of it makes the later text likelier than the "
         f"best alternative that was run. {_of(result)}",
         header=["quantity", "value"],
         rows=[
@@ -208,7 +208,7 @@ def _certainty(result: Result) -> Table:
             ["rank correlation of upper and lower bound", _cell(bounds["spearman"])],
             ["share of tokens without which the later text is less likely", _cell(summary["positive"]["loo"])],
             ["share of tokens that the later text makes likelier", _cell(summary["positive"]["gain"])],
-            ["tokens run beside the plain forwards", f"{summary['tokens_run']:,}"],
+            ["tokens run on top of the plain forwards", f"{summary['tokens_run']:,}"],
         ],
     )
 

@@ -43,7 +43,7 @@ def spearman(values: Sequence[float], others: Sequence[float], given: Sequence[S
 
 
 def top(values: Sequence[float], share: float) -> set[int]:
-    """Indices of the `floor(share * n + 1e-9)` largest values; ties go to the lower index, as where tokens are protected."""
+    """Indices of the `floor(share * n + 1e-9)` largest values. Ties go to the lower index, as they do for protected tokens."""
     count = math.floor(share * len(values) + 1e-9)
     return set(sorted(range(len(values)), key=lambda i: (-values[i], i))[:count])
 

@@ -1,8 +1,8 @@
 """What an experiment leaves behind: numbers as JSON and CSV, plots as SVG and PNG, and a section of Markdown that shows them.
 
-An experiment is a module with `add_arguments(parser)` and `run(options) -> Result`; what reads and draws its numbers are
-`tables(result)` and `figures(result)`, which need nothing but the JSON, so that a report can be drawn again without measuring
-again. `benchmarks.experiments` finds it by the Markdown beside it.
+An experiment is a module with `add_arguments(parser)` and `run(options) -> Result`. Its `tables(result)` and `figures(result)`
+read and draw the numbers. They need nothing but the JSON, so a report can be drawn again without measuring again.
+`benchmarks.experiments` finds the module by the Markdown of the same name.
 """
 
 from __future__ import annotations

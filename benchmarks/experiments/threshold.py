@@ -2,12 +2,12 @@
 
 Decisions taken here:
 
-- The length-adjusted reward of one tau is that of as many positions as the shortest completion leaves unprotected, so that no
-  completion is compared at fewer; it is comparable within a tau, not from one tau to the next.
-- Beside the importance's choice stands a random choice of as many tokens, mean of some draws, and tau = 0: what a random
-  choice separates as well is no merit of the importance.
-- Protected sets are nested from one tau to the next by construction. Stable therefore means: the same tokens under a change
-  that leaves the completion as it is (`benchmarks.experiments.perturbations`).
+- The length-adjusted reward of one tau is that of as many positions as the shortest completion leaves unprotected. So no
+  completion is compared at fewer. Values are comparable within a tau, not from one tau to the next.
+- The importance's choice is compared with a random choice of as many tokens (mean of some draws) and with tau = 0. What a
+  random choice separates as well is no merit of the importance.
+- By construction a protected set contains those of smaller taus. So a set is stable when a change that leaves the completion as
+  it is (`benchmarks.experiments.perturbations`) protects the same tokens.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def tables(result: Result) -> list[Table]:
     rewards = [
         Table(
             caption=f"**{title} by kind of trace.** Mean, in brackets its 95 % interval over problems. {about} "
-            + ("In the column M, the number of positions that it is adjusted to." if name == "length_adjusted" else ""),
+            + ("M: the number of positions that it is adjusted to." if name == "length_adjusted" else ""),
             header=["τ, %", *(["M"] if name == "length_adjusted" else []), *kinds],
             rows=[
                 [
@@ -170,9 +170,9 @@ def tables(result: Result) -> list[Table]:
     header = ["τ, %", "protected by", *(f"{reward}, against {other}" for reward, other in columns)]
     first = [[f"{100 * tau:g}", selection if tau else "nothing"] for tau, selection in cells]
     order = Table(
-        caption="**Is overthinking scored lower?** Pairs of one problem in which it is, and in brackets the AUC: how often any "
-        "overthinking trace scores lower than any other trace, 0.5 is chance. `random`: as many tokens protected, but chosen "
-        f"at random, mean of {result.settings['draws']} draws. {about}",
+        caption="**Is overthinking scored lower?** Pairs of one problem in which it is. In brackets the AUC: how often any "
+        "overthinking trace scores lower than any other trace; 0.5 is chance. `random`: as many tokens protected, but chosen "
+        f"at random; mean of {result.settings['draws']} draws. {about}",
         header=header,
         rows=[
             [*start, *(f"{of[key]['lower']} of {of[key]['pairs']} ({of[key]['auc']:.2f})" for key in columns)]
@@ -180,8 +180,8 @@ def tables(result: Result) -> list[Table]:
         ],
     )
     differences = Table(
-        caption="**By how much?** Mean reward of overthinking minus that of the other trace of the same problem, in brackets "
-        f"the paired 95 % interval; below 0 is the right order. {about}",
+        caption="**By how much?** Mean reward of overthinking minus that of the other trace of the same problem. In brackets "
+        f"the paired 95 % interval. Below 0 is the right order. {about}",
         header=header,
         rows=[
             [*start, *(with_interval(of[key]["difference"], 1, 3) for key in columns)]
@@ -191,8 +191,8 @@ def tables(result: Result) -> list[Table]:
     compared = {row["perturbation"] for row in summary["stability"]}
     inapplicable = [PERTURBATIONS[name] for name in result.settings["perturbations"] if name not in compared]
     stability = Table(
-        caption="**Is the protected set stable?** Share of the protected tokens that stay protected when something changes "
-        f"that leaves the completion as it is, in %; chance keeps a share of τ. Change of r: mean absolute. {about}"
+        caption="**Is the protected set stable?** Share of the protected tokens, in %, that stay protected after a change that "
+        f"leaves the completion as it is. Chance keeps a share of τ. Change of r: mean absolute. {about}"
         + (f" Left out, because no prompt here is made of chat messages: {', '.join(inapplicable)}." if inapplicable else ""),
         header=["change", "τ, %", "stay protected", "Jaccard overlap, %", "change of r", "change of log P, nats"],
         rows=[
@@ -305,8 +305,8 @@ def figures(result: Result) -> list[Figure]:
         Figure(
             name="threshold-rewards",
             title="The reward by kind of trace and threshold",
-            caption=f"Distribution of the reward over completions: box from the lower to the upper quartile with the median, "
-            f"whiskers from 5 to 95 %. Right: adjusted to one number of positions within each τ. {about}",
+            caption=f"Distribution of the reward over completions. Boxes go from the lower to the upper quartile with the "
+            f"median, whiskers from 5 to 95 %. Right: adjusted to one number of positions within each τ. {about}",
             draw=rewards,
             size=(10.0, 4.8),
         )
@@ -318,7 +318,7 @@ def figures(result: Result) -> list[Figure]:
                 title="Does overthinking score lower than the other completion of its problem?",
                 caption="Top: share of problems whose overthinking completion scores lower than its concise twin, or than the "
                 "control of about its length. Bottom: mean difference of the rewards; below 0 is the right order. Dotted: as "
-                "many tokens protected at random. At τ = 0 nothing is protected. Bars are 95 % intervals over problems. "
+                "many tokens are protected at random. At τ = 0 nothing is protected. Bars are 95 % intervals over problems. "
                 f"{about}",
                 draw=separation,
                 size=(9.0, 6.5),

@@ -53,16 +53,16 @@ def kinds_of(pieces: Sequence[str]) -> list[TokenKind]:
     """The kind of each token of a text, decided by the first character of the token that is no space.
 
     - number: digits, with decimal point and thousands separator (`9.25`); number words are words.
-    - operator: `+ - * / = < > ^ % ×` and their like with a number, a bracket or a single letter on one side, spaces apart; a
+    - operator: `+ - * / = < > ^ % ×` and their like with a number, a bracket or a single letter on one side, spaces apart. A
       hyphen in a word and a bullet before one are punctuation.
     - reflection: `REFLECTION`, also when a word is several tokens or a phrase several words. Comes before connective and word.
     - connective: `CONNECTIVES`.
     - word: any other word, names and number words too.
     - punctuation: everything else, brackets and tokens of space alone too.
 
-    A formula is a run on one line of operands (numbers or single letters but a and I, perhaps signed or in brackets) with
-    operators between, at least one of the operands a number: all of `15 / 1 = 15`. Its numbers are numbers and its operators
-    operators; `in_formula` says where they stand.
+    A formula is a run of operands on one line with operators between them, such as all of `15 / 1 = 15`. Operands are numbers
+    or single letters but a and I, perhaps signed or in brackets; at least one is a number. The kind of a token in a formula is
+    still number or operator: `in_formula` says that it stands in one.
 
     Args:
         pieces: the text that each token adds; joined they are the whole text.

@@ -1,8 +1,8 @@
 """Training with another value of one option of the score: what `train_threshold` and `train_lambda` share.
 
-The reward is r itself behind the gate (the arm `entra-gated`), not the recommended `halve_at` with a dead band: r is what the
-two options define, and its runs end well above the length of a bare solution, so that there is room to differ. With `halve_at`
-completions come close to that length anyway.
+The reward is r itself behind the gate (the arm `entra-gated`), not the recommended `halve_at` with a dead band. The two options
+define r. Its runs end well above the length of a bare solution, which leaves room to differ. With `halve_at` completions come
+close to that length anyway.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def variants(option: str, values: Sequence[float], symbol: str, own_arms: Mappin
 
 
 def run(name: str, option: str, symbol: str, own_arms: Mapping[float, str], options: argparse.Namespace) -> Result:
-    """Trains what is missing; `settings` then hold the labels too, and which of them is of the default value (or None)."""
+    """Trains what is missing. `settings` then hold the labels too, and which of them has the default value (or None)."""
     made = variants(option, options.values, symbol, own_arms)
     result = trained(name, made, options)
     default = f"{symbol} = {getattr(ScoreConfig(), option):g}"
@@ -79,9 +79,9 @@ def tables(result: Result) -> list[Table]:
     return [
         Table(
             caption=f"**After training with other values of `{settings['option']}`.** {settings['held_out']:,} held-out "
-            f"problems (seed {settings['seed']}), one sample each at temperature 1, the same problems for all; "
-            f"{settings['steps']} GRPO steps from the same SFT model, one training run per value, reward: accuracy, and r "
-            "behind the gate. Differences are paired by problem, with 95 % intervals, which say nothing about another training "
+            f"problems (seed {settings['seed']}), one sample each at temperature 1, the same problems for all. "
+            f"{settings['steps']} GRPO steps from the same SFT model, one training run per value. Reward: accuracy, and r "
+            "behind the gate. Differences are paired by problem. Their 95 % intervals say nothing about another training "
             "seed. Improbable: mean log-prob under the SFT model below the 1st percentile of its own completions.",
             header=[
                 "value",
@@ -120,9 +120,9 @@ def figures(result: Result) -> list[Figure]:
         Figure(
             name=result.name,
             title=f"GRPO with r behind the gate, other values of {settings['option']}",
-            caption=f"Left: accuracy against mean tokens on {settings['held_out']:,} held-out problems, bars are 95 % "
-            "intervals of the means. Middle and right: the rollouts of each training step, their mean tokens and the standard "
-            f"deviation of the reward within a prompt's 8 completions, both as running means of {_SMOOTHED} steps. One "
+            caption=f"Left: accuracy against mean tokens on {settings['held_out']:,} held-out problems; bars are 95 % "
+            "intervals of the means. Middle: mean tokens of the rollouts of each training step. Right: the standard deviation "
+            f"of their rewards within a prompt's 8 completions. Both are running means of {_SMOOTHED} steps. One "
             f"training run per value, seed {settings['seed']}.",
             draw=lambda canvas: _draw(canvas, result),
             size=(12.0, 4.6),

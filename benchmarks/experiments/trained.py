@@ -2,11 +2,11 @@
 
 Decisions taken here:
 
-- A variant is one GRPO run of `benchmarks.evidence` from its SFT model, with everything but the option in question as it
-  is there. Runs are processes of one thread, two at a time, and finished ones are kept, so a stopped experiment goes on.
-- A run of `make evidence-full` is taken as it is when it started from the same SFT model (the facts of its making agree) with
-  the same settings; `summary["runs"]` says which runs that is true of.
-- Held-out problems, and the seed of the sampling, are the same for all variants and the SFT model: differences are paired.
+- A variant is one GRPO run of `benchmarks.evidence` from its SFT model. Everything but the option in question is as it is
+  there. Runs are processes of one thread, two at a time. Finished ones are kept, so a stopped experiment goes on.
+- A run of `make evidence-full` serves as it is when it has the same settings and started from the same SFT model (the facts of
+  its making agree). `summary["runs"]` says which runs are such.
+- Held-out problems, and the seed of the sampling, are the same for all variants and the SFT model, so differences are paired.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def trained(name: str, variants: Sequence[Variant], options: argparse.Namespace)
     """Trains the variants that are missing and puts all of them, the SFT model first, into one result.
 
     Returns:
-        Rows: one per variant and training step. Summary: `kinds` (of the held-out problems), `held_out` (by label: per problem
-        `correct` and `finished` as "1" or "0", and `tokens`) and `runs` (by label: where it is from, its settings, and the
-        share of completions that the SFT model finds improbable).
+        Rows: one per variant and training step. Summary: `kinds` are those of the held-out problems. `held_out` has, by label
+        and problem, `correct` and `finished` as "1" or "0", and `tokens`. `runs` says, by label, where a run is from, its
+        settings, and the share of completions that the SFT model finds improbable.
 
     Raises:
         ValueError: a run failed, or a file in `options.runs` is of other settings.
@@ -204,7 +204,7 @@ def _own(path: Path, sft: dict[str, Any], config: dict[str, Any], held_out: int)
 
 
 def _is(record: dict[str, Any], sft: dict[str, Any], config: dict[str, Any], held_out: int) -> bool:
-    """Whether a run started from this SFT model and had these settings; older records leave some out that had the defaults."""
+    """Whether a run started from this SFT model and had these settings. Older records leave out some that had the defaults."""
     defaults = {"score": {}, "kinds": list(KINDS)}
     same = {name: {**config, **defaults, **record.get("config", {})}[name] == value for name, value in config.items()}
     return (

@@ -1,9 +1,10 @@
 """Is a model that GRPO taught to be concise on some kinds of problems concise, and right, on kinds that it was not trained on?
 
 GRPO sees only `--trained-kinds` of the problems of the evidence runs; the SFT model before it saw all kinds. Held out are
-problems of all kinds. Compared are the SFT model, accuracy alone, and the recommended gated ENTRA reward (`entra-banded`), and
-beside them the runs of the two rewards that were trained on all kinds. The default leaves out `guess`, the kind in which a
-check is needed (a policy that has only learnt to stop early would skip it), and `reverse`, the kind without numbers.
+problems of all kinds. The experiment compares the SFT model, accuracy alone, and the recommended gated ENTRA reward
+(`entra-banded`). It also shows the runs of the two rewards that were trained on all kinds. The default leaves out `guess`, the
+kind in which a check is needed: a policy that has only learnt to stop early would skip it. It also leaves out `reverse`, the
+kind without numbers.
 
 With half of the kinds and as many steps, each trained kind is seen twice as often as in the evidence runs.
 """
@@ -86,9 +87,9 @@ def tables(result: Result) -> list[Table]:
         for label in settings["labels"]
     ]
     of = (
-        f"Trained on {' and '.join(trained_on)} for {settings['steps']} GRPO steps, or on all kinds for as many; "
+        f"Trained on {' and '.join(trained_on)} for {settings['steps']} GRPO steps, or on all kinds for as many. "
         f"{settings['held_out']:,} held-out problems (seed {settings['seed']}), one sample each at temperature 1, the same "
-        "problems for all, one training run per row. Differences are paired by problem, with 95 % intervals."
+        "problems for all. One training run per row. Differences are paired by problem, with 95 % intervals."
     )
     return [
         Table(
@@ -122,9 +123,9 @@ def figures(result: Result) -> list[Figure]:
             name="transfer",
             title="What GRPO changes on trained kinds of problems and on others",
             caption=f"Change against the SFT model on {settings['held_out']:,} held-out problems, by kind: mean tokens (above) "
-            f"and accuracy (below); bars are 95 % intervals of the paired differences. Filled marks: GRPO was trained on "
-            f"{' and '.join(settings['trained_kinds'])} only; hollow marks: on all kinds. Kinds on the shaded side were not "
-            f"trained on by the former. One training run each, seed {settings['seed']}.",
+            f"and accuracy (below). Bars are 95 % intervals of the paired differences. Filled marks: GRPO was trained on "
+            f"{' and '.join(settings['trained_kinds'])} only. Hollow marks: on all kinds. The filled runs were not trained on "
+            f"the kinds of the shaded side. One training run each, seed {settings['seed']}.",
             draw=lambda canvas: _draw(canvas, result),
             size=(9.0, 6.0),
         )

@@ -3,7 +3,7 @@
 Parts run one after the other, what matters most first. Each has a limit, and one that fails or hangs stops no other. Whatever
 a part has found out is in the folder of results at once: its log, the records of its benchmarks, a line in summary.txt.
 
-The machine is taken as it is. Packages that it lacks come as wheels in a folder, and are used from a folder of their own.
+The machine is taken as it is. Packages that it lacks come as wheels in a folder, and are unpacked into another.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ torch.cuda.synchronize()
 
 
 def first_parts(rehearse: bool) -> list[Part]:
-    """9 minutes: is it right, then what was never measured, then the rest."""
+    """9 minutes: first whether it is right, then what was never measured, then the rest."""
     lengths = "test_against_peers" if rehearse else "test_against_peers and not 65536 and not 131072"
     logprobs = "test_linear_token_logprobs" + ("" if rehearse else " and 32768")
     return [
@@ -82,7 +82,7 @@ def first_parts(rehearse: bool) -> list[Part]:
 
 
 def further_parts(rehearse: bool) -> list[Part]:
-    """For what is left of the quarter of an hour, after what the first call found was mended."""
+    """For the rest of the quarter of an hour, once the faults that the first call found are mended."""
     # Every worker compiles for itself: 14 of them took longer than a few.
     workers = ("-n", "4", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     small = "--tokens 70 --heads 2 --kv-heads 1 --head-dim 16 --dtype fp16 --rounds 1 --most 2"

@@ -28,8 +28,8 @@ HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 
 
 class Check(NamedTuple):
-    """What runs, what float64 says, and how far the two may be apart in parts of the largest value: the inputs are the same
-    and products are summed in float32, so the inputs' dtype does not matter."""
+    """What runs, what float64 says, and how far the two may be apart in parts of the largest value. The inputs' dtype does not
+    matter: the inputs are the same, and products are summed in float32."""
 
     name: str
     run: Callable[[], Any]

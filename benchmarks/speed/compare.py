@@ -24,7 +24,7 @@ def _reason(error: Exception) -> str:
 
 
 def _first_call(run: Run, check: Callable[[Any], float | None]) -> tuple[str | None, float, float | None]:
-    """Why `run` cannot be timed, if so; the seconds of its first call, in which it compiles; and its error / allowed error."""
+    """Why `run` cannot be timed, or None; the seconds of its first call, which compiles it; and its error / allowed error."""
     start = time.perf_counter()
     try:
         result = run()
@@ -53,10 +53,10 @@ def compare(
     """One record per name. Names that begin with "ours" must work; any other is recorded with the reason if it does not.
 
     Args:
-        runs: what to time; a string instead is the reason why a peer cannot be run here.
+        runs: what to time. A string instead is the reason why a peer cannot run here.
         check: error of a result over the allowed one, None where there is nothing to check.
-        facts: by name, what a call amounts to: `flops` becomes `tflops`; `matmul_s` and `exp_s`, the seconds that the
-            machine's bounds alone would take, become `of_matmul_bound` and `of_exp_bound`; other fields go in as they are.
+        facts: by name, what a call amounts to. `flops` becomes `tflops`. `matmul_s` and `exp_s` are the seconds that the
+            machine's bounds alone would take; they become `of_matmul_bound` and `of_exp_bound`. Other fields stay as they are.
         rounds, seconds: as in `side_by_side`.
     """
     records: dict[str, dict[str, Any]] = {}

@@ -1,7 +1,7 @@
 """A Triton kernel that does nothing but exp2 in registers: the rate of the special-function units. CUDA and ROCm only.
 
-Compiled for sm_90 its loop is one MUFU.EX2 and one FADD per exponential, and an SM adds eight times as fast as it
-exponentiates, so the exponentials are what is timed.
+Compiled for sm_90 its loop is one MUFU.EX2 and one FADD per exponential. An SM adds eight times as fast as it exponentiates, so
+the exponentials decide the time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How everything here is measured: side by side in one run, beside what the machine can do, with peak memory.
+"""How everything here is measured: side by side in one run, with peak memory, and compared with what the machine can do.
 
-Time: every function is called twice (compiles, fills caches), then in rounds, each of which runs all of them, so that a busy
-machine slows all alike; the median counts. On CUDA the clock is a pair of device events, and before each call 1 GiB is
-written: that empties the L2 cache and gives the host a head start of some 0.3 ms, so that launches are not timed as work.
+Time: every function is called twice (compiles, fills caches). Then rounds follow, and each runs all functions, so that a busy
+machine slows all alike. The median counts. On CUDA the clock is a pair of device events. Before each call 1 GiB is written.
+That empties the L2 cache and gives the host a head start of some 0.3 ms, so that launches are not timed as work.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def side_by_side(
     seconds: float = 8.0,
     failed: dict[str, Exception] | None = None,
 ) -> dict[str, Timing]:
-    """How long each function takes, once it has been called before. One that would need more than `seconds` for all rounds
-    runs in fewer, at least one. One that raises is left out and goes into `failed`, where that is given."""
+    """How long each function takes after its first call. One that would need more than `seconds` for all rounds gets fewer, but
+    at least one. One that raises is left out and goes into `failed`, where that is given."""
     wanted: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(-1, rounds):
@@ -99,7 +99,7 @@ def side_by_side(
 def peak_memory(function: Callable[[], Any]) -> int:
     """Bytes that `function` needs beyond what was there before: the allocator's peak on CUDA, else the peak resident set.
 
-    Linux resets the peak when 5 is written to /proc/self/clear_refs (proc(5)); malloc_trim first gives back what earlier
+    Linux resets the peak when 5 is written to /proc/self/clear_refs (proc(5)). Before that, malloc_trim gives back what earlier
     calls left behind.
     """
     gc.collect()

@@ -1,8 +1,8 @@
 """Other ways to the same numbers, each as one would write it today, and what each of them must give.
 
-A peer is a function without arguments, or a string, the reason why it cannot run here. Attention peers return [N], the sums
-over queries, mean over heads, as `incoming_attention(..., normalize=False)` does. Most of them cannot leave the diagonal
-out; those are named in `WITH_DIAGONAL` and compared with sums that have it.
+A peer is a function without arguments, or a string that says why it cannot run here. Attention peers return [N], the sums over
+queries, mean over heads, as `incoming_attention(..., normalize=False)` does. Most of them cannot leave the diagonal out.
+`WITH_DIAGONAL` names those, and they are compared with sums that have it.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def diagonal(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
 
 
 def error_of_allowed(result: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
-    """The largest error of sums over that which a peer may have: 8 roundings of the inputs' dtype of a sum, and of 1 / N.
+    """The largest error of sums, divided by what a peer may have: 8 roundings of the inputs' dtype of a sum, and of 1 / N.
 
-    A score of 5 rounded once moves its probability by 5 roundings, the probability and the sum are rounded once each.
-    1 / N is what a diagonal's entry is of; leaving it in or out, or a wrong mask, scale or head, is 10 times as much or more.
+    A score of 5 rounded once moves its probability by 5 roundings. The probability and the sum are rounded once each. A
+    diagonal entry is of the size of 1 / N. Leaving it in or out, or a wrong mask, scale or head, is 10 times as much or more.
     """
     if result.shape != expected.shape:
         raise ValueError(f"shape {list(result.shape)} instead of {list(expected.shape)}")
@@ -107,8 +107,8 @@ def value_gradient(out: Tensor, v: Tensor, keep: bool = False) -> Tensor:
 
 
 def flex_column_sums(q: Tensor, k: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[], Tensor]]:
-    """FlexAttention with the roles swapped: the keys ask, the queries answer, a score counts minus its row's LSE. Then the
-    returned log-sum-exp is the log of the column sum. Returns that, given an LSE, and the pass which finds the LSE."""
+    """FlexAttention with the roles swapped: the keys ask, the queries answer, and each score is reduced by its row's LSE. Then
+    the returned log-sum-exp is the log of the column sum. Returns this function of an LSE, and the pass that finds the LSE."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     torch._dynamo.reset()  # or the eighth length falls back to flex_attention without a kernel

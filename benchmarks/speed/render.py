@@ -1,6 +1,6 @@
 """Results as tables and plots: `python -m benchmarks.speed.render DIR [--readme FILE]` reads DIR/*.json.
 
-Without --readme the tables go between the markers of benchmarks/README.md, with it into a file of their own. Plots go beside
+Without --readme the tables go between the markers of benchmarks/README.md, with it into that file. Plots go into the folder of
 the JSON, where matplotlib is installed.
 """
 
@@ -56,11 +56,11 @@ BASELINES = {
     "training step": "without ENTRA",
     "sampled rows": "ours, exact",
 }
-"""What times are given in units of; ours where nothing is named."""
+"""The unit of the last column: times are multiples of this peer's. Of ours where nothing is named."""
 
 SECTIONS = {
     "incoming_attention": "Every case of incoming_attention",
-    "memory": "Memory of incoming_attention beside q and k",
+    "memory": "Memory of incoming_attention on top of q and k",
     "accuracy": "Column sums against float64",
     "sampled rows": "m sampled rows of N",
     "coverage": "Real coverage of sampled rows' standard error",
@@ -68,7 +68,7 @@ SECTIONS = {
     "token_logprobs": "Log-probs from logits",
     "redundancy": "Epilogue, by device events on a GPU",
     "redundancy, host clock": "Epilogue, by the host's clock",
-    "score_batch": "score_batch beside the forward that it rides on",
+    "score_batch": "score_batch and the forward that it rides on",
     "training step": "A GRPO step (generation, and the optimiser steps on it)",
     "test": "Tests that were not run",
 }
@@ -173,7 +173,7 @@ def section(content: Content, plots: list[str]) -> Iterator[str]:
 
 
 def draw(content: Content, folder: Path, stem: str) -> list[Path]:
-    """Time against N and share of the bounds against N, as SVG; nothing without matplotlib, or with a single N."""
+    """Time against N and share of the bounds against N, as SVG. Draws nothing without matplotlib, or with a single N."""
     records = [record for record in _sweep(content) if "ms" in record]
     if len({record["tokens"] for record in records}) < 2 or importlib.util.find_spec("matplotlib") is None:
         return []
@@ -218,7 +218,7 @@ def draw(content: Content, folder: Path, stem: str) -> list[Path]:
 
 
 def render(folder: Path, readme: Path) -> str:
-    """The tables of every file in `folder`; plots are drawn beside the files and named relative to `readme`."""
+    """The tables of every file in `folder`. Plots go into the same folder; their links start at `readme`."""
     lines: list[str] = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())

@@ -1,8 +1,8 @@
 """One JSON file per device: what it was measured on, and one record per measurement, written as they come.
 
-A record is flat. `operation` and `case` say what was run, `name` who ran it; records of the same operation and case were
+A record is flat. `operation` and `case` say what was run, `name` who ran it. Records of the same operation and case were
 measured side by side. `ms` is the median, `ms_low` and `ms_high` the extremes of `rounds` calls. What was not measured has
-`skipped`, the reason, instead of `ms`. One that was measured in another run than the rest of the file has that run's `date`.
+`skipped`, the reason, instead of `ms`. A record of another run than the rest of the file has that run's `date`.
 """
 
 from __future__ import annotations

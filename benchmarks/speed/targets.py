@@ -63,7 +63,7 @@ def fastest_forward(content: Content, case: str) -> float:
 
 
 def _against_every_peer(content: Content) -> tuple[str, bool]:
-    """The smallest lead over a peer, with LSE over those that have it and without over the others."""
+    """The smallest lead over a peer. Peers that are given the LSE are compared with ours given LSE."""
     leads = []
     measured = cases(content, "incoming_attention", sweep="tokens")
     for case in measured:
@@ -188,7 +188,7 @@ ON_CPU: dict[str, Callable[[Content], tuple[str, bool]]] = {
 
 
 def verdicts(content: Content) -> Iterator[Verdict]:
-    """Each target of the kind of device that the results are of."""
+    """Each target for the kind of device that was measured."""
     for target, measure in (ON_CPU if content["cuda"] is None else ON_GPU).items():
         try:
             measured, met = measure(content)

@@ -34,7 +34,7 @@ def agreement(mu, exact, logprobs):
 @pytest.mark.parametrize("kind", ["random", "SmolLM2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_error_against_float64(results, once, kind, dtype):
-    """Beside eager attention in the same dtype, on the same q and k, which are rounded to it first."""
+    """Against eager attention in the same dtype, on the same q and k, which are rounded to it first."""
     tokens = by_size(tiny=128, small=1024, full=4096)
     drawn = random_activations(tokens, HEADS, KV_HEADS, HEAD_DIM) if kind == "random" else real_activations(REAL_TOKENS)
     case = f"{kind}, {str(dtype).removeprefix('torch.')}"

@@ -1,7 +1,7 @@
-"""incoming_attention beside everything else that yields column sums, and beside one attention forward.
+"""incoming_attention against everything else that yields column sums, and against one attention forward.
 
-On a GPU in bfloat16 at the shape of Qwen3-8B (32 query and 8 kv heads, D = 128), on a CPU in float32 at that of SmolLM2 (9 and
-3 heads, D = 64).
+On a GPU this runs in bfloat16 at the shape of Qwen3-8B (32 query and 8 kv heads, D = 128). On a CPU it runs in float32 at that
+of SmolLM2 (9 and 3 heads, D = 64).
 """
 
 import pytest
@@ -33,7 +33,7 @@ def queries_and_keys(tokens, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM):
 
 
 def work(scores, head_dim, products=1, exponentials=1):
-    """What `compare` wants to know of that many scores: FLOP of the matrix products, and the least time of both kinds."""
+    """What `compare` asks about this many scores: FLOP of the matrix products, and the least time of both kinds."""
     flops = products * 2.0 * head_dim * scores
     return {"flops": flops, "matmul_s": flops / bounds().matmul_flops, "exp_s": exponentials * scores / bounds().exps}
 
@@ -151,7 +151,7 @@ def test_skewed_lengths(results, once):
 
 @pytest.mark.priority(12)
 def test_memory(results, once):
-    """What a call needs beside q and k: linear in the tokens, where eager attention has N x N per head."""
+    """What a call needs on top of q and k. It is linear in the tokens; eager attention has N x N per head."""
     needed = {}
     for tokens in by_size(tiny=[128, 256], small=[8192, 16_384, 32_768], full=[8192, 2**17, 2**20]):
         q, k = queries_and_keys(tokens)

@@ -1,4 +1,4 @@
-"""Log-probs from hidden states beside the bare product that they cannot do without, and beside other ways to them.
+"""Log-probs from hidden states, against the bare matrix product that they need, and against other ways to them.
 
 On a GPU at the heads of Llama 3 (C = 4,096, 131,072 of its vocabulary) and Qwen3 (151,936), on a CPU at SmolLM2's.
 """

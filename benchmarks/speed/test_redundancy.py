@@ -1,4 +1,4 @@
-"""The epilogue beside what one would write with topk and unique, on skewed token ids as text has them."""
+"""The epilogue against what one would write with topk and unique, on skewed token ids as text has them."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""score_batch beside the bare forward that it rides on, and how much of it the attention statistic takes.
+"""score_batch against the bare forward that it rides on, and how much of it the attention statistic takes.
 
 On a GPU a random model of the shape of Qwen3-8B, on a CPU SmolLM2-135M-Instruct where its file is installed.
 """

@@ -1,9 +1,9 @@
-"""What ENTRA adds to a GRPO step: riding on TRL's log-prob pass, with a pass of its own, and beside TRL's repetition penalty.
+"""What ENTRA adds to a GRPO step: on TRL's log-prob pass, with an extra pass, and compared with TRL's repetition penalty.
 
-A random Qwen3-architecture model, a policy that always writes the same number of tokens, so that all arms do the same work.
-Where TRL makes a log-prob pass (here: two iterations per batch) scores ride on it; with TRL's defaults it makes none, and
-scoring costs one no-grad forward, which is timed alone beside it. A difference of a few percent between whole steps drowns in
-the noise of a busy machine, so what ENTRA adds is also clocked by itself.
+The policy is a random model in the Qwen3 architecture. It always writes the same number of tokens, so that all arms do the same
+work. Where TRL makes a log-prob pass (here: two iterations per batch) scores ride on it. With its defaults TRL makes none. Then
+scoring costs one no-grad forward, which is also timed alone. A difference of a few percent between whole steps drowns in the
+noise of a busy machine, so what ENTRA adds is also clocked by itself.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ def trainer(kind: Any, reward: Any, iterations: int, folder: Path) -> Any:
 
 @contextmanager
 def clock_of_entra() -> Iterator[dict[str, float]]:
-    """Seconds, by where they go: in the trainer's three overrides ("override"), in the methods of TRL's that these call
-    ("trl"), and inside those again in what is ours: finding the rows, reducing q and k, and the reward with its gate
-    ("ours")."""
+    """Seconds, by where they go. "override": in the trainer's three overrides. "trl": in the methods of TRL's that these call.
+    "ours": in what ENTRA does inside those, which is finding the rows, reducing q and k, and the reward with its gate."""
     import trl
 
     from entra.trl import _Ride

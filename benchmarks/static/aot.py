@@ -66,8 +66,8 @@ SPILLS = {
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """What an attention pass in bfloat16 may take on sm_90. `per_score` is instructions per score in the loop over unmasked
-    tiles, `per_shuffle` the fewest exponentials per shuffle there, `under_products` the least share of them that a warp takes
-    while a product of its own is under way; None where there is no limit."""
+    tiles. `per_shuffle` is the fewest exponentials per shuffle there. `under_products` is the least share of them that a warp
+    takes while one of its products is under way. None: there is no limit."""
 
     per_score: float | None = None
     per_shuffle: float | None = None
@@ -89,7 +89,7 @@ BUDGETS = {
     "ring_row_lse d=256": Budget(per_score=7.1, under_products=0.9),
 }
 """By label. At each of these head dims the products must run on the warpgroup matrix unit (HGMMA). An exponential takes 1/16
-clock of an SM, and the products of a score at d = 128 the same; in that time 4 schedulers of 32 lanes issue 8 instructions per
+clock of an SM, and the products of a score at d = 128 the same. In that time 4 schedulers of 32 lanes issue 8 instructions per
 score. A pass that needs more is bound by their issue, whatever overlaps."""
 
 REPEATED = 1.25
@@ -285,8 +285,8 @@ SUBSET = Selection(
         r"|sm_90 \w+ (with entropy|with all options( uneven channels)?)?$|gfx942 fp32 $"
     ),
 )
-"""What is compiled without `--all`, by name: every kernel and option on sm_90; on every chip the attention passes (D = 128 in
-bfloat16, D = 16 in float32) and the fused head; the tightest fits into shared memory; and on gfx942 the redundancy kernels."""
+"""What is compiled without `--all`, by name. On sm_90 every kernel and option. On every chip the attention passes (D = 128 in
+bfloat16, D = 16 in float32) and the fused head. The tightest fits into shared memory. On gfx942 the redundancy kernels, too."""
 
 
 def main() -> int:

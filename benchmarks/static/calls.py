@@ -1,5 +1,5 @@
-"""Calls that make every kernel launch in every way in which it becomes other machine code: head dims, dtypes, options, and
-layouts, of which a model has the first and a user may have the others."""
+"""Calls that launch every kernel in every way that gives other machine code: head dims, dtypes, options, and layouts. A model
+has the first layout; a user may have the others."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def _attend(
 
 
 def _attention(dtype: str) -> Iterator[Call]:
-    """Both passes for each head dim: plain, with a window and every option that goes with it, and with a softcap on top; for
-    some also with what needs no other launch size than plain. And the same from a sample of rows."""
+    """Both passes for each head dim: plain, with a window and every option that goes with it, and with a softcap on top. Some
+    head dims also run with what needs no other launch size than plain. And the same from a sample of rows."""
     kind = DTYPES[dtype]
     sinks: dict[str, Any] = {"sinks": lambda: empty(HEADS, dtype=kind)}
     window: dict[str, Any] = {"sliding_window": 256, "row_weights": lambda: empty(TOKENS), "per_head": True, **sinks}

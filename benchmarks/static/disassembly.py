@@ -4,7 +4,7 @@ Pure functions over text: the output of `nvdisasm -c` for CUDA, the `amdgcn` ass
 
 A loop is a natural loop of the control flow, not a stretch of text: from a branch back to an instruction that every path to
 the branch has passed. On sm_100 the waits for the matrix unit stand behind the kernel's end and branch back into the middle of
-the loop; as stretches of text they would all be loops.
+the loop. As stretches of text they would all be loops.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def count(listing: Listing, exponentials: int = 0) -> Counts | None:
 
     That is the shortest loop with matrix products and at least so many exponentials: pass the scores that fall to a thread in
     one trip. The attention passes have a loop over unmasked tiles and one or two over masked ones. Masking adds a comparison
-    and a select per score, so the shortest is the unmasked one, in which nearly all the time of a long sequence goes; and a
-    loop around another is longer than that. With 0 it is the loop of the products alone.
+    and a select per score, so the shortest is the unmasked one. Nearly all the time of a long sequence goes there. A loop
+    around another is longer. With 0 it is the loop of the products alone.
     """
     found = []
     for body in loops(listing):

@@ -44,8 +44,8 @@ class Trial(NamedTuple):
 
 
 def candidates(current: AttentionLaunch, element_size: int, chip: Chip) -> Iterator[AttentionLaunch]:
-    """The size in use; where that has a ring, the others, and the plain passes; then all plain sizes that fit into shared
-    memory and leave a thread registers beside its accumulators."""
+    """First the size in use. Where that has a ring, the other rings and the plain passes follow. Then all plain sizes that fit
+    into shared memory and leave a thread registers next to its accumulators."""
     yield current
     if current.ring is not None:
         yield from (size for size in rings(current, element_size, chip) if size != current)

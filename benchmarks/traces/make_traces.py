@@ -165,8 +165,8 @@ def generate(model: Any, tokenizer: Any, prompt: str, seed: int) -> dict[int, st
 def stated_answer(text: str, answer: str) -> str:
     """The answer that `text` states, in the form of `answer` so that reasoning-gym's checker can read it.
 
-    It is read from what follows the last "answer is" or "answer:", else from the whole text: the last number when
-    `answer` is a number; when it is a word, that word where it occurs (the first word for Yes and No); else the line.
+    It is read from what follows the last "answer is" or "answer:", else from the whole text. When `answer` is a number, it is
+    the last number. When it is a word, it is that word where it occurs (for Yes and No the first word). Else it is the line.
     """
     plain = text.replace("**", "")
     stated = re.findall(r"(?i)answer\s*(?:is|:)[:\s]*(.+)", plain)

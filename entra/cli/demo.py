@@ -1,7 +1,7 @@
 """`entra demo`: the shipped traces under a real language model, to look at.
 
-The length-adjusted reward comes from the same scores: the expected reward of a fixed number of unprotected positions, the
-smallest number that any shipped completion has, so that no completion is compared at fewer.
+The length-adjusted reward comes from the same scores. It is the expected reward of a fixed number of unprotected positions: the
+smallest number that any shipped completion has. So no completion is compared at fewer.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Decisions taken here:
 
-- Every file counts that transformers may read from the model's folder, whole: a setting, a normaliser or a few weights that
-  change leave sizes, names and most values as they were. So do weights that an index names in folders below, code of another
-  repository that the config names, and of an adapter the model that it belongs to.
+- Every file that transformers may read from the model's folder counts, and the whole of it. A change of a setting, a normaliser
+  or a few weights leaves sizes, names and most values as they were. So do weights that an index names in folders below, code of
+  another repository that the config names, and of an adapter the model that it belongs to.
 - A file in the hub's cache is a link to a blob that is named by its hash, which is taken; other files are hashed. Hashes of
   large ones are remembered with size, times and inode, in the user's cache folder.
 """

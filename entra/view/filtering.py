@@ -17,8 +17,8 @@ def matches(trace: Trace, numbers: Mapping[str, float], wanted: str) -> bool:
 
     Args:
         numbers: the trace's reward, tokens, entropy and repeated (in %); none of them where it could not be scored.
-        wanted: terms with spaces between them: `reward<0.5` and the like, anything else as text in the trace's name, prompt,
-            columns or error, in any case; `error` finds every trace that has one.
+        wanted: terms with spaces between them. `reward<0.5` and the like compare. Anything else is text to find in the trace's
+            name, prompt, columns or error, in any case. `error` finds every trace that has one.
     """
     text = None
     for term in wanted.split():

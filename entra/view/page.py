@@ -2,11 +2,11 @@
 
 Decisions:
 - The page is text, styles, program and data in one file. The program is in `assets/`, plain JavaScript, inlined as it is.
-- Numbers are stored as what is shown: log-prob and importance with 3 decimals, incoming attention with 6 (lift: 3), so each is
-  wrong by at most half a unit of its last shown digit (0.0005 nats, 5e-7) and is the number that Python's formatting shows.
+- Numbers are stored as shown: log-prob and importance with 3 decimals, incoming attention with 6 (lift: 3). So each is wrong by
+  at most half a unit of its last shown digit (0.0005 nats, 5e-7), and is the number that Python's formatting shows.
   A column that has a number too large for that (2e9 units), or one that is not finite, is stored in float64 instead.
-- A trace's tokens are one block of bytes (see `_packed`), deflated, in base64, and read when the trace is opened: 500 traces
-  of 8,192 tokens make a file of some 40 MB that is there at once.
+- A trace's tokens are one block of bytes (see `_packed`), deflated, in base64. They are read when the trace is opened. So a
+  file of 500 traces of 8,192 tokens, some 40 MB, opens at once.
 - A text of a token is stored once for all traces.
 - Shades are classes of importance, the same in all traces of a page, with about as many tokens in each.
 - Everything that comes from a trace is data: it goes into the page as JSON in which no character can end the element, and
@@ -180,8 +180,8 @@ def _shown(value: Any) -> str:
 def _packed(trace: Trace, words: np.ndarray, decimals: Mapping[str, int]) -> tuple[str, str]:
     """A trace's n tokens: base64 of deflated bytes, and for each column of numbers how it is stored.
 
-    One after the other: the numbers of the tokens in the vocabulary (int32), protected (n bytes), log-prob, incoming attention
-    and importance, each as int32 in units of its last decimal ("i") or as float64 ("f"). Numbers are little-endian, all their
+    First the numbers of the tokens in the vocabulary (int32), then protected (n bytes). Then log-prob, incoming attention and
+    importance, each as int32 in units of its last decimal ("i") or as float64 ("f"). Numbers are little-endian, all their
     lowest bytes first, then all their second ones, ...: that way the bytes that are mostly zero cost nothing.
     """
     protected = np.asarray(trace.protected, dtype=np.uint8)

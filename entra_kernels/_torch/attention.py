@@ -1,7 +1,7 @@
 """Incoming attention in blocks of query rows: softmax of a block, then one matrix product that sums its columns.
 
 A block holds [K, G * rows, keys] scores of K kv heads (all of them where the sequence is short, else one) and of all keys up to
-the diagonal, so a plain softmax is exact and a single pass is enough: Q K^T is computed once, where two passes (log-sum-exp,
+the diagonal. So a plain softmax is exact and a single pass is enough. It computes Q K^T once, where two passes (log-sum-exp,
 then columns) would compute it twice.
 """
 

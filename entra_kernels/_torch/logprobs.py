@@ -55,8 +55,9 @@ def linear_token_logprobs(
     """`token_logprobs(hidden @ weight.T, targets)` and, if wanted, the entropy, each [T]: tile by tile, with an online
     log-sum-exp over the vocabulary.
 
-    Accumulates in float32. Beside the result: one tile of logits (CPU: 16 MiB in float32), two with the entropy; for bfloat16
-    and float16, except on CUDA, a tile's rows of `hidden` and `weight` in float32; and a few numbers per row of the tile.
+    Accumulates in float32. Besides the result it takes one tile of logits (CPU: 16 MiB in float32), or two with the entropy,
+    and a few numbers per row of the tile. For bfloat16 and float16, except on CUDA, it also takes a tile's rows of `hidden` and
+    `weight` in float32.
 
     The product is a BLAS's, which chooses its order of additions by the shape: a row's last digits may depend on the number of
     rows.

@@ -1,9 +1,9 @@
 """`incoming_attention` in Triton: a pass over rows for the log-sum-exp, a pass over columns for the sums.
 
-The column pass has the keys on the matrix unit's M side, S^T = K Q^T, so that the sum over queries runs along the registers
-of a thread: 8 shuffles per 64 exponentials where S = Q K^T needs 192. A program owns one tile of keys of one kv head, keeps it
-resident, and walks over the group's query heads and over a piece of the queries from the diagonal on: the sum over the group
-is free, no key is repeated, nothing is added atomically. The causal comparison is made on the diagonal's tiles only. A last
+The column pass has the keys on the matrix unit's M side, S^T = K Q^T. So the sum over queries runs along the registers of a
+thread: 8 shuffles per 64 exponentials, where S = Q K^T needs 192. A program owns one tile of keys of one kv head and keeps it
+resident. It walks over the group's query heads and over a piece of the queries from the diagonal on. The sum over the group is
+free, no key is repeated, and nothing is added atomically. The causal comparison is made on the diagonal's tiles only. A last
 kernel adds up pieces and kv heads in a fixed order.
 
 Tiles are counted from a sequence's own start and sums run in a fixed order, so the result does not depend on the batch. Who
@@ -275,9 +275,9 @@ def _add_kernel(
 def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOptions) -> Tensor:
     """See `entra_kernels.incoming_attention`; spans as in `entra_kernels/_spans.py`. q and k are read where they are.
 
-    Beside the result it takes 4 bytes per token for each query head (the log-sum-exp) and for each kv head (the sums; with
-    `per_head` for each query head), each sequence rounded up to whole tiles; and the sums of further pieces, `plan._most_cuts`
-    tiles of them: for one sequence at most 528 KiB, times G with `per_head`.
+    Besides the result it takes 4 bytes per token for each query head (the log-sum-exp) and for each kv head (the sums; with
+    `per_head` for each query head). Each sequence is rounded up to whole tiles. The sums of further pieces take
+    `plan._most_cuts` tiles: for one sequence at most 528 KiB, times G with `per_head`.
     """
     check_products(q)
     batch, heads, tokens, head_dim = q.shape

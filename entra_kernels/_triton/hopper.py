@@ -1,15 +1,15 @@
 """Both passes of `incoming_attention` in Gluon for sm_90: exponentials run under products by design.
 
 In plain Triton all warps of a program multiply, then all take exponentials: the matrix unit idles during the exponentials
-unless a second program happens to be out of step. Here one warp copies tiles by TMA into a ring, and two warp groups own half
+unless a second program happens to be out of step. Here one warp copies tiles by TMA into a ring. Two warp groups own half
 of the 256 resident tokens each, as an upper and a lower part of 64. A group starts the product of one part before it takes the
 exponentials of the other, so that neither unit waits:
 
     start lower product of tile i      | exponentials of the upper scores of tile i
     start upper product of tile i + 1  | exponentials of the lower scores of tile i
 
-The order must survive two compilers. Each wait on a barrier that has long completed ends a basic block, which ptxas does not
-move exponentials across; the shuffles of a sum, or the maximum, keep them from sinking behind the wait for the product.
+The order must survive two compilers. Each wait on a barrier that has long completed ends a basic block, and ptxas does not
+move exponentials across it. The shuffles of a sum, or the maximum, keep them from sinking behind the wait for the product.
 
 On an H100 at N = 32,768 with 32 query and 8 kv heads the two passes take 0.78 (D = 128), 0.83 (D = 64) and 0.63 (D = 256) of
 the time of those in `attention.py` (measured in one run, benchmarks/README.md). Tiles, pieces, and what goes in and out are
@@ -37,8 +37,8 @@ PART = gl.constexpr(64)
 """Resident tokens of one product: the height of a warp group's matrix instruction."""
 
 GROUPS = {"num_warps": 4, "maxnreg": 168, "REGISTERS": 232, **FUSED}
-"""Warps of the first group; registers of a thread when the program starts, which three groups of 4 warps can have; and of a
-thread that takes exponentials, once the copying warp has given up its own."""
+"""Warps of the first group. Registers of a thread when the program starts, which three groups of 4 warps can have. Registers of
+a thread that takes exponentials, once the copying warp has given up its registers."""
 
 TILE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 LSE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
@@ -55,8 +55,8 @@ class Shape(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """The ring of streamed tiles in shared memory, the log-sum-exp of their tokens, and a barrier for each place of the ring
-    that is filled, and for each that is free."""
+    """The ring of streamed tiles in shared memory, the log-sum-exp of their tokens, and two barriers for each place of the
+    ring: one says that it is filled, one that it is free."""
 
     tiles: gl.shared_memory_descriptor
     lse: gl.shared_memory_descriptor

@@ -119,9 +119,9 @@ def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *
     the shared memory that decide how many programs share an SM. benchmarks/README.md has the table, and
     `python -m benchmarks.static.sass` makes it; `python -m benchmarks.static.tune` times the alternatives on a GPU.
 
-    sm_90, where a warp waits for its product before it takes exponentials: the matrix unit is busy meanwhile only with a second
-    program on the same SM, which for 8 warps means 128 registers and 113 KiB each, or with the product of the next tile
-    (`ahead`), which takes a second set of accumulators.
+    On sm_90 a warp waits for its product before it takes exponentials. Meanwhile two things can keep the matrix unit busy. One
+    is a second program on the same SM, which for 8 warps means 128 registers and 113 KiB each. The other is the product of the
+    next tile (`ahead`), which takes a second set of accumulators.
 
     | D | tile | counts | instead of |
     |---|---|---|---|
@@ -131,9 +131,9 @@ def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *
     | to 256 | 128 x 128 ahead | 7.7 / 7.6, 192 KiB: one program; 60 of 64 exponentials under a product | not ahead: 6.9, none |
     | to 512 | 64 x 64 | 16.6 / 16.2 | |
 
-    sm_100 keeps accumulators in tensor memory, a row to a thread: no shuffles at all with 4 warps and 128 x 64 (5.5 / 5.9, 192
-    registers); with options this spilled and 8 warps did not. 128 x 128 with 4 warps spilled 366 times. Other chips take the
-    largest of ANY_CHIP that fits; at 128 x 64 on sm_80 9.2 / 11.4 and 128 registers.
+    sm_100 keeps accumulators in tensor memory, a row to a thread. With 4 warps and 128 x 64 there are no shuffles at all (5.5 /
+    5.9, 192 registers). With options this spilled and 8 warps did not. 128 x 128 with 4 warps spilled 366 times. Other chips
+    take the largest of ANY_CHIP that fits; at 128 x 64 on sm_80 9.2 / 11.4 and 128 registers.
     """
     depth = max(16, 1 << (head_dim - 1).bit_length())
     least_piece = -(-LEAST_WORK // group)

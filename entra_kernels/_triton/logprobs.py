@@ -1,14 +1,15 @@
 """Log-probabilities in Triton: gather minus log-sum-exp over logits, and the head's product with the same.
 
 The vocabulary is cut into stretches. Of each row and stretch remain the highest logit, the sum of exponentials, the target's
-logit and, for the entropy, the sum of exponentials times exponents; `_reduce_kernel` adds the stretches up. They come from
+logit and, for the entropy, the sum of exponentials times exponents. `_reduce_kernel` adds the stretches up. They come from
 `_head_kernel`, which multiplies itself, or from products by cuBLAS, a chunk at a time, and `_stretch_kernel`, which reads each
 logit once: `fused_is_faster` chooses. No atomics, no locks, and stretches depend on the vocabulary alone, so with the fused
 kernel a row's result depends neither on the batch nor on the run.
 
 Compiled for sm_90 in bfloat16, the fused kernel's inner loop has 101 instructions for 4 asynchronous HGMMA 64x256x16, no mask
-and no spill, and a tile of 128 x 256 logits takes about 1,000 more for its loads' start and its sums: 3 % of the issue slots
-of its products at C = 4,096. One flat loop over tiles and channels would hide these, but Triton then waits after each HGMMA.
+and no spill. A tile of 128 x 256 logits takes about 1,000 more for its loads' start and its sums. That is 3 % of the issue
+slots of its products at C = 4,096. One flat loop over tiles and channels would hide these, but Triton then waits after each
+HGMMA.
 
 Inside, a logit x counts as (x - highest) / temperature: the difference is exact where it matters, so an offset common to all
 logits costs no digits.
@@ -41,9 +42,9 @@ REDUCED = (32, 32)
 """Stretches and rows that `_reduce_kernel` takes at a time. With 64 rows and the entropy it spilled registers on sm_90."""
 
 WORKSPACE = 64 << 20
-"""Bytes of float32 logits that the chunked way holds at a time: 3 % of the bfloat16 logits of 8,192 rows at V = 131,072, in 64
-chunks whose products (137 GFLOP, 0.17 ms) are long beside a launch. Not bfloat16: that would round each logit by up to
-2**-9 of itself."""
+"""Bytes of float32 logits that the chunked way holds at a time. They are 3 % of the bfloat16 logits of 8,192 rows at V =
+131,072, in 64 chunks. The product of a chunk (137 GFLOP, 0.17 ms) is long compared with a launch. Not bfloat16: that would
+round each logit by up to 2**-9 of itself."""
 
 _BANDWIDTH = 3.0e12  # bytes per second of an H100, as a copy through PyTorch measures it
 
@@ -398,7 +399,7 @@ def fused_is_faster(rows: int, channels: int, vocabulary: int, element_size: int
 def chunk(rows: int, vocabulary: int) -> tuple[int, int]:
     """Rows and vocabulary entries of one chunk of float32 logits: at most WORKSPACE bytes, the entries whole stretches.
 
-    Up to 4096 rows, in tiles of 128, so that chunks of many rows are square: among chunks of one size these read least, each of
+    Up to 4096 rows, in tiles of 128, so that chunks of many rows are square. Among chunks of one size these read least: each of
     `hidden` and `weight` once per 4096 of the other. A full chunk is 512 tiles of 128 x 256, 3.9 for each of 132 SMs.
     """
     chunk_rows = min(triton.cdiv(triton.cdiv(rows, triton.cdiv(rows, 4096)), 128) * 128, rows)

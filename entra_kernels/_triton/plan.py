@@ -1,9 +1,9 @@
 """Who works on what: sequences cut into tiles, tiles into pieces, longest first, without waiting for the device.
 
 A *tile* is `resident` tokens of one sequence, counted from the sequence's own start. In the column pass a tile of keys walks
-over the queries from its first token to the end of the sequence; a walk is cut into *pieces* of about equal length, each a
-program of its own, so that one short sequence fills the chip as well. How long a piece is depends on the sequence's own
-length (and on the model's heads), never on what else is in the batch: results stay the same bit for bit.
+over the queries from its first token to the end of the sequence. A walk is cut into *pieces* of about equal length. Each piece
+is one program, so that one short sequence fills the chip as well. How long a piece is depends on the sequence's
+length (and on the model's heads), never on what else is in the batch. So results stay the same bit for bit.
 
 Lengths live on the device, so all of this runs there, in two launches: `_count_tiles_kernel` counts tiles and pieces by the
 length of their walk, `_place_tiles_kernel` puts each in its place. A sequence of t tiles has exactly one walk of each length
@@ -24,9 +24,9 @@ from .._spans import Spans
 from .launch import FUSED, AttentionLaunch
 
 PROGRAMS = 528
-"""Pieces times kv heads that a sequence is cut into, where it is long enough: two rounds of two programs for each of the 132
-SMs of an H100 or H200, as many as run side by side (see `launch.py`). With one round, a few programs more than fit would
-double the time: 4,096 tokens with 8 kv heads made 272 programs for 264 places."""
+"""Pieces times kv heads that a sequence is cut into, where it is long enough. They make two rounds of two programs for each of
+the 132 SMs of an H100 or H200, and two programs run side by side there (see `launch.py`). With one round, a few programs more
+than fit would double the time: 4,096 tokens with 8 kv heads made 272 programs for 264 places."""
 
 SEQUENCES = 128
 """Sequences that a program of the planning kernels looks at together."""

@@ -1,7 +1,8 @@
 """Redundancy in Triton: a radix select per sequence, counts in a hash table, and one sum of logarithms.
 
-Four launches, so that what one phase wrote is visible to the next without a barrier between programs, and nothing else: at 64
-sequences of 16,384 tokens the launches of small operations beside them took three times as long as all kernels together.
+There are four launches, so that what one phase wrote is visible to the next without a barrier between programs. There is
+nothing else: at 64 sequences of 16,384 tokens, further launches of small operations took three times as long as all kernels
+together.
 
 1. `_importance_kernel` computes I and clears marks and the hash table.
 2. `_select_kernel` finds each sequence's k-th highest importance with four passes over 8 bits of an order-preserving integer,
@@ -33,8 +34,8 @@ FREE = tl.constexpr(-(2**63))
 
 BLOCK, WARPS = 4096, 16
 """Tokens that the one program of a sequence takes at a time, 8 to a thread. A batch of 64 sequences leaves half the SMs of an
-H200 idle, so what counts is how often a program goes round: a sequence of 16,384 tokens in 20 rounds (4 digits, then the
-marks), where 1,024 tokens at a time take 80, and a round waits for memory and for several barriers."""
+H200 idle, so what counts is how often a program goes round. A sequence of 16,384 tokens takes 20 rounds (4 digits, then the
+marks); 1,024 tokens at a time would take 80. A round waits for memory and for several barriers."""
 
 CLEARED = 1024
 """Tokens per program of `_importance_kernel`."""

@@ -1,7 +1,7 @@
 """`incoming_attention` from a sample of the query rows, in Triton: the sampled rows' log-sum-exp, then the columns.
 
 Both passes cost O(N m). The column pass has to hold all heads of a row together before it can square the difference of two
-rows, so here a program owns a tile of keys of *all* kv heads and adds the heads' probabilities up in registers, one tile of
+rows. So here a program owns a tile of keys of *all* kv heads. It adds the heads' probabilities up in registers, one tile of
 rows after the other. Keys are read again for each tile of rows; the causal comparison, made once per tile for all heads, is
 free. The sampled queries are copied, [S, m, H, D], since they lie apart; k is read where it is.
 

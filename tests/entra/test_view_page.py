@@ -614,6 +614,8 @@ def test_contrast_of_text_shades_and_outlines(page, scheme):
     page.prefers(scheme)
     page.load("#trace=1")
     assert page.js("document.documentElement.dataset.theme") == scheme
+    fades = page.js("getComputedStyle(document.getElementById('theme')).transitionDuration")
+    assert fades == "0s", "a page that loads does not fade in from the other theme"
     dark = luminance(rgb(page.js("getComputedStyle(document.body).backgroundColor"))) < 0.1
     assert dark == (scheme == "dark")
     colors = page.js(

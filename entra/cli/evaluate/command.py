@@ -4,8 +4,8 @@ Decisions taken here:
 
 - With two files all numbers are of the problems that both have, so that the columns can be subtracted; the others are counted.
 - Every problem weighs the same, however many completions it has; in median and 95th percentile every completion does.
-- Intervals hold 95 %: Wilson's for shares, with the number of independent answers that the completions amount to; the normal
-  approximation over problems for mean tokens; a paired bootstrap over problems for what changes.
+- Intervals hold 95 %. Shares have Wilson's, with the number of independent answers that the completions amount to. Mean tokens
+  have the normal approximation over problems. Changes have a paired bootstrap over problems.
 """
 
 from __future__ import annotations

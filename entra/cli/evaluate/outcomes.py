@@ -2,11 +2,11 @@
 
 Decisions taken here:
 
-- All files of a comparison are read the same way: a column counts only where every file has it, so that never tokens of one are
-  set against words of another.
-- Right is what the column `correct` says; else the column `reward`, but only where it holds nothing but 0 and 1, because
-  `entra score` writes a reward of that name that says nothing about correctness; else reasoning-gym's own scorer (column
-  `entry`, as `entra.problems.load_problems` writes it); else a comparison with the column `answer` (`entra.grading`).
+- All files of a comparison are read the same way. A column counts only where every file has it, so tokens of one are never
+  compared with words of another.
+- The column `correct` says what is right. Without it the column `reward` does, but only where it holds nothing but 0 and 1:
+  `entra score` writes a reward of that name that says nothing about correctness. Without both, reasoning-gym's scorer decides
+  (column `entry`, as `entra.problems.load_problems` writes it), else a comparison with the column `answer` (`entra.grading`).
 - A row that lacks what its file is read by is bad: it is counted and left out, as a whole. So is one whose task of
   reasoning-gym runs answers as code, unless that is asked for.
 """

@@ -164,8 +164,8 @@ _LETTING_GO = 0.2  # seconds
 def _let_go(trainer: Any) -> None:
     """Ends the run's processes together, when nobody's last collective is in flight.
 
-    A gloo thread needs the GIL to free the last gathered tensor, and a process group that is freed before waits for the thread
-    with the GIL held, for ever: 2 of 16 runs of two processes on a busy machine, torch 2.13.
+    A gloo thread needs the GIL to free the last gathered tensor. A process group that is freed before waits for the thread with
+    the GIL held, for ever. This happened in 2 of 16 runs of two processes on a busy machine, torch 2.13.
     """
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.wait_for_everyone()
