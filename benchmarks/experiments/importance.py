@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> Result:
 
 def _rankings(measured: Sequence[measuring.Measured], config: ScoreConfig) -> dict[str, Scores]:
     """The scores when tokens are ranked by I, by log P alone, and by mu alone."""
-    without = [replace(trace, logprobs=torch.zeros_like(trace.logprobs)) for trace in measured]
+    without = [trace.with_logprobs(torch.zeros_like(trace.logprobs)) for trace in measured]
     return {
         "importance": measuring.scored(measured, config),
         "logprob": measuring.scored(measured, replace(config, attention_weight=0.0)),
