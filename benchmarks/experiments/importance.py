@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.comparisons import resampled_ratio
 from benchmarks.experiments import measuring
 from benchmarks.experiments.drawing import REFERENCE, dots
 from benchmarks.experiments.results import Figure, Result, Table, with_interval
 from benchmarks.experiments.token_kinds import KINDS, kinds_of
 from entra.config import ScoreConfig
-from entra.metrics import resampled_ratio
 from entra.score import Scores
 from entra.view.lines import protected_runs
 
