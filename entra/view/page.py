@@ -181,8 +181,8 @@ def _shown(value: Any) -> str:
 def _packed(trace: Trace, words: np.ndarray, decimals: Mapping[str, int]) -> tuple[str, str]:
     """A trace's n tokens: base64 of deflated bytes, and for each column of numbers how it is stored.
 
-    First the numbers of the tokens in the vocabulary (int32), then their `marks` (n bytes). Then log-prob, incoming attention and
-    importance, each as int32 in units of its last decimal ("i") or as float64 ("f"). Numbers are little-endian, all their
+    First the numbers of the tokens in the vocabulary (int32), then their `marks` (n bytes). Then log-prob, incoming attention
+    and importance, each as int32 in units of its last decimal ("i") or as float64 ("f"). Numbers are little-endian, all their
     lowest bytes first, then all their second ones, ...: that way the bytes that are mostly zero cost nothing.
     """
     parts, kinds = [_planes(words), bytes(marks(trace.protected))], ""
