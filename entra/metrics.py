@@ -42,20 +42,6 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Interval:
-    """`mean_interval` of value minus baseline: what problems have in common cancels, so it is narrower than two intervals.
-
-    Args:
-        values, baseline: the i-th numbers belong to the same problem.
-
-    Raises:
-        ValueError: different numbers of values, or fewer than two.
-    """
-    if len(values) != len(baseline):
-        raise ValueError(f"values holds {len(values)} numbers and baseline {len(baseline)}; they must be of the same problems")
-    return mean_interval([value - other for value, other in zip(values, baseline, strict=True)])
-
-
 def wilson_interval(share: float, n: float) -> Interval:
     """`(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)`, z = 1.96: of a share of right answers.
 
@@ -190,42 +176,3 @@ def quantile(values: Sequence[float], share: float) -> float:
     below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other point beats: cost (lower is better) and value (higher is better), one of them strictly.
-
-    Args:
-        points: (cost, value) pairs.
-    """
-    return [not any(c <= cost and v >= value and (c, v) != (cost, value) for c, v in points) for cost, value in points]
-
-
-def resampled_ratio(parts: ArrayLike, *, draws: int = 2000, seed: int = 0) -> Interval:
-    """`sum(a) / sum(b)` over groups (a, b), with the interval of `paired_bootstrap`, which draws whole groups.
-
-    For shares and means of things that are not independent, such as the tokens of a trace. Then each problem is one group, a is
-    the sum over its tokens and b is their number. With b = 1 it is the mean of a. A draw whose b sum to 0 says nothing and
-    counts as the ratio itself; so does a single group, whose interval is a point.
-
-    Args:
-        parts: [groups, 2], b at least 0 and not all 0.
-        draws, seed: as in `paired_bootstrap`.
-
-    Raises:
-        ValueError: no groups, or b that are all 0.
-    """
-    table = np.asarray(parts, dtype=np.float64).reshape(-1, 2)
-    total = table.sum(axis=0)
-    if not total[1] > 0:
-        raise ValueError(f"parts holds {len(table)} groups whose denominators sum to {total[1]:g}; it must be positive")
-    ratio = float(total[0] / total[1])
-    if len(table) == 1:
-        return Interval(ratio, ratio, ratio)
-
-    def statistic(means: NDArray[Any]) -> NDArray[Any]:
-        above, below = means[..., 0], means[..., 1]
-        result: NDArray[Any] = np.divide(above, below, out=np.full_like(above, ratio), where=below > 0)
-        return result
-
-    return paired_bootstrap(table, statistic, draws=draws, seed=seed)

@@ -11,11 +11,3 @@ def progress_bar(total: int, finished: int, unit: str) -> Any:
 
     bar_format = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
     return tqdm(total=total, initial=finished, unit=f" {unit}", bar_format=bar_format)
-
-
-def progress_line(total: int, finished: int, unit: str, seconds: float) -> str:
-    """The same as a line of its own, for where several processes write: `seconds` since the first thing was begun."""
-    from tqdm import tqdm
-
-    bar_format = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}]"
-    return str(tqdm.format_meter(finished, total, seconds, ncols=80, unit=f" {unit}", bar_format=bar_format))

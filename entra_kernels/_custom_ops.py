@@ -20,7 +20,7 @@ from torch import Tensor
 from ._checks import accumulation_dtype
 from ._sampling import draw
 from ._spans import Spans
-from .reference import AttentionOptions
+from .reference import AttentionOptions, RedundancyOptions
 
 _MODULES = {"reference": ".reference", "torch": "._torch", "triton": "._triton"}
 
@@ -214,15 +214,8 @@ def redundancy(
     module = _implementation(backend, logprobs)
     tokens = logprobs.shape[0]
     Spans(cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.shape[0] - 1, tokens=tokens, batch=1).check(logprobs.device)
-    return module.redundancy(
-        logprobs,
-        incoming,
-        token_ids,
-        cu_seqlens,
-        attention_weight=attention_weight,
-        protect_fraction=protect_fraction,
-        degenerate_reward=degenerate_reward,
-    )
+    options = RedundancyOptions(attention_weight, protect_fraction, degenerate_reward)
+    return module.redundancy(logprobs, incoming, token_ids, cu_seqlens, options)
 
 
 @redundancy.register_fake

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,19 +195,23 @@ def protected_count(tokens: int, protect_fraction: float) -> int:
     return math.floor(protect_fraction * tokens + 1e-9)
 
 
+class RedundancyOptions(NamedTuple):
+    """What `redundancy` takes besides the tokens; every backend gets it whole."""
+
+    attention_weight: float
+    """lambda."""
+    protect_fraction: float
+    """tau, in [0, 1]."""
+    degenerate_reward: float
+    """The reward where at most one token is left."""
+
+
 def redundancy(
-    logprobs: Tensor,
-    incoming: Tensor,
-    token_ids: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    attention_weight: float,
-    protect_fraction: float,
-    degenerate_reward: float,
+    logprobs: Tensor, incoming: Tensor, token_ids: Tensor, cu_seqlens: Tensor, options: RedundancyOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """I = l + lambda * mu, the top k protected, r = H / log M over the rest (docs/method.md, "Reward")."""
     dtype = accumulation_dtype(torch.promote_types(logprobs.dtype, incoming.dtype))
-    importance = logprobs.to(dtype) + attention_weight * incoming.to(dtype)
+    importance = logprobs.to(dtype) + options.attention_weight * incoming.to(dtype)
     protected = torch.zeros_like(importance, dtype=torch.bool)
     rewards = []
     starts, lengths = packed_bounds(cu_seqlens, logprobs.shape[0])
@@ -215,14 +220,14 @@ def redundancy(
         if not importance[span].isfinite().all():
             rewards.append(math.nan)
             continue
-        k = protected_count(count, protect_fraction)
+        k = protected_count(count, options.protect_fraction)
         # A stable sort leaves equal importances in the order of their index, so ties go to the lower one.
         top = importance[span].sort(descending=True, stable=True).indices[:k]
         protected[first + top] = True
         remaining = token_ids[span][~protected[span]]
         m = remaining.numel()
         if m <= 1:
-            rewards.append(degenerate_reward)
+            rewards.append(options.degenerate_reward)
             continue
         frequency = remaining.unique(return_counts=True)[1].to(torch.float64) / m
         entropy = -(frequency * frequency.log()).sum().item()

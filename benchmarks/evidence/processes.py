@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from entra.progress import progress_line
-
 AT_ONCE = 2
 
 
@@ -64,3 +62,11 @@ def _process(*words: Any, threads: int = 1, **flags: Any) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "benchmarks.evidence", *map(str, words), *named]
     return subprocess.run(command, env=environment, stdout=sys.__stderr__, check=False).returncode
+
+
+def progress_line(total: int, finished: int, unit: str, seconds: float) -> str:
+    """A progress bar as a line of its own, for where several processes write: `seconds` since the first thing was begun."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    bar_format = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}]"
+    return str(tqdm.format_meter(finished, total, seconds, ncols=80, unit=f" {unit}", bar_format=bar_format))

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.comparisons import paired_difference, pareto_front
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.problems import KINDS
-from entra.metrics import Interval, mean_interval, paired_difference, pareto_front, quantile
+from entra.metrics import Interval, mean_interval, quantile
 
 SFT = "sft"
 OWN = "entra-banded"

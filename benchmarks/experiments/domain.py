@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.comparisons import resampled_ratio
 from benchmarks.experiments import measuring
 from benchmarks.experiments.drawing import COLOURS, dots
 from benchmarks.experiments.results import Figure, Result, Table, with_interval
@@ -33,7 +34,7 @@ from benchmarks.experiments.token_kinds import kinds_of
 from entra.config import ScoreConfig
 from entra.encode import Encoder
 from entra.forward import unwrapped
-from entra.metrics import Interval, mean_interval, resampled_ratio, wilson_interval
+from entra.metrics import Interval, mean_interval, wilson_interval
 from entra.policy import Policy
 from entra.problems import load_problems, reasoning_gym_reward
 from entra.progress import progress_bar

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.comparisons import resampled_ratio
 from benchmarks.experiments import measuring
 from benchmarks.experiments.drawing import REFERENCE, dots
 from benchmarks.experiments.results import Figure, Result, Table, with_interval
 from benchmarks.experiments.token_kinds import KINDS, kinds_of
 from entra.config import ScoreConfig
-from entra.metrics import resampled_ratio
 from entra.score import Scores
 from entra.view.lines import protected_runs
 
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> Result:
 
 def _rankings(measured: Sequence[measuring.Measured], config: ScoreConfig) -> dict[str, Scores]:
     """The scores when tokens are ranked by I, by log P alone, and by mu alone."""
-    without = [replace(trace, logprobs=torch.zeros_like(trace.logprobs)) for trace in measured]
+    without = [trace.with_logprobs(torch.zeros_like(trace.logprobs)) for trace in measured]
     return {
         "importance": measuring.scored(measured, config),
         "logprob": measuring.scored(measured, replace(config, attention_weight=0.0)),

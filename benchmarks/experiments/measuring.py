@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from entra.encode import Encoder
 from entra.forward import token_signals, unwrapped
 from entra.policy import Policy, load_policy
 from entra.progress import progress_bar
-from entra.score import Scores, score_batch
+from entra.score import CompletionScores, Scores, score_batch
 from entra.traces import Problem, load_traces
 from entra.view.trace import pieces_of
 
@@ -49,19 +50,35 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A sample's n completion tokens and what a model says of each; tensors are float32 [n] on the CPU."""
+    """A sample's n completion tokens and what a model says of each; signals are float32 [n] on the CPU."""
 
     sample: Sample
     prompt_ids: list[int]
-    token_ids: list[int]
     pieces: list[str]
     """The text of each token; joined they are the completion."""
-    logprobs: Tensor
-    """log P(x_i given x_<i), natural log."""
-    mean: Tensor
-    """mu: mean attention from future tokens."""
+    scores: CompletionScores
+    """With mu, the mean attention from future tokens, and the default lambda and tau."""
     lift: Tensor
-    """The same with each query's attention as a multiple of its uniform share."""
+    """The same as mu with each query's attention as a multiple of its uniform share."""
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        """The scores' ids, as Python's numbers."""
+        return list(self.scores.token_ids.tolist())
+
+    @property
+    def logprobs(self) -> Tensor:
+        """log P(x_i given x_<i), natural log."""
+        return self.scores.logprobs
+
+    @property
+    def mean(self) -> Tensor:
+        """mu: mean attention from future tokens."""
+        return self.scores.incoming
+
+    def with_logprobs(self, logprobs: Tensor) -> Measured:
+        """The same completion, scored with other log-probs."""
+        return replace(self, scores=_scores(self.prompt_ids, self.token_ids, logprobs, self.mean))
 
     def incoming(self, statistic: str) -> Tensor:
         """`mean` or `lift` by the name that `ScoreConfig.attention_statistic` has for it."""
@@ -238,7 +255,7 @@ def measure(policy: Policy, found: Samples, config: ScoreConfig | None = None, l
                 faults.append(f"{sample.problem}, {sample.kind}: {error}")
             else:
                 trace = _measured(policy, sample, row.prompt, row.completion, config)
-                if all(bool(values.isfinite().all()) for values in (trace.logprobs, trace.mean, trace.lift)):
+                if trace is not None:
                     traces.append(trace)
                 else:
                     faults.append(f"{sample.problem}, {sample.kind}: a log-prob or attention is not finite under this model")
@@ -248,22 +265,30 @@ def measure(policy: Policy, found: Samples, config: ScoreConfig | None = None, l
     return Measurement(traces, found.left_out.plus(faults))
 
 
-def _measured(policy: Policy, sample: Sample, prompt_ids: list[int], token_ids: list[int], config: ScoreConfig) -> Measured:
-    """One forward."""
+def _measured(
+    policy: Policy, sample: Sample, prompt_ids: list[int], token_ids: list[int], config: ScoreConfig
+) -> Measured | None:
+    """One forward; None where a signal is not finite."""
     count = len(token_ids)
     model = unwrapped(policy.model)
     reduction, backend = config.head_reduction, config.backend
     with capture_incoming_attention(model, statistic="lift", head_reduction=reduction, backend=backend) as captured:
         (signals,) = token_signals(model, [prompt_ids + token_ids], [count], replace(config, attention_statistic="mean"))
+    logprobs, mean, lift = signals.logprobs.cpu(), signals.incoming.cpu(), captured.incoming[0, -count:].cpu()
+    if not all(bool(values.isfinite().all()) for values in (logprobs, mean, lift)):
+        return None
     return Measured(
         sample=sample,
         prompt_ids=prompt_ids,
-        token_ids=token_ids,
         pieces=pieces_of(policy.tokenizer, token_ids),
-        logprobs=signals.logprobs.cpu(),
-        mean=signals.incoming.cpu(),
-        lift=captured.incoming[0, -count:].cpu(),
+        scores=_scores(prompt_ids, token_ids, logprobs, mean),
+        lift=lift,
     )
+
+
+def _scores(prompt_ids: list[int], token_ids: list[int], logprobs: Tensor, mean: Tensor) -> CompletionScores:
+    """With the default lambda and tau; no forward runs."""
+    return score_batch([prompt_ids], None, [token_ids], logprobs=[logprobs], incoming=[mean], details=True)[0]
 
 
 def scored(traces: Sequence[Measured], config: ScoreConfig) -> Scores:

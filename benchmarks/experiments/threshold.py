@@ -136,7 +136,7 @@ def _random_rewards(
     results = []
     for _ in range(draws):  # of numbers below 0, as log-probs are
         noise = [torch.rand(len(trace.token_ids), generator=generator) - 1.0 for trace in measured.traces]
-        drawn = [replace(trace, logprobs=values) for trace, values in zip(measured.traces, noise, strict=True)]
+        drawn = [trace.with_logprobs(values) for trace, values in zip(measured.traces, noise, strict=True)]
         results.append(rewards_of(replace(measured, traces=drawn), config))
     plain, adjusted = ([fmean(values) for values in zip(*rewards, strict=True)] for rewards in zip(*results, strict=True))
     return plain, adjusted

@@ -19,11 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.comparisons import paired_difference
 from benchmarks.evidence.problems import KINDS
 from benchmarks.evidence.processes import Run, make_missing, make_sft
 from benchmarks.experiments.results import Result
 from entra.config import ScoreConfig
-from entra.metrics import Interval, paired_difference, quantile
+from entra.metrics import Interval, quantile
 
 SFT = "SFT model (start)"
 HERE, EVIDENCE = "this experiment", "evidence run"

@@ -7,9 +7,10 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from benchmarks.comparisons import paired_difference, resampled_ratio
 from benchmarks.experiments import measuring
 from entra.config import ScoreConfig
-from entra.metrics import paired_difference, resampled_ratio, wilson_interval
+from entra.metrics import wilson_interval
 
 PAIRS = (("overthinking", "concise"), ("overthinking", "control"))
 """Kinds of traces of one problem of which the first should score lower."""

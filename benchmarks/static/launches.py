@@ -61,8 +61,9 @@ class Case:
     """The kernel's name in short, and the call's label."""
     signature: dict[str, str]
     """Triton type of each argument: "*bf16", "i32", "constexpr", "tensordesc<...>"."""
-    constexprs: dict[str, Any]
-    """Values of the compile-time arguments, of integers that are 1, and None for each pointer that the launch leaves out."""
+    constexprs: dict[str | tuple[int, ...], Any]
+    """Values of the compile-time arguments, of integers that are 1, and None for each pointer that the launch leaves out. An
+    element of a tuple is named by its path, the place of the tuple first."""
     attributes: dict[tuple[int, ...], Any]
     """What Triton found out about an argument, by its place: above all that it is a multiple of 16."""
     options: dict[str, Any]
@@ -230,7 +231,7 @@ def _recorder(chip: Chip, call: Call, keep: Callable[[Case], None]) -> Iterator[
             function=kernel.__name__,
             label=f"{'ring_' if kernel.is_gluon() else ''}{short} {call.label}".strip(),
             signature=dict(signature),
-            constexprs={names[path[0]]: value for path, value in constexprs.items()},
+            constexprs={path if len(path) > 1 else names[path[0]]: value for path, value in constexprs.items()},
             attributes=dict(attributes),
             options=dict(vars(options)),
         )

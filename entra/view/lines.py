@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 from entra.view.blocks import bars, column_chart, scatter
 from entra.view.trace import Trace
 from entra.view.visible import NEWLINE, quoted, visible
 
 PROTECTED = ("«", "»")
+IS_PROTECTED, FIRST, LAST = 1, 2, 4
+"""What `marks` adds up."""
 RUN_LENGTHS = (1, 2, 4, 8)
 """Tokens of the runs whose repetitions are listed."""
 COLUMNS = ("trace", "reward", "tokens", "entropy, nats", "repeated, %")
@@ -48,6 +49,18 @@ def about(trace: Trace) -> list[str]:
     return [summary(trace), *([" · ".join(columns)] if columns else []), *prompt]
 
 
+def marks(protected: Sequence[bool]) -> list[int]:
+    """How each token is shown; every view of protected tokens begins here.
+
+    Returns:
+        Of each token 0, or `IS_PROTECTED`, with `FIRST` and `LAST` added at the ends of a run of protected tokens: neighbours
+        share their marks or their outline.
+    """
+    tokens = list(map(bool, protected))
+    neighbours = zip([False, *tokens], tokens, [*tokens[1:], False], strict=False)
+    return [IS_PROTECTED + FIRST * (not before) + LAST * (not after) if here else 0 for before, here, after in neighbours]
+
+
 def protected_runs(pieces: Sequence[str], protected: Sequence[bool], around: str = " \n") -> Iterator[tuple[str, bool]]:
     """The text in parts, and of each whether its tokens are protected: how every text shows them.
 
@@ -57,13 +70,21 @@ def protected_runs(pieces: Sequence[str], protected: Sequence[bool], around: str
         around: characters at the ends of neighbouring protected tokens that are not shown as protected, unless there are no
             others: marks stand at words.
     """
-    for is_protected, group in groupby(zip(pieces, protected, strict=True), key=lambda token: token[1]):
-        run = "".join(piece for piece, _ in group)
-        inside = (run.strip(around) or run) if is_protected else ""
-        before, _, after = run.partition(inside) if inside else (run, "", "")
-        for part, marked in ((before, False), (inside, True), (after, False)):
-            if part:
-                yield part, marked
+    run = ""
+    for piece, mark in zip(pieces, marks(protected), strict=True):
+        if mark & FIRST and run:
+            yield run, False
+            run = ""
+        run += piece
+        if mark & LAST:
+            inside = run.strip(around) or run
+            before, _, after = run.partition(inside) if inside else (run, "", "")
+            for part, marked in ((before, False), (inside, True), (after, False)):
+                if part:
+                    yield part, marked
+            run = ""
+    if run:
+        yield run, False
 
 
 def with_marks(trace: Trace) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from entra.view.lines import summary, with_marks
+from entra.view.lines import marks, summary, with_marks
 from entra.view.trace import Trace
 from entra.view.visible import visible
 
@@ -47,17 +47,18 @@ class NotebookView:
 
 def _trace(trace: Trace) -> str:
     heading = f"<b>{html.escape(visible(trace.name))}</b>: {html.escape(summary(trace))}"
-    tokens = "".join(_token(trace, i, strength) for i, strength in enumerate(_strengths(trace.importance)))
+    shown = zip(_strengths(trace.importance), marks(trace.protected), strict=True)
+    tokens = "".join(_token(trace, i, strength, mark) for i, (strength, mark) in enumerate(shown))
     return f'<details open><summary>{heading}</summary><div style="{_TEXT}">{tokens}</div></details>'
 
 
-def _token(trace: Trace, i: int, strength: float) -> str:
+def _token(trace: Trace, i: int, strength: float, mark: int) -> str:
     token = trace.token_ids[i]
     numbers = (
         f"token {i + 1}, id {token}\nlog-prob {trace.logprobs[i]:.3f}\nincoming attention {trace.incoming[i]:.5f}\n"
         f"importance {trace.importance[i]:.3f}\n{trace.scores.counts[token]} times among the unprotected tokens"
     )
-    style = f"background: rgba({_SHADE}, {0.05 + 0.45 * strength:.2f});{_PROTECTED if trace.protected[i] else ''}"
+    style = f"background: rgba({_SHADE}, {0.05 + 0.45 * strength:.2f});{_PROTECTED if mark else ''}"
     text = "\n".join(visible(line) for line in trace.pieces[i].split("\n"))
     return f'<span title="{html.escape(numbers)}" style="{style}">{html.escape(text)}</span>'
 

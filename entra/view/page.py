@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from entra.config import ScoreConfig
+from entra.view.lines import marks
 from entra.view.trace import Trace
 
 # In this order: each may use what stands in an earlier one.
@@ -180,12 +181,11 @@ def _shown(value: Any) -> str:
 def _packed(trace: Trace, words: np.ndarray, decimals: Mapping[str, int]) -> tuple[str, str]:
     """A trace's n tokens: base64 of deflated bytes, and for each column of numbers how it is stored.
 
-    First the numbers of the tokens in the vocabulary (int32), then protected (n bytes). Then log-prob, incoming attention and
-    importance, each as int32 in units of its last decimal ("i") or as float64 ("f"). Numbers are little-endian, all their
+    First the numbers of the tokens in the vocabulary (int32), then their `marks` (n bytes). Then log-prob, incoming attention
+    and importance, each as int32 in units of its last decimal ("i") or as float64 ("f"). Numbers are little-endian, all their
     lowest bytes first, then all their second ones, ...: that way the bytes that are mostly zero cost nothing.
     """
-    protected = np.asarray(trace.protected, dtype=np.uint8)
-    parts, kinds = [_planes(words), protected.tobytes()], ""
+    parts, kinds = [_planes(words), bytes(marks(trace.protected))], ""
     for name, digits in decimals.items():
         numbers = np.asarray(getattr(trace, name), dtype="<f8")
         with np.errstate(over="ignore"):

@@ -26,7 +26,7 @@ from textual.strip import Strip
 from textual.widgets import DataTable, Footer, Input, Static
 
 from entra.view.filtering import matches
-from entra.view.lines import COLUMNS, about, charts, rewards_chart, row_of, summary, token_facts
+from entra.view.lines import COLUMNS, about, charts, marks, rewards_chart, row_of, summary, token_facts
 from entra.view.trace import Trace
 from entra.view.visible import visible
 from entra.view.wrapping import Span, wrapped
@@ -81,6 +81,7 @@ class TokenText(ScrollView):
         self._lines: list[list[Span]] = []
         self._line_of: list[int] = []
         self._shade: list[int] = []
+        self._marks = marks(trace.protected)
         self._width = 0
 
     def on_mount(self) -> None:
@@ -122,7 +123,7 @@ class TokenText(ScrollView):
     def _style(self, token: int, dark: bool) -> Style:
         colour, backgrounds = _SHADES[dark]
         same = self.trace.token_ids[token] == self.trace.token_ids[self.token]
-        protected = self.trace.protected[token]
+        protected = bool(self._marks[token])
         return Style(
             color=colour,
             bgcolor=_SAME[dark] if same else backgrounds[self._shade[token]],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._checks import accumulation_dtype
 from .._spans import packed_bounds
+from ..reference import RedundancyOptions
 
 # Logarithms of counts are summed as integers in units of 2**-26: the sum is then exact, so neither the order of the additions
 # (atomics on a GPU) nor the rest of the batch can change it. M * log(M) * 2**26 stays below 2**62 for every M < 2**31, and an
@@ -21,14 +22,7 @@ LOG_UNITS = float(1 << 26)
 
 
 def redundancy(
-    logprobs: Tensor,
-    incoming: Tensor,
-    token_ids: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    attention_weight: float,
-    protect_fraction: float,
-    degenerate_reward: float,
+    logprobs: Tensor, incoming: Tensor, token_ids: Tensor, cu_seqlens: Tensor, options: RedundancyOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """I = l + lambda * mu, the top k protected, r = H / log M over the rest.
 
@@ -36,7 +30,7 @@ def redundancy(
     Needs a cu_seqlens that does not descend.
     """
     dtype = accumulation_dtype(torch.promote_types(logprobs.dtype, incoming.dtype))
-    importance = logprobs.to(dtype) + attention_weight * incoming.to(dtype)
+    importance = logprobs.to(dtype) + options.attention_weight * incoming.to(dtype)
     starts, lengths = packed_bounds(cu_seqlens, importance.shape[0])
     sequences = starts.shape[0]
     position = torch.arange(importance.shape[0], device=importance.device)
@@ -45,7 +39,7 @@ def redundancy(
     # One group more than there are sequences: the tokens outside all spans, which are never protected.
     broken = importance.new_zeros(sequences + 1, dtype=torch.int64)
     broken = broken.index_add_(0, owner, (~importance.isfinite()).long())[:-1] > 0
-    k = protected_counts(lengths, protect_fraction).masked_fill_(broken, 0)
+    k = protected_counts(lengths, options.protect_fraction).masked_fill_(broken, 0)
 
     order = _grouped(importance.sort(descending=True, stable=True).indices, owner)
     before = torch.nn.functional.pad(lengths.long().cumsum(0), (1, 0))
@@ -60,7 +54,7 @@ def redundancy(
     m = lengths - k
     at_least_2 = m.clamp(min=2)
     reward = 1.0 - repeated.double() / (at_least_2 * log_units(at_least_2)).double()
-    reward = reward.masked_fill(m <= 1, degenerate_reward).masked_fill(broken, math.nan)
+    reward = reward.masked_fill(m <= 1, options.degenerate_reward).masked_fill(broken, math.nan)
     return reward.to(dtype), importance, protected
 
 

@@ -33,6 +33,7 @@ from .plan import plan
 from .primitives import (
     LOG2_E,
     LOWEST,
+    Factors,
     Scoring,
     Shape,
     Tile,
@@ -45,7 +46,6 @@ from .primitives import (
     read_span,
     read_tile,
     scan_keys,
-    score_factors,
     tile_from,
     walk,
 )
@@ -55,14 +55,14 @@ from .primitives import (
 def _row_lse_kernel(
     q, k, sinks, negative_lse, tiles, spans,
     q_stride_batch, q_stride_head, q_stride, q_stride_dim, k_stride_batch, k_stride_head, k_stride, k_stride_dim,
-    sinks_stride, slots, heads, group, window, scale, softcap,
+    sinks_stride, slots, heads, group, window, score_factors,
     HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, FLIPPED: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr, FLIPPED: tl.constexpr,
 ):  # fmt: skip
     """The log-sum-exp of every row, laid out as `_lay_out_kernel` does. A program owns one query head's tile of queries and
     walks over the keys that they see."""
-    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED)
-    scoring = Scoring(scale, softcap, window)
+    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, WINDOW, FLIPPED)
+    scoring = Scoring(score_factors, window)
     entry = read_tile(tiles, tl.program_id(0) // heads)
     head = (tl.program_id(0) % heads).to(tl.int64)
     start, tokens = read_span(spans, entry.sequence)
@@ -108,7 +108,7 @@ def _add_received(sums, product, negative_lse, weights, key, tile, scoring, shap
     begin = tile * shape.STREAMED  # a product, so that the compiler knows the alignment and loads vectors
     lane = tl.arange(0, shape.STREAMED)
     shift = tl.load(negative_lse + begin + lane)[None, :]  # -inf past the end: there the probability is 0
-    received = probabilities(product, shift, scoring, shape)
+    received = probabilities(product, shift, scoring.factors)
     if MASKED:
         query = begin + lane
         visible = key[:, None] < query[None, :]
@@ -148,16 +148,16 @@ def _scan_queries_ahead(sums, loaded, keys, queries, negative_lse, weights, key,
 def _column_sum_kernel(
     q, k, negative_lse, weights, partial_out, pieces, spans,
     q_stride_batch, q_stride_head, q_stride, q_stride_dim, k_stride_batch, k_stride_head, k_stride, k_stride_dim,
-    slots, kv_heads, group, window, scale, softcap,
+    slots, kv_heads, group, window, score_factors,
     HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr, AHEAD: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr, PER_HEAD: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Sums over one piece of the queries, [entries, Hkv, RESIDENT], or per query head, [entries, H, RESIDENT].
 
     A program owns one kv head's tile of keys and walks over the group's query heads and the queries of its piece.
     """
-    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, False)
-    scoring = Scoring(scale, softcap, window)
+    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, WINDOW, False)
+    scoring = Scoring(score_factors, window)
     piece = read_piece(pieces, (tl.program_id(0) // kv_heads).to(tl.int64))
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     first, stop = walk(piece)
@@ -285,7 +285,8 @@ def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOpt
     group = heads // kv_heads
     out = torch.zeros(batch, heads if options.per_head else 1, tokens, dtype=torch.float32, device=q.device)
     if spans.count and out.numel():
-        more = any(option is not None for option in (options.sliding_window, options.softcap, options.row_weights))
+        cut_or_weighed = options.sliding_window is not None or options.row_weights is not None
+        more = cut_or_weighed or not Factors.of(options).plain
         size = attention_launch(head_dim, group, q.element_size(), chip_of(q.device), options=more)
         with torch.cuda.device_of(q):
             _launch(q, k, spans, out, size, options)
@@ -300,7 +301,8 @@ def _launch(q: Tensor, k: Tensor, spans: Spans, out: Tensor, size: AttentionLaun
     packed = batch == 1
     tables = plan(spans, size=size, kv_heads=kv_heads, window=options.sliding_window, device=q.device)
     strides = (*q.stride(), *k.stride())
-    factor, cap = score_factors(options)
+    score_factors = Factors.of(options)
+    of_absolute = score_factors._replace(scale=abs(score_factors.scale))
     window, sinks = options.sliding_window or 0, options.sinks
     constexprs = {
         "HEAD_DIM": head_dim,
@@ -309,7 +311,6 @@ def _launch(q: Tensor, k: Tensor, spans: Spans, out: Tensor, size: AttentionLaun
         "STREAMED": size.streamed,
         "WIDE": wide_tiles(q, size) or wide_tiles(k, size),
         "PACKED": packed,
-        "SOFTCAP": options.softcap is not None,
         "WINDOW": options.sliding_window is not None,
         **size.options,
     }
@@ -338,7 +339,7 @@ def _launch(q: Tensor, k: Tensor, spans: Spans, out: Tensor, size: AttentionLaun
         else:
             _row_lse_kernel[(tables.slots * heads,)](
                 q, k, sinks, negative_lse, tables.tiles, tables.spans, *strides, 0 if sinks is None else sinks.stride(0),
-                tables.slots, heads, group, window, abs(factor), cap, FLIPPED=options.scale < 0, **constexprs,
+                tables.slots, heads, group, window, of_absolute, FLIPPED=options.scale < 0, **constexprs,
             )  # fmt: skip
     weights = None if options.row_weights is None else lay_out(options.row_weights.unsqueeze(1), 1.0, 0.0)
     sums = heads if options.per_head else kv_heads
@@ -348,7 +349,7 @@ def _launch(q: Tensor, k: Tensor, spans: Spans, out: Tensor, size: AttentionLaun
     else:
         _column_sum_kernel[(tables.entries * kv_heads,)](
             q, k, negative_lse, weights, partial, tables.pieces, tables.spans, *strides,
-            tables.slots, kv_heads, group, window, factor, cap, PER_HEAD=options.per_head, AHEAD=size.ahead, **constexprs,
+            tables.slots, kv_heads, group, window, score_factors, PER_HEAD=options.per_head, AHEAD=size.ahead, **constexprs,
         )  # fmt: skip
     lines = out.shape[1]
     _add_kernel[(tables.slots * lines,)](

@@ -30,7 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..reference import AttentionOptions
 from .launch import FUSED, Ring
 from .plan import Plan
-from .primitives import LOWEST, first_slot, negative_log_sum, read_piece, read_span, read_tile, score_factors, walk
+from .primitives import LOWEST, Factors, first_slot, negative_log_sum, read_piece, read_span, read_tile, walk
 
 RESIDENT = 256
 PART = gl.constexpr(64)
@@ -485,11 +485,11 @@ class Views(NamedTuple):
 def row_lse(views: Views, ring: Ring, streamed: int, options: AttentionOptions, negative_lse: Tensor, tables: Plan) -> None:
     """Fills `negative_lse` [H, slots, 256]."""
     batch, heads, _, head_dim = views.q.shape
-    sinks, (factor, _) = options.sinks, score_factors(options)
+    sinks = options.sinks
     _row_lse_kernel[(tables.slots * heads,)](
         views.q_rows.descriptor(views.q, PART.value), views.k_rows.descriptor(views.k, streamed),
         sinks, negative_lse, tables.tiles, tables.spans, *views.steps, 0 if sinks is None else sinks.stride(0),
-        tables.slots, heads, heads // views.k.shape[1], factor,
+        tables.slots, heads, heads // views.k.shape[1], Factors.of(options).scale,
         HEAD_DIM=head_dim, STREAMED=streamed, STAGES=ring.stages, PACKED=batch == 1, IN_REGISTERS=ring.in_registers, **GROUPS,
     )  # fmt: skip
 
@@ -507,10 +507,10 @@ def column_sum(
     (batch, heads, _, head_dim), kv_heads = views.q.shape, views.k.shape[1]
     shape = [negative_lse.numel() // streamed, streamed]
     lse = TensorDescriptor(negative_lse, shape, [streamed, 1], [1, streamed], LSE_LAYOUT)
-    factor, _ = score_factors(options)
+    scale = Factors.of(options).scale
     _column_sum_kernel[(tables.entries * kv_heads,)](
         views.q_rows.descriptor(views.q, streamed), views.k_rows.descriptor(views.k, PART.value),
-        lse, partial, tables.pieces, tables.spans, *views.steps, tables.slots, kv_heads, heads // kv_heads, factor,
+        lse, partial, tables.pieces, tables.spans, *views.steps, tables.slots, kv_heads, heads // kv_heads, scale,
         HEAD_DIM=head_dim, STREAMED=streamed, STAGES=ring.stages, PACKED=batch == 1, PER_HEAD=options.per_head,
         IN_REGISTERS=ring.in_registers, **GROUPS,
     )  # fmt: skip

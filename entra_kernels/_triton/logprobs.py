@@ -91,17 +91,9 @@ def _log_probability(picked, highest, total, inverse_temperature, inside):
 
 @triton.jit
 def _row_kernel(
-    logits,
-    targets,
-    out,
-    stride_outer,
-    stride_inner,
-    stride_vocabulary,
-    inner,
-    vocabulary,
-    inverse_temperature,
+    logits, targets, out, stride_outer, stride_inner, stride_vocabulary, inner, vocabulary, inverse_temperature,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One row of logits [outer, inner, V] per program: online log-sum-exp over blocks of the vocabulary."""
     row = tl.program_id(0).to(tl.int64)
     first = logits + (row // inner) * stride_outer + (row % inner) * stride_inner
@@ -169,32 +161,11 @@ def _store_parts(parts, stretch, rows, row, is_row, highest, total, picked, weig
 
 @triton.jit(do_not_specialize=["rows"])
 def _head_kernel(
-    hidden,
-    weight,
-    bias,
-    targets,
-    parts,
-    hidden_stride_row,
-    hidden_stride,
-    weight_stride_row,
-    weight_stride,
-    bias_stride,
-    rows,
-    vocabulary,
-    channels,
-    logit_scale,
-    softcap,
-    inverse_temperature,
-    STRETCH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BAND: tl.constexpr,
-    EVEN_CHANNELS: tl.constexpr,
-    SCALED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
+    hidden, weight, bias, targets, parts, hidden_stride_row, hidden_stride, weight_stride_row, weight_stride,
+    bias_stride, rows, vocabulary, channels, logit_scale, softcap, inverse_temperature,
+    STRETCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
+    EVEN_CHANNELS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
     """One tile of rows over one stretch of the vocabulary, logits and all, into `parts`."""
     stretches = tl.cdiv(vocabulary, STRETCH)
     tiles = tl.cdiv(rows, ROWS)
@@ -250,25 +221,10 @@ def _head_kernel(
 
 @triton.jit(do_not_specialize=["rows", "count", "first_row"])
 def _stretch_kernel(
-    logits,
-    bias,
-    targets,
-    parts,
-    bias_stride,
-    rows,
-    first_row,
-    count,
-    first_column,
-    width,
-    logit_scale,
-    softcap,
+    logits, bias, targets, parts, bias_stride, rows, first_row, count, first_column, width, logit_scale, softcap,
     inverse_temperature,
-    STRETCH: tl.constexpr,
-    ROWS: tl.constexpr,
-    SCALED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
+    STRETCH: tl.constexpr, ROWS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
     """What `_head_kernel` leaves in `parts`, from a chunk of the head's product: logits [count, width] of float32.
 
     `first_column` is a multiple of STRETCH, so that stretches are the same whatever the chunk.
@@ -298,17 +254,9 @@ def _stretch_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _reduce_kernel(
-    parts,
-    targets,
-    logprobs,
-    entropy,
-    rows,
-    vocabulary,
-    inverse_temperature,
-    STRETCH: tl.constexpr,
-    ROWS: tl.constexpr,
-    STRETCHES: tl.constexpr,
-):
+    parts, targets, logprobs, entropy, rows, vocabulary, inverse_temperature,
+    STRETCH: tl.constexpr, ROWS: tl.constexpr, STRETCHES: tl.constexpr,
+):  # fmt: skip
     """Adds up the stretches of each row, STRETCHES at a time, in an order that depends on nothing else."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
@@ -355,17 +303,9 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float) -> Te
     planes = logits.reshape(-1, inner, vocabulary)
     with torch.cuda.device_of(logits):
         _row_kernel[(out.numel(),)](
-            planes,
-            targets.contiguous(),
-            out,
-            *planes.stride(),
-            inner,
-            vocabulary,
-            1.0 / temperature,
-            BLOCK=ROW_BLOCK,
-            num_warps=8,
-            **FUSED,
-        )
+            planes, targets.contiguous(), out, *planes.stride(), inner, vocabulary, 1.0 / temperature,
+            BLOCK=ROW_BLOCK, num_warps=8, **FUSED,
+        )  # fmt: skip
     return out
 
 
@@ -458,18 +398,9 @@ def linear_token_logprobs(
         else:
             _chunked(hidden, weight, bias, targets, parts, options)
         _reduce_kernel[(triton.cdiv(rows, REDUCED[1]),)](
-            parts,
-            targets,
-            logprobs,
-            entropies,
-            rows,
-            vocabulary,
-            1.0 / temperature,
-            STRETCH=STRETCH,
-            ROWS=REDUCED[1],
-            STRETCHES=REDUCED[0],
-            **FUSED,
-        )
+            parts, targets, logprobs, entropies, rows, vocabulary, 1.0 / temperature,
+            STRETCH=STRETCH, ROWS=REDUCED[1], STRETCHES=REDUCED[0], **FUSED,
+        )  # fmt: skip
     return results
 
 
@@ -481,26 +412,11 @@ def _fused(
     rows, channels = hidden.shape
     size = tiling(hidden.element_size(), chip_of(hidden.device).shared_memory)
     _head_kernel[(triton.cdiv(rows, size.rows) * parts.shape[0],)](
-        hidden,
-        weight,
-        bias,
-        targets,
-        parts,
-        *hidden.stride(),
-        *weight.stride(),
-        0 if bias is None else bias.stride(0),
-        rows,
-        weight.shape[0],
-        channels,
-        ROWS=size.rows,
-        COLUMNS=size.columns,
-        DEPTH=size.depth,
-        BAND=size.band,
-        EVEN_CHANNELS=channels % size.depth == 0,
-        num_warps=size.num_warps,
-        num_stages=size.num_stages,
-        **options,
-    )
+        hidden, weight, bias, targets, parts, *hidden.stride(), *weight.stride(),
+        0 if bias is None else bias.stride(0), rows, weight.shape[0], channels,
+        ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth, BAND=size.band,
+        EVEN_CHANNELS=channels % size.depth == 0, num_warps=size.num_warps, num_stages=size.num_stages, **options,
+    )  # fmt: skip
 
 
 def _chunked(
@@ -519,19 +435,10 @@ def _chunked(
             logits = workspace[: count * width].view(count, width)
             product(states, columns.t(), out=logits)
             _stretch_kernel[(triton.cdiv(count, STRETCH_ROWS), triton.cdiv(width, STRETCH))](
-                logits,
-                bias,
-                targets,
-                parts,
-                0 if bias is None else bias.stride(0),
-                rows,
-                first_row,
-                count,
-                first_column,
-                width,
-                ROWS=STRETCH_ROWS,
-                **options,
-            )
+                logits, bias, targets, parts, 0 if bias is None else bias.stride(0), rows, first_row, count,
+                first_column, width,
+                ROWS=STRETCH_ROWS, **options,
+            )  # fmt: skip
 
 
 def _blas_takes(*matrices: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """What the attention kernels share: constants, tiles in memory, entries of the plan's tables, scores and their log-sum-exp.
 
 Helpers take named tuples, which a kernel builds from its own arguments. Launch signatures stay flat: Triton compiles another
-kernel for a 1 or a multiple of 16 among the integers of a tuple, whatever `do_not_specialize` says.
+kernel for a 1 or a multiple of 16 among the integers of a tuple, whatever `do_not_specialize` says. `Factors` is the one tuple
+that a launch takes: it holds no integers.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ class Shape(NamedTuple):
     """How much of the head dim one dot takes."""
     WIDE: tl.constexpr
     """Whether offsets within a tile need 64 bits."""
-    SOFTCAP: tl.constexpr
     WINDOW: tl.constexpr
     FLIPPED: tl.constexpr
-    """Whether the log-sum-exp takes negative products, for a scale that is negative; `Scoring.scale` then is its absolute
+    """Whether the log-sum-exp takes negative products, for a scale that is negative; `Factors.scale` then is its absolute
     value."""
 
 
@@ -49,12 +49,30 @@ class Tile(NamedTuple):
     """Tokens from the first one on that exist."""
 
 
+class Factors(NamedTuple):
+    """The numbers that make a score of a product q * k: floats, or None for an option that is not there. A launch takes it
+    whole. Scores are in log2 units, because the hardware has exp2."""
+
+    scale: tl.tensor
+    softcap: tl.tensor
+
+    @classmethod
+    def of(cls, options: AttentionOptions) -> Factors:
+        """For log2(e) * s, or log2(e) * softcap * tanh(s / softcap)."""
+        if options.softcap is not None:
+            return cls(options.scale / options.softcap, options.softcap * LOG2_E.value)
+        return cls(options.scale * LOG2_E.value, None)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a score is a multiple of the product."""
+        return all(factor is None for factor in self[1:])
+
+
 class Scoring(NamedTuple):
     """How a product q * k becomes a score, and which scores count."""
 
-    scale: tl.tensor
-    """In log2 units, see `score_factors`."""
-    softcap: tl.tensor
+    factors: Factors
     window: tl.tensor
 
 
@@ -65,13 +83,6 @@ class Entry(NamedTuple):
     listed: tl.tensor
     """Tile + 1, or 0 for a surplus entry."""
     sequence: tl.tensor
-
-
-def score_factors(options: AttentionOptions) -> tuple[float, float]:
-    """Scores are in log2 units, because the hardware has exp2: log2(e) * s, or log2(e) * softcap * tanh(s / softcap)."""
-    if options.softcap is not None:
-        return options.scale / options.softcap, options.softcap * LOG2_E.value
-    return options.scale * LOG2_E.value, 0.0
 
 
 @triton.jit
@@ -155,38 +166,39 @@ def products(loaded, resident, streamed, shape):
 
 
 @triton.jit
-def probabilities(product, shift, scoring, shape):
+def probabilities(product, shift, factors):
     """exp2(score + shift), where `shift` is the negative log-sum-exp of the query."""
-    if shape.SOFTCAP:
-        return tl.exp2(tl.fma(tanh(product * scoring.scale), scoring.softcap, shift))
-    return tl.exp2(tl.fma(product, scoring.scale, shift))
+    if factors.softcap is not None:
+        return tl.exp2(tl.fma(tanh(product * factors.scale), factors.softcap, shift))
+    return tl.exp2(tl.fma(product, factors.scale, shift))
 
 
 @triton.jit
 def scan_keys(highest, total, loaded, queries, keys, query, begin, end, scoring, shape, MASKED: tl.constexpr):
     """Online log-sum-exp over the keys begin ... end - 1: the highest score so far, in log2 units, and the sum of
     exp2(score - highest)."""
+    factors = scoring.factors
     for at in range(begin, end, shape.STREAMED):
         scores = products(loaded, queries, tile_from(keys, at), shape)  # [query, key]
         if shape.FLIPPED:
             scores = -scores
-        if shape.SOFTCAP:
-            scores = tanh(scores * scoring.scale) * scoring.softcap
+        if factors.softcap is not None:
+            scores = tanh(scores * factors.scale) * factors.softcap
         elif MASKED:
-            scores = scores * scoring.scale  # now, so that the -inf of the mask never meets a scale of 0
+            scores = scores * factors.scale  # now, so that the -inf of the mask never meets a scale of 0
         if MASKED:
             key = at + tl.arange(0, shape.STREAMED)
             visible = key[None, :] <= query[:, None]
             if shape.WINDOW:
                 visible &= query[:, None] - key[None, :] < scoring.window
             scores = tl.where(visible, scores, float("-inf"))
-        if shape.SOFTCAP or MASKED:
+        if factors.softcap is not None or MASKED:
             higher = tl.maximum(highest, tl.max(scores, axis=1))
             summands = tl.exp2(scores - higher[:, None])
         else:
             # The maximum of the bare products spares a multiplication per score; scale is not negative, see FLIPPED.
-            higher = tl.maximum(highest, tl.max(scores, axis=1) * scoring.scale)
-            summands = tl.exp2(tl.fma(scores, scoring.scale, -higher[:, None]))
+            higher = tl.maximum(highest, tl.max(scores, axis=1) * factors.scale)
+            summands = tl.exp2(tl.fma(scores, factors.scale, -higher[:, None]))
         total = total * tl.exp2(highest - higher) + tl.sum(summands, axis=1)
         highest = higher
     return highest, total

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._torch.redundancy import LOG_UNITS as _LOG_UNITS
+from ..reference import RedundancyOptions
 from .launch import FUSED
 
 LOG_UNITS = tl.constexpr(_LOG_UNITS)
@@ -190,14 +191,7 @@ def _log_units(count):
 
 
 def redundancy(
-    logprobs: Tensor,
-    incoming: Tensor,
-    token_ids: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    attention_weight: float,
-    protect_fraction: float,
-    degenerate_reward: float,
+    logprobs: Tensor, incoming: Tensor, token_ids: Tensor, cu_seqlens: Tensor, options: RedundancyOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """I = l + lambda * mu, the top k protected, r = H / log M over the rest."""
     tokens, sequences = logprobs.shape[0], cu_seqlens.shape[0] - 1
@@ -209,14 +203,14 @@ def redundancy(
     keys = torch.empty(2 * tokens, dtype=torch.int64, device=device)
     counts = torch.empty(2 * tokens, dtype=torch.int32, device=device)
     cu_seqlens = cu_seqlens.contiguous()
-    (fraction_bits,) = struct.unpack("<q", struct.pack("<d", protect_fraction))
+    (fraction_bits,) = struct.unpack("<q", struct.pack("<d", options.protect_fraction))
     # Without fusion: the two operations of I, and of k, are rounded separately, as other backends do.
     unfused = {"enable_fp_fusion": False}
     with torch.cuda.device_of(logprobs):
         if tokens:
             _importance_kernel[(triton.cdiv(tokens, CLEARED),)](
                 logprobs, incoming, importance, protected, keys, counts, tokens, logprobs.stride(0), incoming.stride(0),
-                attention_weight, BLOCK=CLEARED, **unfused,
+                options.attention_weight, BLOCK=CLEARED, **unfused,
             )  # fmt: skip
         if sequences:
             _select_kernel[(sequences,)](
@@ -227,7 +221,7 @@ def redundancy(
                 BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8, **FUSED,
             )  # fmt: skip
             _reward_kernel[(sequences,)](
-                counts, cu_seqlens, broken, reward, tokens, fraction_bits, degenerate_reward,
+                counts, cu_seqlens, broken, reward, tokens, fraction_bits, options.degenerate_reward,
                 BLOCK=BLOCK, num_warps=WARPS, **unfused,
             )  # fmt: skip
     return reward, importance, protected

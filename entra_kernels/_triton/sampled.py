@@ -24,6 +24,7 @@ from .plan import plan
 from .primitives import (
     LOG2_E,
     LOWEST,
+    Factors,
     Scoring,
     Shape,
     Tile,
@@ -34,21 +35,20 @@ from .primitives import (
     read_span,
     read_tile,
     scan_keys,
-    score_factors,
 )
 
 
 @triton.jit(do_not_specialize=["sampled", "heads", "group", "window"])
 def _sampled_lse_kernel(
     q, k, sinks, rows, negative_lse, spans,
-    k_stride_batch, k_stride_head, k_stride, k_stride_dim, sinks_stride, sampled, heads, group, window, scale, softcap,
+    k_stride_batch, k_stride_head, k_stride, k_stride_dim, sinks_stride, sampled, heads, group, window, score_factors,
     HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, FLIPPED: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr, FLIPPED: tl.constexpr,
 ):  # fmt: skip
     """negative_lse [S, H, sampled] in log2 units, -inf where there is no row. A program owns a tile of one head's rows, of
     which the later ones see more keys: later tiles come first."""
-    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, FLIPPED)
-    scoring = Scoring(scale, softcap, window)
+    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, WINDOW, FLIPPED)
+    scoring = Scoring(score_factors, window)
     blocks = sampled // RESIDENT
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
@@ -84,16 +84,16 @@ def _sampled_lse_kernel(
 @triton.jit(do_not_specialize=["sampled", "padded_tokens", "kv_heads", "group", "window"])
 def _sampled_columns_kernel(
     q, k, negative_lse, rows, factors, weights, spread, estimate_out, error_out, tiles, spans,
-    k_stride_batch, k_stride_head, k_stride, k_stride_dim, sampled, padded_tokens, kv_heads, group, window, scale, softcap,
+    k_stride_batch, k_stride_head, k_stride, k_stride_dim, sampled, padded_tokens, kv_heads, group, window, score_factors,
     HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
+    PACKED: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """Estimate and standard error, [B, N] each, of one tile of keys.
 
     factors [S, sampled] are the user's row weights, weights [S, sampled] the inverse inclusion probabilities, spread
     [S, sampled / 2] the variance's coefficients."""
-    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, SOFTCAP, WINDOW, False)
-    scoring = Scoring(scale, softcap, window)
+    shape: tl.constexpr = Shape(RESIDENT, STREAMED, HEAD_DIM, DEPTH, WIDE, WINDOW, False)
+    scoring = Scoring(score_factors, window)
     tile = read_tile(tiles, tl.program_id(0))
     sequence = tile.sequence.to(tl.int64)
     start, tokens = read_span(spans, sequence)
@@ -135,7 +135,7 @@ def _sampled_columns_kernel(
                 queries = Tile(q_first, heads * HEAD_DIM, 1, STREAMED)
                 product = products(loaded, keys, queries, shape)  # [key, row]
                 shift = tl.load(negative_lse + (sequence * heads + head) * sampled + block + lane)[None, :]
-                received += probabilities(product, shift, scoring, shape)
+                received += probabilities(product, shift, scoring.factors)
         position = tl.load(rows + block + lane)
         visible = key[:, None] < position[None, :]
         if WINDOW:
@@ -189,7 +189,8 @@ def sampled_incoming_attention(
     rows = rows.int()
 
     packed = batch == 1
-    factor, cap = score_factors(options)
+    score_factors = Factors.of(options)
+    of_absolute = score_factors._replace(scale=abs(score_factors.scale))
     constexprs = {
         "HEAD_DIM": head_dim,
         "DEPTH": size.depth,
@@ -197,7 +198,6 @@ def sampled_incoming_attention(
         "STREAMED": size.streamed,
         "WIDE": wide_tiles(k, size),
         "PACKED": packed,
-        "SOFTCAP": options.softcap is not None,
         "WINDOW": options.sliding_window is not None,
         **size.options,
     }
@@ -211,10 +211,10 @@ def sampled_incoming_attention(
             negative_lse = torch.empty(spans.count, heads, sampled, dtype=torch.float32, device=q.device)
             _sampled_lse_kernel[(spans.count * (sampled // size.resident) * heads,)](
                 q_sampled, k, sinks, rows, negative_lse, tables.spans, *k.stride(), 0 if sinks is None else sinks.stride(0),
-                sampled, heads, group, window, abs(factor), cap, FLIPPED=options.scale < 0, **constexprs,
+                sampled, heads, group, window, of_absolute, FLIPPED=options.scale < 0, **constexprs,
             )  # fmt: skip
         _sampled_columns_kernel[(tables.slots,)](
             q_sampled, k, negative_lse, rows, factors, weights, spread, estimate, error, tables.tiles, tables.spans,
-            *k.stride(), sampled, tokens, kv_heads, group, window, factor, cap, NORMALIZE=options.normalize, **constexprs,
+            *k.stride(), sampled, tokens, kv_heads, group, window, score_factors, NORMALIZE=options.normalize, **constexprs,
         )  # fmt: skip
     return estimate, error

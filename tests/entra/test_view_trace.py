@@ -10,6 +10,7 @@ from tiny_tokenizer import build_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from entra.view.lines import FIRST, IS_PROTECTED, LAST, marks, protected_runs
 from entra.view.trace import Repeated, Trace, pieces_of
 
 needs_smollm2 = pytest.mark.skipif(
@@ -129,3 +130,24 @@ def test_a_report_of_long_traces_is_cut_into_pieces_fast(smollm2):
     started = time.process_time()
     assert "".join(pieces_of(smollm2, ids)) == smollm2.decode(ids)
     assert time.process_time() - started < 0.03 * 4  # a busy machine
+
+
+@pytest.mark.parametrize(
+    ("protected", "expected"),
+    [
+        ("....", [0, 0, 0, 0]),
+        (".x..", [0, IS_PROTECTED + FIRST + LAST, 0, 0]),
+        (".xxx", [0, IS_PROTECTED + FIRST, IS_PROTECTED, IS_PROTECTED + LAST]),
+        ("x.x", [IS_PROTECTED + FIRST + LAST, 0, IS_PROTECTED + FIRST + LAST]),
+        ("", []),
+    ],
+)
+def test_marks_say_where_a_run_of_protected_tokens_begins_and_ends(protected, expected):
+    assert marks([token == "x" for token in protected]) == expected
+
+
+def test_protected_runs_hold_the_whole_text_and_are_marked_at_words():
+    pieces, protected = ["a", " b", " c", "\n", "d", " "], [False, True, True, True, False, True]
+    parts = list(protected_runs(pieces, protected))
+    assert "".join(part for part, _ in parts) == "".join(pieces)
+    assert [part for part, marked in parts if marked] == ["b c", " "]

@@ -300,15 +300,8 @@ def test_float64_stays_float64(backend, double):
     ours = redundancy(logprobs, incoming, ids, bounds, backend=backend)
     assert ours.reward.dtype == ours.importance.dtype == torch.float64
     assert torch.equal(ours.importance, logprobs.double() + 2.0 * incoming.double())
-    expected = reference.redundancy(
-        logprobs.double(),
-        incoming.double(),
-        ids,
-        bounds,
-        attention_weight=2.0,
-        protect_fraction=0.2,
-        degenerate_reward=0.0,
-    )
+    options = reference.RedundancyOptions(attention_weight=2.0, protect_fraction=0.2, degenerate_reward=0.0)
+    expected = reference.redundancy(logprobs.double(), incoming.double(), ids, bounds, options)
     assert torch.equal(ours.protected, expected[2])
     assert (ours.reward - expected[0]).abs().max() <= 1.4e-8
     with pytest.raises(TypeError, match="'triton' has no float64"):

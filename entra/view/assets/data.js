@@ -88,12 +88,12 @@ function unpacked(bytes, start, count, size) {
   return size === 4 ? new Int32Array(mixed.buffer) : new Float64Array(mixed.buffer);
 }
 
-// The tokens of a trace: words (into data.ids and data.texts), protected, logprobs, incoming, importance.
+// The tokens of a trace: words (into data.ids and data.texts), marks (0: not protected), logprobs, incoming, importance.
 async function readTokens(trace) {
   const n = trace.tokens;
   await complete;
   const bytes = await inflated(byId(`tokens-${trace.index}`).textContent);
-  const tokens = { words: unpacked(bytes, 0, n, 4), protected: bytes.subarray(4 * n, 5 * n) };
+  const tokens = { words: unpacked(bytes, 0, n, 4), marks: bytes.subarray(4 * n, 5 * n) };
   let start = 5 * n;
   COLUMNS.forEach((name, column) => {
     const exact = trace.kinds[column] === "f";
@@ -105,7 +105,7 @@ async function readTokens(trace) {
   tokens.counts = new Map();
   for (let i = 0; i < n; i++) {
     const id = data.ids[tokens.words[i]];
-    if (!tokens.protected[i]) tokens.counts.set(id, (tokens.counts.get(id) || 0) + 1);
+    if (!tokens.marks[i]) tokens.counts.set(id, (tokens.counts.get(id) || 0) + 1);
   }
   return tokens;
 }

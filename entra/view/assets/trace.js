@@ -3,6 +3,10 @@
 // Text is laid out in blocks that the browser may leave out while they are outside the window; they end at a line's end.
 const BLOCK = 400, LONGEST_BLOCK = 1600;
 
+// The classes of a token by its mark: 1 for protected, 2 more for the first of a run of them, 4 more for the last.
+const ALONE = 7;
+const outline = (mark) => (mark ? " p" : "") + (mark & 2 ? " first" : "") + (mark & 4 ? " last" : "");
+
 function legend() {
   const classes = data.edges.length + 1;
   const scale = make("div", { class: "scale" });
@@ -13,7 +17,7 @@ function legend() {
   byId("legend").replaceChildren(
     make("span", { class: "legend-name" }, "Importance, from (nats)"),
     scale,
-    make("span", { class: "legend-key" }, make("span", { class: "t s6 p first last" }, "protected"), " outlined: the reward does not look at it"),
+    make("span", { class: "legend-key" }, make("span", { class: `t s6${outline(ALONE)}` }, "protected"), " outlined: the reward does not look at it"),
     make("span", { class: "legend-key" }, make("span", { class: "t s0 same" }, "same"), " the marked token again"),
   );
 }
@@ -26,13 +30,10 @@ function textOf(trace, tokens, looked, left) {
   let block = null, inBlock = 0;
   for (let i = 0; i < n; i++) {
     const piece = data.texts[tokens.words[i]];
-    const guarded = tokens.protected[i];
     const span = document.createElement("span");
     span.className =
       `t s${shadeOf(tokens.importance[i])}` +
-      (guarded ? " p" : "") +
-      (guarded && !(i && tokens.protected[i - 1]) ? " first" : "") +
-      (guarded && !(i + 1 < n && tokens.protected[i + 1]) ? " last" : "") +
+      outline(tokens.marks[i]) +
       (piece.includes("\n") ? " line" : piece === "" ? " part" : "");
     span.textContent = piece;
     const shapeless = piece.match(SHAPELESS);
@@ -131,10 +132,10 @@ function card(trace, tokens, i, alone) {
     ["among the low-importance ones", whole(count), `of ${whole(trace.counted)}`],
   ];
   box.replaceChildren(
-    make("p", { class: "token" }, make("span", { class: `t s${shadeOf(importance)}${tokens.protected[i] ? " p first last" : ""}` }, visible(data.texts[tokens.words[i]]))),
+    make("p", { class: "token" }, make("span", { class: `t s${shadeOf(importance)}${outline(tokens.marks[i] && ALONE)}` }, visible(data.texts[tokens.words[i]]))),
     make("p", { class: "where" }, `${alone ? "" : `${trace.name}, `}token ${whole(i + 1)} of ${whole(trace.tokens)}, id ${id}`),
     make("dl", {}, ...facts.map(([name, value, unit]) => make("div", {}, make("dt", {}, name), make("dd", {}, value, ...(unit ? [" ", make("small", {}, unit)] : []))))),
-    make("p", { class: "state" }, tokens.protected[i] ? "Protected: the reward does not look at it." : count > 1 ? "Counted by the reward; it repeats." : "Counted by the reward; it does not repeat."),
+    make("p", { class: "state" }, tokens.marks[i] ? "Protected: the reward does not look at it." : count > 1 ? "Counted by the reward; it repeats." : "Counted by the reward; it does not repeat."),
   );
 }
 
@@ -174,7 +175,7 @@ async function pane(trace, other, alone, texts) {
   texts.push(own);
   const markRun = (words) => {
     const starts = body.mark(words);
-    body.focus(starts.find((i) => words.length > 1 || !tokens.protected[i]) ?? starts[0]);
+    body.focus(starts.find((i) => words.length > 1 || !tokens.marks[i]) ?? starts[0]);
     mark(words, starts[0]);
   };
   const charts = trace.tokens ? [position.figure, ...repeats(trace, markRun)] : [];

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'entra-reward[reasoning]'")
 pytest.importorskip("trl", reason="needs TRL: pip install 'entra-reward[train]'")
 
+from benchmarks.comparisons import paired_difference
 from benchmarks.evidence import run as evidence_run
 from benchmarks.evidence.__main__ import main as evidence_main
 from benchmarks.evidence.model import build_model, build_tokenizer
@@ -17,7 +18,6 @@ from benchmarks.evidence.problems import KINDS
 from benchmarks.experiments import results, train_lambda, train_threshold, trained, transfer
 from benchmarks.experiments.__main__ import main as experiments_main
 from entra import ScoreConfig
-from entra.metrics import paired_difference
 
 FACTS = {"parameters": 1, "final_loss": 0.5, "steps": 2, "traces": 64, "seed": 0, "versions": {"torch": "2"}}
 SIZES = {"steps": 3, "prompts_per_step": 2, "held_out": 8}

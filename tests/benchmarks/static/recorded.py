@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from benchmarks.static import aot, launches, sass
 from benchmarks.static.calls import empty
 from benchmarks.static.launches import Call
+from entra_kernels import incoming_attention
 from entra_kernels._triton.launch import Chip
 
 SM_90, GFX942 = (next(chip for chip in aot.CHIPS if chip.arch == arch) for arch in ("sm_90", "gfx942"))
@@ -47,10 +48,24 @@ def as_dict(case):
         "name": case.name,
         "kernel": f"{case.module} {case.function}",
         "types": case.signature,
-        "constexprs": case.constexprs,
+        "constexprs": {str(name): value for name, value in case.constexprs.items()},
         "attributes": {name: case.attributes.get((place,), []) for place, name in enumerate(case.signature)},
         "row": [f"| {case.label}", case.chip.arch, sass.tile_of(case), *sass.warps_and_stages(case)],
     }
+
+
+def scaled():
+    """The attention kernels that calls of different scales launch: whole numbers are floats like any other."""
+
+    def call(scale, **options):
+        def run():
+            q = empty(1, 512, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
+            incoming_attention(q, q, scale=scale, row_weights=empty(1, 512), **options)
+
+        return Call("", "bf16", run)
+
+    calls = [call(scale, **more) for more in ({}, {"sample_rows": 300}) for scale in (0.1, 1.0, 16.0)]
+    return [case.function for case in launches.record(SM_90, calls) if "score_factors" in case.signature]
 
 
 def main():
@@ -79,7 +94,7 @@ def main():
         "block, taken": refusal(SM_90, 1, (1,), lambda: described(256)),
         "block": refusal(SM_90, 1, (1,), lambda: described(512)),
     }
-    json.dump({**found, "refusals": refusals, "little": little.problem}, sys.stdout)
+    json.dump({**found, "refusals": refusals, "little": little.problem, "scaled": scaled()}, sys.stdout)
 
 
 if __name__ == "__main__":

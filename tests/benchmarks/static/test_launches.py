@@ -85,6 +85,12 @@ def test_what_a_gpu_takes_is_not(recorded, launch):
     assert recorded["refusals"][launch] == ""
 
 
+def test_another_scale_is_no_other_kernel(recorded):
+    """The factors of a score are a tuple, whose integers Triton would specialise: 1 and 16 among them."""
+    kernels = ["_column_sum_kernel", "_row_lse_kernel", "_sampled_columns_kernel", "_sampled_lse_kernel"]
+    assert sorted(recorded["scaled"]) == kernels
+
+
 def test_too_much_shared_memory_is_a_problem(recorded):
     assert "B of shared memory, sm_90 has 1024" in recorded["little"]
 
