@@ -35,9 +35,9 @@ def continues(prompt_ids: Sequence[int], token_ids: Sequence[int], n: int) -> ND
 
 
 def entropy(token_ids: Sequence[int], counted: NDArray[np.bool_], n: int) -> float:
-    """Of the frequencies of the n-grams that end at counted positions, over log M; 1 when none repeats, 0 when all are the same.
+    """Entropy of the n-grams that end at counted positions, over log M: 1 when none repeats, 0 when all are the same.
 
-    The first n - 1 tokens end no n-gram. With M, the number of those that do, below 2 it is 0, as `ScoreConfig.degenerate_reward`.
+    M is their number. The first n - 1 tokens end none. Below 2 of them it is 0, as `ScoreConfig.degenerate_reward`.
     """
     grams = Counter(tuple(token_ids[i + 1 - n : i + 1]) for i in range(n - 1, len(token_ids)) if counted[i])
     total = grams.total()

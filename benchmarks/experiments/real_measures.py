@@ -70,6 +70,10 @@ def _last(importance: Array, copy: NDArray[np.bool_]) -> Array:
     return np.where(copy, importance - 1e6, importance)
 
 
+def _no_copies(n: int) -> Callable[[Measured], Array]:
+    return lambda measured: _last(measured.paper, measured.copies[n])
+
+
 def _shared(measured: Measured) -> Array:
     """Each sentence's tokens get the mean of its importance; what is in no sentence keeps its own."""
     result = measured.paper.copy()
@@ -95,7 +99,7 @@ IMPORTANCES: dict[str, Callable[[Measured], Array]] = {
     "lift": lambda m: m.signals.lift,
     "mu of all layers": lambda m: m.signals.mean_all,
     "surprisal: -log P + 2 mu": lambda m: -m.signals.logprobs + 2 * m.signals.mean,
-    **{f"no copies, n = {n}": (lambda m, n=n: _last(m.paper, m.copies[n])) for n in NGRAMS},
+    **{f"no copies, n = {n}": _no_copies(n) for n in NGRAMS},
     "discounted: log P - log(1 + n) + 2 mu": lambda m: m.paper - np.log1p(_runs(m)),
     "mu shrunk where few queries are left": lambda m: m.signals.mean * m.later / (m.later + _SHRINK),
     "mu without the nearest 32": lambda m: m.signals.far,
@@ -169,6 +173,10 @@ def _compressed(text: str) -> float:
     return -len(gzip.compress(data, 9, mtime=0)) / max(len(data), 1)
 
 
+def _entropy(n: int) -> Callable[[Passage], float]:
+    return lambda passage: -copies.entropy(passage.ids, passage.unprotected, n)
+
+
 R = "r"
 REWARDS: dict[str, Callable[[Passage], float]] = {
     R: lambda p: -copies.entropy(p.ids, p.unprotected, 1),
@@ -180,7 +188,7 @@ REWARDS: dict[str, Callable[[Passage], float]] = {
     "gzip ratio": lambda p: _compressed(p.text),
     "distinct-2": lambda p: _repeated(p.ids, 2),
     "TRL's repetition penalty (n = 3)": lambda p: _repeated(p.ids, 3),
-    **{f"entropy of {n}-grams": (lambda p, n=n: -copies.entropy(p.ids, p.unprotected, n)) for n in NGRAMS},
+    **{f"entropy of {n}-grams": _entropy(n) for n in NGRAMS},
     "D of 4-grams": lambda p: int(p.unprotected.sum()) * (1 - copies.entropy(p.ids, p.unprotected, 4)),
     "copied share (n = 4)": lambda p: float(p.cut(p.measured.copies[4]).mean()),
     "copied share, by address": lambda p: float(p.cut(p.measured.explained).mean()),

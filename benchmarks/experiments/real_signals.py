@@ -6,12 +6,12 @@ would have, and besides, a block of queries at a time, the column sums of the pr
 Decisions taken here:
 
 - N tokens of prompt and completion; results are for the n completion tokens. Later queries are those with j > i.
-- *mu* is the last layer's mean over heads and over the N - i later queries, as `entra.score_batch` computes it; `measure` checks
-  that they agree. *mu_all* is the mean of the same over all layers.
+- *mu* is the last layer's mean over heads and over the N - i later queries, as `entra.score_batch` computes it; a test
+  holds the two together. *mu_all* is the mean of the same over all layers.
 - *mu_far* leaves out the nearest `NEAREST` later queries. It is 0 where no others are left.
 - *value* weighs each head's attention by the norm of the value that it fetches.
-- *gradient* is the derivative of the completion's log-likelihood by a gate on key i, in all layers and heads at once: the gate's
-  logarithm is added to every score of that key. The token's own query sees the gate too.
+- *gradient* is the derivative of the completion's log-likelihood by a gate on key i, in all layers and heads at once. The
+  gate's logarithm is added to every score of that key. The token's own query sees the gate too.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def signals(
 
 @contextlib.contextmanager
 def _attention(model: Any, gate: Tensor | None = None, *, all_layers: bool = False) -> Iterator[list[_Columns]]:
-    """Inside, the last layer (or all) leaves its column sums in the list; a `gate` [N] is added to each key's scores instead."""
+    """Inside, the last layer (or all) leaves its column sums in the list; a `gate` [N] is added to the keys' scores instead."""
     found: list[_Columns] = []
     last = model.config.num_hidden_layers - 1
 
@@ -162,7 +162,14 @@ def _gradient(model: Any, ids: Tensor, count: int) -> Tensor:
 
 
 def cached(
-    folder: Path, name: str, model: Any, prompt_ids: list[int], token_ids: list[int], *, all_layers: bool = False, gradient: bool = False
+    folder: Path,
+    name: str,
+    model: Any,
+    prompt_ids: list[int],
+    token_ids: list[int],
+    *,
+    all_layers: bool = False,
+    gradient: bool = False,
 ) -> Signals:
     """`signals`, kept in `folder` under a hash of the model's name and the tokens, so that a run that was stopped goes on."""
     asked = json.dumps([name, prompt_ids, token_ids, all_layers, gradient, NEAREST])

@@ -12,6 +12,7 @@ Decisions taken here:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ def shuffled(trace: RealTrace, order: Callable[[list[int]], None]) -> list[int]:
     """
     starts = [sentence.first for sentence in trace.sentences]
     bounds = [0, *sorted(set(starts[1:])), len(trace.token_ids)]
-    pieces = [trace.token_ids[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [trace.token_ids[a:b] for a, b in itertools.pairwise(bounds)]
     numbers = list(range(len(pieces)))
     order(numbers)
     return [token for number in numbers for token in pieces[number]]

@@ -1,0 +1,520 @@
+"""What importance and reward say about traces that real reasoning models wrote.
+
+`real_traces` reads them, `real_signals` measures their tokens, `real_measures` holds what is judged, `real_report` draws.
+
+Decisions taken here:
+
+- *Pairs* are two completions of one problem, both right and complete, of at least 20 tokens: with and without thinking, or by a
+  reasoning and an instruct model. The first one is hoped to be the more redundant.
+- *Length is controlled twice.* Cut: the longer one is cut to the length of the shorter one, from its head and from its tail.
+  Matched: the first one meets completions of the second kind, by any model, of other problems, whose length differs by at
+  most 10 %.
+- *Settled*: a trace's tokens before and after the place from which the answer no longer changes; the same cut of the same trace
+  with its sentences shuffled says what the position alone does.
+- *Sentences* are ranked within a trace, by the mean, the maximum and the protected share of their tokens, and compared with
+  their measured importance: alone, given position and length, and given their mean log P too.
+- *Scale*: a trace's head, in which one step is verified again k times in its own words; as many tokens are dropped at the end.
+- An interval is over problems, each the mean of its traces. A choice within a family (the n of an n-gram) is judged on the
+  problem that was left out when it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.experiments import measuring
+from benchmarks.experiments.ranks import spearman
+from benchmarks.experiments.real_measures import IMPORTANCES, NGRAMS, PAPER, REWARDS, Measured, Passage, protected
+from benchmarks.experiments.real_report import figures, tables
+from benchmarks.experiments.real_signals import cached
+from benchmarks.experiments.real_traces import RealTrace, read, shuffled
+from benchmarks.experiments.results import Result
+from entra.encode import Encoder
+from entra.forward import unwrapped
+from entra.metrics import mean_interval
+from entra.progress import progress_bar
+
+__all__ = ["add_arguments", "figures", "run", "summarise", "tables"]
+
+PAIRS = {
+    "Qwen3-8B, thinking or not": ("Qwen3-8B", "thinking", "Qwen3-8B", "no-thinking"),
+    "Qwen3.5-9B, thinking or not": ("Qwen3.5-9B", "thinking", "Qwen3.5-9B", "no-thinking"),
+    "QwQ-32B or Qwen2.5-32B-Instruct": ("QwQ-32B", "reasoning", "Qwen2.5-32B-Instruct", "instruct"),
+    "R1-Distill-32B or Qwen2.5-32B-Instruct": ("DeepSeek-R1-Distill-Qwen-32B", "reasoning", "Qwen2.5-32B-Instruct", "instruct"),
+}
+"""By name: model and kind of the one that is hoped to be more redundant, and of the other."""
+TARGETS = (
+    "counterfactual_importance_kl",
+    "counterfactual_importance_accuracy",
+    "resampling_importance_kl",
+    "resampling_importance_accuracy",
+)
+_FEWEST = 20  # tokens of a completion that is compared
+_NEAR = 0.1  # how far apart matched lengths may be
+_STEPS = (0, 1, 2, 3, 4)
+_HEAD = 600  # tokens of a trace's head in which a step is verified again
+_AGAIN = "Wait, let me check that step again. "
+_FAMILY = tuple(f"no copies, n = {n}" for n in NGRAMS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the experiment `real`."""
+    parser.add_argument("--model", default="smollm2", help='a folder, a hub name, or "smollm2" (default: %(default)s)')
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="where the traces are; python -m benchmarks.traces.real_traces makes them"
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=40,
+        metavar="N",
+        help="problems with and without thinking, and half as many of GSM8K (default: 40)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("build/real"),
+        metavar="DIR",
+        help="a run that was stopped goes on from here (default: %(default)s)",
+    )
+    parser.add_argument("--gradient", action="store_true", help="judge the gradient of the later text, too: twice the time")
+    parser.add_argument("--seed", type=int, default=0, help="of shuffles (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Measures; see the module.
+
+    Raises:
+        ValueError: no folder, no model, or a limit below 1.
+        FileNotFoundError: a file of traces is missing.
+    """
+    if options.folder is None or options.limit < 1:
+        raise ValueError(
+            f"--folder {options.folder}, --limit {options.limit}: give the folder of the traces, and at least 1 problem"
+        )
+    policy = measuring.load_model(options)
+    model: Any = unwrapped(policy.model)
+    model.requires_grad_(False)
+    encoder = Encoder(policy.tokenizer, model, {})
+    limits = {"thinkonoff": options.limit, "mip_gsm8k": max(1, options.limit // 2)}
+    traces, faults = read(options.folder, encoder, policy.tokenizer, limits)
+    annotated = [trace for trace in traces if trace.sentences]
+    generator = random.Random(options.seed)
+    mixed = [(trace, shuffled(trace, generator.shuffle)) for trace in annotated if trace.settled is not None]
+    steps = [(trace, k, ids) for trace in annotated if trace.right for k, ids in _verified_again(trace, policy.tokenizer)]
+
+    with progress_bar(len(traces) + len(mixed) + len(steps), 0, "completions") as bar:
+
+        def measure(trace: RealTrace, ids: list[int], *, all_layers: bool = False) -> Measured:
+            name = options.model
+            found = cached(
+                options.cache,
+                name,
+                model,
+                trace.prompt_ids,
+                ids,
+                all_layers=all_layers,
+                gradient=all_layers and options.gradient,
+            )
+            bar.update()
+            return Measured(trace=trace, signals=found)
+
+        measured = [measure(trace, trace.token_ids, all_layers=bool(trace.sentences)) for trace in traces]
+        of_mixed = [measure(_with(trace, ids), ids) for trace, ids in mixed]
+        of_steps = [(k, measure(_with(trace, ids), ids)) for trace, k, ids in steps]
+
+    long = [one for one in measured if one.trace.sentences]
+    rows = [
+        *_pair_rows(measured),
+        *(_whole_row(one) for one in measured),
+        *(row for one in long for row in _sentence_rows(one)),
+        *(row for one in long for row in _category_rows(one)),
+        *(row for one in long for row in _settled_rows(one, "as written")),
+        *(row for one in of_mixed for row in _settled_rows(one, "shuffled")),
+        *(row for k, one in of_steps for row in _scale_rows(one, k)),
+    ]
+    settings = {name: getattr(options, name) for name in ("model", "limit", "gradient", "seed")}
+    return Result(
+        name="real",
+        settings={**settings, "completions": len(measured), "tokens": sum(len(one.trace.token_ids) for one in measured)},
+        rows=rows,
+        summary={**summarise(rows), "left_out_rows": faults},
+    )
+
+
+def _with(trace: RealTrace, ids: list[int]) -> RealTrace:
+    """Other tokens under the same name; what is said of characters and sentences no longer holds."""
+    return RealTrace(
+        **{
+            name: getattr(trace, name) for name in ("set", "problem", "model", "kind", "task", "right", "prompt_ids", "settled")
+        },
+        token_ids=ids,
+        starts=[0] * len(ids),
+        text="",
+    )
+
+
+def _verified_again(trace: RealTrace, tokenizer: Any) -> Iterable[tuple[int, list[int]]]:
+    """For each k the head of the trace with one of its computations verified again k times, at equal length."""
+    head = min(_HEAD, len(trace.token_ids))
+    places = [s for s in trace.sentences if s.label == "active_computation" and s.last < head // 2 and s.last - s.first >= 8]
+    if not places:
+        return
+    step = places[-1]
+    again = tokenizer(_AGAIN, add_special_tokens=False)["input_ids"] + trace.token_ids[step.first : step.last + 1]
+    for k in _STEPS:
+        ids = trace.token_ids[: step.last + 1] + again * k + trace.token_ids[step.last + 1 :]
+        yield k, ids[:head]
+
+
+def _rewards(passage: Passage) -> dict[str, float]:
+    return {name: round(reward(passage), 6) for name, reward in REWARDS.items()}
+
+
+def _whole(one: Measured) -> Passage:
+    return Passage(measured=one, first=0, end=len(one.trace.token_ids))
+
+
+def _whole_row(one: Measured) -> dict[str, Any]:
+    trace = one.trace
+    return {
+        "part": "whole",
+        "set": trace.set,
+        "problem": trace.problem,
+        "model": trace.model,
+        "kind": trace.kind,
+        "task": trace.task,
+        "right": int(trace.right),
+        "tokens": len(trace.token_ids),
+        **_rewards(_whole(one)),
+    }
+
+
+def _pair_rows(measured: Sequence[Measured]) -> Iterable[dict[str, Any]]:
+    """For each pair and each way of comparing it, both ones' rewards."""
+    usable = [one for one in measured if one.trace.right and len(one.trace.token_ids) >= _FEWEST]
+    by_name = {(one.trace.problem, one.trace.model, one.trace.kind): one for one in usable}
+    for pair, (model, kind, other_model, other_kind) in PAIRS.items():
+        for one in usable:
+            if (one.trace.model, one.trace.kind) != (model, kind):
+                continue
+            other = by_name.get((one.trace.problem, other_model, other_kind))
+            if other is not None:
+                yield from (_compared(pair, view, one, *passages) for view, passages in _views(one, other).items())
+            count = len(one.trace.token_ids)
+            for stranger in usable:
+                if (
+                    stranger.trace.kind == other_kind
+                    and stranger.trace.problem != one.trace.problem
+                    and abs(len(stranger.trace.token_ids) / count - 1) <= _NEAR
+                ):
+                    yield _compared(pair, "matched", one, _whole(one), _whole(stranger))
+
+
+def _views(one: Measured, other: Measured) -> dict[str, tuple[Passage, Passage]]:
+    counts = [len(m.trace.token_ids) for m in (one, other)]
+    shorter = min(counts)
+
+    def cut(m: Measured, count: int, from_tail: bool) -> Passage:
+        first = count - shorter if from_tail else 0
+        return Passage(measured=m, first=first, end=first + shorter)
+
+    pairs = list(zip((one, other), counts, strict=True))
+    head, tail = ([cut(m, count, from_tail) for m, count in pairs] for from_tail in (False, True))
+    return {"whole": (_whole(one), _whole(other)), "head": (head[0], head[1]), "tail": (tail[0], tail[1])}
+
+
+def _compared(pair: str, view: str, one: Measured, first: Passage, second: Passage) -> dict[str, Any]:
+    """1 where the first is the more redundant, 0.5 for a tie, 0 else."""
+    a, b = _rewards(first), _rewards(second)
+    return {
+        "part": "pair",
+        "pair": pair,
+        "view": view,
+        "problem": one.trace.problem,
+        "task": one.trace.task,
+        "tokens": len(first),
+        "other_tokens": len(second),
+        **{name: 0.5 + 0.5 * float(np.sign(a[name] - b[name])) for name in REWARDS},
+    }
+
+
+def _importances(one: Measured) -> Iterable[tuple[str, Any]]:
+    for name, importance in IMPORTANCES.items():
+        values = importance(one)
+        if not np.isnan(values).any():
+            yield name, values
+
+
+def _sentence_rows(one: Measured) -> Iterable[dict[str, Any]]:
+    trace, logprobs = one.trace, one.signals.logprobs
+    for target in TARGETS:
+        sentences = [s for s in trace.sentences if target in s.importance]
+        parts = [slice(s.first, s.last + 1) for s in sentences]
+        truth = [s.importance[target] for s in sentences]
+        place = [[float(s.first) for s in sentences], [float(s.last - s.first) for s in sentences]]
+        given = {"alone": [], "place": place, "place and log P": [*place, [float(logprobs[part].mean()) for part in parts]]}
+        for name, values in _importances(one):
+            kept = protected(values)
+            for how, of in (
+                ("mean", [float(values[part].mean()) for part in parts]),
+                ("maximum", [float(values[part].max()) for part in parts]),
+                ("protected share", [float(kept[part].mean()) for part in parts]),
+            ):
+                yield {
+                    "part": "sentences",
+                    "problem": trace.problem,
+                    "model": trace.model,
+                    "kind": trace.kind,
+                    "importance": name,
+                    "how": how,
+                    "target": target,
+                    "sentences": len(sentences),
+                    **{controls: round(spearman(of, truth, columns), 5) for controls, columns in given.items()},
+                }
+
+
+def _category_rows(one: Measured) -> Iterable[dict[str, Any]]:
+    for name, values in _importances(one):
+        kept = protected(values)
+        tokens: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for sentence in one.trace.sentences:
+            tokens[sentence.label][0] += int(kept[sentence.first : sentence.last + 1].sum())
+            tokens[sentence.label][1] += sentence.last + 1 - sentence.first
+        for label, (count, of) in tokens.items():
+            yield {
+                "part": "category",
+                "problem": one.trace.problem,
+                "model": one.trace.model,
+                "kind": one.trace.kind,
+                "importance": name,
+                "label": label,
+                "protected": count,
+                "tokens": of,
+            }
+
+
+def _settled_rows(one: Measured, text: str) -> Iterable[dict[str, Any]]:
+    """Before and after the answer has settled: protected shares, means, and what each token adds to a reward."""
+    settled, count = one.trace.settled, len(one.trace.token_ids)
+    if settled is None or not 0 < settled < count:
+        return
+    about = {"part": "settled", "text": text, "problem": one.trace.problem, "model": one.trace.model, "kind": one.trace.kind}
+    for name, values in _importances(one):
+        kept = protected(values)
+        yield {
+            **about,
+            "of": f"protected: {name}",
+            "before": float(kept[:settled].mean()),
+            "after": float(kept[settled:].mean()),
+        }
+    for name in ("logprobs", "mean", "lift"):
+        values = getattr(one.signals, name)
+        yield {**about, "of": f"mean {name}", "before": float(values[:settled].mean()), "after": float(values[settled:].mean())}
+    head = Passage(measured=one, first=0, end=settled)
+    for name in ("D = M (1 - r)", "D of 4-grams"):
+        before, total = REWARDS[name](head), REWARDS[name](_whole(one))
+        yield {
+            **about,
+            "of": f"added per token: {name}",
+            "before": before / settled,
+            "after": (total - before) / (count - settled),
+        }
+    tail = Passage(measured=one, first=settled, end=count)
+    for name in ("copied share (n = 4)", "copied share, by address", "copied share, by address and probability"):
+        yield {**about, "of": name, "before": REWARDS[name](head), "after": REWARDS[name](tail)}
+
+
+def _scale_rows(one: Measured, k: int) -> Iterable[dict[str, Any]]:
+    yield {
+        "part": "scale",
+        "problem": one.trace.problem,
+        "model": one.trace.model,
+        "k": k,
+        **{name: round(reward(_whole(one)), 6) for name, reward in REWARDS.items() if name not in ("length", "gzip ratio")},
+    }
+
+
+def _of(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def _problem_means(rows: Iterable[dict[str, Any]], of: str | Callable[[dict[str, Any]], float]) -> dict[str, float]:
+    """The mean of a column, or of a number made of a row, for each problem."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        groups[row["problem"]].append(row[of] if isinstance(of, str) else of(row))
+    return {problem: fmean(values) for problem, values in groups.items()}
+
+
+def _interval(values: Iterable[float]) -> list[float] | None:
+    numbers = list(values)
+    return list(mean_interval(numbers)) if len(numbers) >= 2 else None
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is concluded from the rows: shares, correlations and differences with intervals over problems."""
+    return {
+        "pairs": _pairs(rows),
+        "with_length": _with_length(rows),
+        "sentences": _sentences(rows),
+        "categories": _categories(rows),
+        "settled": _settled(rows),
+        "scale": _scale(rows),
+        "chosen": _chosen(rows),
+    }
+
+
+def _pairs(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """For each pair and view, of each reward the share of problems ordered as hoped; and the same by task."""
+    result: dict[str, Any] = {}
+    found = _of(rows, part="pair")
+    tasks = sorted({row["task"] for row in found})
+    for pair in PAIRS:
+        result[pair] = {}
+        for view in ("whole", "head", "tail", "matched"):
+            inside = _of(found, pair=pair, view=view)
+            means = {name: _problem_means(inside, name) for name in REWARDS}
+            result[pair][view] = {
+                "problems": len({row["problem"] for row in inside}),
+                "comparisons": len(inside),
+                "ordered": {name: _interval(means[name].values()) for name in REWARDS},
+            }
+    result["by_task"] = {
+        task: {
+            view: {
+                "problems": len({row["problem"] for row in _of(found, task=task, view=view)}),
+                **{name: _interval(_problem_means(_of(found, task=task, view=view), name).values()) for name in REWARDS},
+            }
+            for view in ("whole", "head", "tail", "matched")
+        }
+        for task in tasks
+    }
+    return result
+
+
+def _with_length(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rank correlation of each reward with the length, among the completions of one model and kind."""
+    result = {}
+    for model, kind, _, _ in PAIRS.values():
+        inside = _of(rows, part="whole", model=model, kind=kind, right=1)
+        if len(inside) >= 5:
+            lengths = [row["tokens"] for row in inside]
+            result[f"{model}, {kind}"] = {
+                "completions": len(inside),
+                **{name: spearman([row[name] for row in inside], lengths) for name in REWARDS},
+            }
+    return result
+
+
+def _sentences(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By target, how sentences are made of tokens, and importance: correlations, and the difference from the paper's."""
+    result: dict[str, Any] = {}
+    found = _of(rows, part="sentences")
+    for target in TARGETS:
+        for how in ("mean", "maximum", "protected share"):
+            inside = _of(found, target=target, how=how)
+            paper = _of(inside, importance=PAPER)
+            result.setdefault(target, {})[how] = {
+                name: {
+                    controls: {
+                        "value": _interval(_problem_means(mine, controls).values()),
+                        "gain": _paired(mine, paper, controls),
+                    }
+                    for controls in ("alone", "place", "place and log P")
+                }
+                for name in IMPORTANCES
+                if (mine := _of(inside, importance=name))
+            }
+    return result
+
+
+def _paired(mine: Sequence[dict[str, Any]], paper: Sequence[dict[str, Any]], column: str) -> list[float] | None:
+    """The problems' differences from the paper's importance."""
+    ours, theirs = (_problem_means(rows, column) for rows in (mine, paper))
+    return _interval(value - theirs[problem] for problem, value in ours.items())
+
+
+def _categories(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By importance and category, the protected share of tokens."""
+    found = [row for row in _of(rows, part="category") if row["tokens"]]
+    labels = list(dict.fromkeys(row["label"] for row in found))
+    return {
+        name: {
+            label: _interval(
+                _problem_means(_of(found, importance=name, label=label), lambda row: row["protected"] / row["tokens"]).values()
+            )
+            for label in labels
+        }
+        for name in IMPORTANCES
+        if _of(found, importance=name)
+    }
+
+
+def _settled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of everything that is measured before and after: both means, and the rise, as written and beyond the shuffled text's."""
+    found = _of(rows, part="settled")
+    result = {}
+    for of in dict.fromkeys(row["of"] for row in found):
+        written, mixed = (_of(found, of=of, text=text) for text in ("as written", "shuffled"))
+        rise = _problem_means(written, lambda row: row["after"] - row["before"])
+        other = _problem_means(mixed, lambda row: row["after"] - row["before"])
+        result[of] = {
+            "traces": len(written),
+            "problems": len(rise),
+            "before": fmean(_problem_means(written, "before").values()) if written else None,
+            "after": fmean(_problem_means(written, "after").values()) if written else None,
+            "rise": _interval(rise.values()),
+            "beyond_shuffled": _interval(value - other[problem] for problem, value in rise.items() if problem in other),
+        }
+    return result
+
+
+def _scale(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By reward, how often one more verification raises it, and the mean at each k."""
+    found = _of(rows, part="scale")
+    names = [name for name in REWARDS if found and name in found[0]]
+    traces: dict[tuple[str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for row in found:
+        traces[row["problem"], row["model"]][row["k"]] = row
+    result = {}
+    for name in names:
+        rises: dict[str, list[float]] = defaultdict(list)
+        for (problem, _), by_k in traces.items():
+            rises[problem] += [float(by_k[k][name] > by_k[k - 1][name]) for k in by_k if k - 1 in by_k]
+        result[name] = {
+            "raised": _interval(fmean(values) for values in rises.values()),
+            "means": [fmean(row[name] for row in _of(found, k=k)) for k in _STEPS if _of(found, k=k)],
+        }
+    return result
+
+
+def _chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The n of "no copies", judged on the problem that was left out when it was chosen.
+
+    It is chosen by how much more is protected before settling than after.
+    """
+    found = [row for row in _of(rows, part="settled", text="as written") if row["of"].startswith("protected: ")]
+    by_name = {
+        name: _problem_means(_of(found, of=f"protected: {name}"), lambda row: row["before"] - row["after"])
+        for name in (PAPER, *_FAMILY)
+    }
+    gains, picks = [], []
+    for problem in by_name[PAPER]:
+        others = (
+            {name: fmean(v for p, v in by_name[name].items() if p != problem) for name in _FAMILY}
+            if len(by_name[PAPER]) > 1
+            else {}
+        )
+        if others:
+            picks.append(max(others, key=lambda name: others[name]))
+            gains.append(by_name[picks[-1]][problem] - by_name[PAPER][problem])
+    return {"picks": picks, "gain": _interval(gains)}
