@@ -228,21 +228,20 @@ def rows_of(row: Row, taken: Taken, why: str | None = None, requests: Mapping[st
 
 
 def _row(columns: dict[str, Any], taken: Taken, prompt: Any, value: Any, fault: str | None) -> Row:
+    """A row with its completion, also where something is wrong with its prompt: not all that is done needs one."""
+    reason = value.get("finish_reason") if isinstance(value, Mapping) else None
+    if reason is not None:
+        columns.setdefault("finish_reason", reason)
     try:
-        if fault is not None:
-            raise _FaultError(fault)
         if value is None:
             _field(columns, str(taken.completion))
         if _choices(value) == []:
             raise _FaultError(f"missing field: {taken.completion} has no choices")
-        reason = value.get("finish_reason") if isinstance(value, Mapping) else None
-        if reason is not None:
-            columns.setdefault("finish_reason", reason)
         if taken.completion in RESPONSES and not isinstance(value, str):
             raise _FaultError(f"not text: {taken.completion} holds no generated text; tasks of multiple choice have none")
-        return Row(columns, None, prompt, _completion(value))
+        return Row(columns, None, prompt, _completion(value), fault)
     except _FaultError as error:
-        return Row(columns, None, prompt, fault=str(error))
+        return Row(columns, None, prompt, None, fault or str(error))
 
 
 def _field(columns: Mapping[str, Any], name: str) -> Any:

@@ -368,7 +368,7 @@ def _is_output(path: Path) -> bool:
     if part_of(path) == path:
         return _is_part(path, path)
     row = next(read_rows(path, path, format_of(path, path)), None)
-    return row is None or _is_scored(row.columns, path)
+    return _record(_sidecar(path))["input"].get("rows") == 0 if row is None else _is_scored(row.columns, path)
 
 
 def _is_part(part: Path, path: Path) -> bool:
