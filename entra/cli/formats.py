@@ -108,15 +108,20 @@ def _write_array(lines: Path, text: Any) -> None:
 def _write_csv(lines: Path, text: Any, delimiter: str) -> None:
     columns = dict.fromkeys(name for row in _rows(lines) for name in row)
     writer = csv.writer(text, delimiter=delimiter)
-    writer.writerow(columns)
+    writer.writerow(map(_encodable, columns))
     for row in _rows(lines):
         writer.writerow([_cell(row.get(name)) for name in columns])
 
 
 def _cell(value: Any) -> Any:
-    if isinstance(value, str) and not value.isascii():
-        return value.encode("utf-8", "backslashreplace").decode("utf-8")  # half of a surrogate pair
+    if isinstance(value, str):
+        return _encodable(value)
     return json.dumps(value) if isinstance(value, list | dict | bool) else value
+
+
+def _encodable(text: str) -> str:
+    """A text with halves of surrogate pairs, which only JSON can hold, escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _write_parquet(lines: Path, path: Path) -> list[str]:
@@ -128,13 +133,14 @@ def _write_parquet(lines: Path, path: Path) -> list[str]:
         for name in dict.fromkeys(name for row in chunk for name in row):
             found = _type_of([row.get(name) for row in chunk])
             types[name] = found if name not in types else _common(types[name], found)
-    schema = pa.schema([(name, pa.string() if kind is None else kind) for name, kind in types.items()])
+    schema = pa.schema([(_encodable(name), pa.string() if kind is None else kind) for name, kind in types.items()])
     mixed = [name for name, kind in types.items() if kind is None]
     with parquet.ParquetWriter(path, schema) as writer:
         for chunk in _chunks(lines):
             for row in chunk:
                 row.update({name: json.dumps(row[name]) for name in mixed if row.get(name) is not None})
-            writer.write_table(pa.Table.from_pylist(chunk, schema))
+            rows = [{_encodable(name): value for name, value in row.items()} for row in chunk]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
     return mixed
 
 

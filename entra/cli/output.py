@@ -5,12 +5,14 @@ line is cut off when the file is opened again. Beside the file stands `<name>.me
 model, options and versions that the rows belong to. A run that does not belong to them is refused, and so are rows that are not
 those of the input, in its order. Nothing is ever replaced that something else wrote, with --overwrite neither.
 
-An output that is not JSON Lines (`entra.cli.formats`) is `<name>.part` until all rows are there. A pipe has no file beside it.
+An output that is not JSON Lines (`entra.cli.formats`) is `<name>.part` until all rows are there; then its hash is recorded. A
+pipe has no file beside it.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import sys
@@ -59,6 +61,10 @@ class Output:
                     self._file.truncate(0)
                 else:
                     check(path, identity)
+                if self.done and _record(_sidecar(path)).get("finished") != _sha256(path):
+                    raise CommandError(
+                        f"{path} is not as entra score left it; restore it, use another --output, or --overwrite to start again"
+                    )
                 if overwrite or recorded(path) is None:
                     content = {"written_by": "entra score", "format": _FORMAT, **identity, **facts}
                     write_whole(_sidecar(path), json.dumps(content, indent=1, default=json_value) + "\n")
@@ -116,6 +122,8 @@ class Output:
             return []
         with _writing(self._path, f"the rows are in {self._part}; make room, and the same command goes on", 1):
             mixed = convert(self._part, self._path)
+            content = {**_record(_sidecar(self._path)), "finished": _sha256(self._path)}
+            write_whole(_sidecar(self._path), json.dumps(content, indent=1) + "\n")
             self._part.unlink()
         return mixed
 
@@ -204,6 +212,11 @@ def check_stream(path: Path, inputs: Sequence[Path]) -> None:
 
 def _has_content(path: Path) -> bool:
     return os.path.exists(path) and path.stat().st_size > 0  # Path.exists raises when the name is too long
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _nothing() -> Iterator[None]:

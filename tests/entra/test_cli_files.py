@@ -173,6 +173,13 @@ def test_output_is_what_its_name_says(name, model, capsys, monkeypatch):
     assert score(model, "t.jsonl", "-o", name, "--batch-size", 2) == 2
     assert "batch_size=1, now it is 2" in capsys.readouterr().err
     assert Path(name).read_bytes() == written_bytes
+    fewer = rows_of("plain.jsonl")[:2]
+    changed = {"s.json": json.dumps(fewer).encode(), "s.csv": b"".join(written_bytes.splitlines(keepends=True)[:3])}
+    changed["s.jsonl.gz"] = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in fewer))
+    if name in changed:
+        Path(name).write_bytes(changed[name])
+        assert score(model, "t.jsonl", "-o", name, "--batch-size", 1) == 2
+        assert f"{name} is not as entra score left it; restore it" in capsys.readouterr().err
     Path(name).write_text("mine")
     for options in ([], ["--overwrite"]):
         assert score(model, "t.jsonl", "-o", name, "--batch-size", 1, *options) == 2

@@ -9,7 +9,7 @@ import pytest
 
 from entra.commands import CommandError
 from entra.encode import completion_text
-from entra.shapes import take
+from entra.shapes import ANSWERS, ARGUMENTS, INDEX, PROMPTS, RESPONSES, take
 from entra.source import Source
 
 USER = {"role": "user", "content": "What is 17 + 26?"}
@@ -265,6 +265,13 @@ def test_bad_rows_stay_rows():
 def test_what_nobody_can_tell_is_an_error_that_names_the_flag(columns, message):
     with pytest.raises(CommandError, match=message):
         take(columns)
+
+
+def test_the_page_names_every_column():
+    page = (Path(__file__).parents[2] / "docs/command-line.md").read_text()
+    assert [
+        name for name in (*PROMPTS, *ANSWERS[: -len(RESPONSES)], ARGUMENTS, RESPONSES[0], INDEX) if f"`{name}`" not in page
+    ] == []
 
 
 def test_flags_choose():
