@@ -111,7 +111,7 @@ def format_of(path: Path, name: Path) -> Format:
     if ending in (".csv", ".tsv"):
         return Format("csv", packed, "\t" if ending == ".tsv" else ",")
     # A line of JSON Lines that holds a list of other things is a malformed row.
-    return Format("array" if re.match(rb"\[\s*(\{|$)", text) else "lines", packed)
+    return Format("array" if re.match(rb"\[\s*(\{|\]?\s*$)", text) else "lines", packed)
 
 
 def _check_parquet(path: Path, name: Path) -> None:
@@ -190,6 +190,8 @@ def read_rows(path: Path, name: Path, form: Format, first: int = 0) -> Iterator[
 def _parquet_rows(path: Path, first: int) -> Iterator[Row]:
     from datasets import load_dataset
 
+    if parquet_columns(path)[0] == 0:  # of a file without columns datasets makes a row
+        return
     stream = load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
     for columns in stream.skip(first):
         yield Row(dict(columns))

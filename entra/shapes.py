@@ -12,6 +12,7 @@
 Decisions taken here:
 
 - The columns of a file decide, not its rows. Where two columns could be the prompt, or the completion, nobody guesses.
+  Beside `prompt`, which is what the model was given, the other names are what that was made of.
 - A list of completions becomes one row each, with its place in the column `generation_index`.
 - Servers split what a reasoning model wrote into `reasoning_content` (or `reasoning`) and `content`. The completion is both
   again, as the model wrote them: `<think>\\n` reasoning `\\n</think>\\n\\n` content. Without content, the model was cut off
@@ -114,7 +115,7 @@ def take_if_any(columns: Collection[str], prompt: str | None, completion: str | 
     except CommandError as error:
         if any(name is not None and name not in columns for name in (prompt, completion)):
             raise
-        prompts = [prompt] if prompt else [name for name in PROMPTS if name in columns]
+        prompts = [prompt] if prompt else _prompts(columns)
         completions = [completion] if completion else [name for name in COMPLETIONS if name in columns]
         return Taken(prompts[0] if len(prompts) == 1 else None, completions[0] if len(completions) == 1 else None), str(error)
 
@@ -125,7 +126,7 @@ def _pairs(columns: Collection[str], prompt: str | None, completion: str | None)
         return [Taken(prompt, completion)]
     if completion in CHATS:
         return [Taken(completion, completion)]
-    prompts = [prompt] if prompt else [name for name in PROMPTS if name in columns and name != completion]
+    prompts = [prompt] if prompt else [name for name in _prompts(columns) if name != completion]
     completions = [completion] if completion else [name for name in COMPLETIONS if name in columns and name != prompt]
     found: list[Taken] = []
     if prompt in (None, ARGUMENTS) and completion in (None, *RESPONSES) and ARGUMENTS in columns:
@@ -138,6 +139,10 @@ def _pairs(columns: Collection[str], prompt: str | None, completion: str | None)
     if prompt is None and completion is None and not any(pair.completion == "generations" for pair in found):
         found += [Taken(name, name) for name in CHATS if name in columns]
     return found
+
+
+def _prompts(columns: Collection[str]) -> list[str]:
+    return [PROMPTS[0]] if PROMPTS[0] in columns else [name for name in PROMPTS if name in columns]
 
 
 def is_request(columns: Collection[str]) -> bool:

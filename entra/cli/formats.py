@@ -24,8 +24,8 @@ from entra.rows import zstandard
 PART = ".part"
 """What follows the output's name in that of the JSON Lines that it is made of."""
 _KINDS = {".gz": "gzip", ".zst": "zstd", ".parquet": "parquet", ".json": "array", ".csv": "csv", ".tsv": "csv"}
-_CHUNK = 1000
-"""Rows of a row group."""
+_CHUNK = 200
+"""Rows of a row group: with --details, each can hold a few numbers for tens of thousands of tokens."""
 
 
 def kind_of_output(path: Path) -> str:
@@ -163,7 +163,7 @@ def _type_of(values: list[Any]) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return json.dumps(one) == json.dumps(other) or one == other
+    return bool(one == other) or json.dumps(one) == json.dumps(other)  # NaN is not equal to itself
 
 
 def _can_be_written(kind: Any) -> bool:
@@ -174,11 +174,22 @@ def _can_be_written(kind: Any) -> bool:
     return not (types.is_struct(kind) and not inside) and all(map(_can_be_written, inside))
 
 
+def _keys(kind: Any) -> frozenset[str]:
+    """The keys of the objects inside, with what they are inside of."""
+    from pyarrow import types
+
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    own = frozenset(field.name for field in fields) if types.is_struct(kind) else frozenset()
+    return own.union(f"{field.name}.{inner}" for field in fields for inner in _keys(field.type))
+
+
 def _common(one: Any, other: Any) -> Any:
     import pyarrow as pa
 
     if one is None or other is None:
         return None
+    if len({keys for keys in (_keys(one), _keys(other)) if keys}) > 1:
+        return None  # pyarrow would give each object the other's keys
     try:
         found = pa.unify_schemas([pa.schema([("x", one)]), pa.schema([("x", other)])], promote_options="permissive")
     except pa.ArrowException:

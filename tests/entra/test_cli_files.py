@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import math
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tiny_tokenizer import build_tokenizer
 
 import entra
 from entra.cli import main
+from entra.cli.formats import convert
 from entra.policy import load_policy
 from entra.progress import progress_bar
 from entra.rows import format_of, read_rows
@@ -210,6 +212,23 @@ def test_columns_that_parquet_cannot_hold_are_json(model, capsys):
     assert [None if row["o"] is None else json.loads(row["o"]) for row in rows] == objects
     assert [row["p"] for row in rows] == list(range(7))
     assert main(["inspect", "s.parquet", "-o", "page.html"]) == 0
+
+
+def test_types_that_differ_from_one_row_group_to_the_next(tmp_path):
+    first = [{"text": i, "wide": i, "late": [], "object": {"a": 1}, "nan": math.nan} for i in range(200)]
+    second = {"text": "x", "wide": 0.5, "late": [{"a": 1}], "object": {"b": 2}, "nan": None, "new": "y"}
+    written("rows", [*first, second])
+    assert convert(Path("rows"), Path("s.parquet")) == ["text", "object"]
+    rows = rows_of("s.parquet")
+    assert [rows[i]["text"] for i in (0, 199, 200)] == ["0", "199", '"x"']
+    assert [rows[i]["object"] for i in (0, 200)] == ['{"a": 1}', '{"b": 2}']
+    assert [rows[i]["late"] for i in (0, 200)] == [[], [{"a": 1}]]
+    assert [rows[i]["wide"] for i in (0, 199, 200)] == [0, 199, 0.5]
+    assert [rows[i]["new"] for i in (0, 200)] == [None, "y"]
+    assert math.isnan(rows[0]["nan"])
+    for name in ("empty.parquet", "empty.csv", "empty.json", "empty.jsonl.gz"):
+        assert convert(written("none", []), Path(name)) == []
+        assert rows_of(name) == []
 
 
 @pytest.mark.parametrize("name", ["s.parquet.gz", "s.csv.zst"])

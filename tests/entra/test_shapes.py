@@ -94,6 +94,7 @@ SHAPES = {
         {
             "prompt": ASKED,
             "completion": THOUGHT,
+            "problem": "17 + 26",
             "problem_id": "p1",
             "correct": True,
             "complete": True,
@@ -255,7 +256,7 @@ def test_bad_rows_stay_rows():
     ("columns", "message"),
     [
         (["prompt", "completion", "response"], "completion and response could both hold the completion: use --completion"),
-        (["prompt", "question", "completion"], "prompt and question could both hold the prompt: use --prompt-column"),
+        (["problem", "question", "completion"], "problem and question could both hold the prompt: use --prompt-column"),
         (["prompt", "completion", "messages"], "completion and messages could both hold the completion: use --compl"),
         (["messages", "conversations"], "messages and conversations could both hold the completion"),
         (["prompt", "answer"], "no column is known to hold the completion; there are prompt, answer: use --completion-column"),
@@ -277,6 +278,7 @@ def test_the_page_names_every_column():
 def test_flags_choose():
     columns = ["prompt", "question", "completion", "response", "messages", "answer"]
     assert take(columns, "question", "answer") == ("question", "answer")
+    assert take(columns, None, "answer") == ("prompt", "answer")
     assert take(columns, None, "messages") == ("messages", "messages")
     assert take(["question", "answer", "response"], None, "answer") == ("question", "answer")
     assert take(["question", "answer", "response"], "answer") == ("answer", "response")
