@@ -27,6 +27,7 @@ from entra.rows import Format, Row, format_of, parquet_columns, read_rows
 from entra.shapes import (
     ANSWERS,
     INDEX,
+    REQUEST,
     Taken,
     columns_of,
     count,
@@ -124,7 +125,8 @@ class Source:
 
     def has_prompt(self) -> list[str]:
         """The name `prompt` where every row could have one, whatever its column is called."""
-        return ["prompt"] if all(file.taken.prompt for file in self.files) else []
+        lacking = (None, REQUEST) if self._requests is None else (None,)
+        return [] if any(file.taken.prompt in lacking for file in self.files) else ["prompt"]
 
     def record(self) -> dict[str, Any]:
         """What tells this input from another."""

@@ -93,8 +93,12 @@ def test_output_of_a_batch_is_scored_shown_and_compared(model, capsys):
     assert [row["reward"] for row in rows[:2]] == pytest.approx(rewards, rel=1e-6)
     assert main(["inspect", "s.jsonl", "-o", "page.html"]) == 0
     assert "Be short." in Path("page.html").read_text()
-    assert main(["eval", "out.jsonl", "--pair-on", "custom_id", "--json", "e.json"]) == 0
+    written("new.jsonl", [{**batch_line(1, [CHOICE]), "id": "batch_req_7"}])
+    assert main(["eval", "out.jsonl", "new.jsonl", "--json", "e.json"]) == 0
     assert "the first is row 3: failed request: no time" in capsys.readouterr().out
+    found = json.loads(Path("e.json").read_text())
+    assert found["read_as"]["problems"] == "custom_id"
+    assert (found["base"]["completions"], found["new"]["completions"]) == (2, 1)
 
 
 def test_generations_of_a_problem_count_together_in_eval():

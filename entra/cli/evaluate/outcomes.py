@@ -79,7 +79,8 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pair-on",
         metavar="COLUMN",
-        help="rows with equal values are of the same problem (default: id where all files have it and share one, else prompt)",
+        help="rows with equal values are of the same problem (default: id where all files have it and share one, else prompt, "
+        "else custom_id)",
     )
     parser.add_argument(
         "--correct-column",
