@@ -31,6 +31,10 @@ from typing import IO, Any, BinaryIO, NamedTuple, cast
 from entra.commands import CommandError, one_line
 
 
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What surrogateescape makes of bytes that are not UTF-8."""
+
+
 def is_finite(value: Any) -> bool:
     """Whether a field holds a number, true or false, that a float can hold."""
     try:
@@ -224,21 +228,25 @@ def _object(where: str, value: Any) -> Row:
 def _array_rows(file: IO[bytes]) -> Iterator[Row]:
     """The elements of a JSON array, one at a time. After one that cannot be parsed nothing tells where the next begins."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    decoder = json.JSONDecoder()
-    buffer, ended, size = "", False, 2**16
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    buffer, at, size = "", 0, 2**16
     number = 0
-    opened = False
+    opened = ended = False
+
+    def skip(places: int) -> int:
+        return cast(re.Match[str], space.match(buffer, at + places)).end()
+
     while True:
-        buffer = buffer.lstrip()
-        if not opened and buffer:
-            opened, buffer = True, buffer[1:].lstrip()
-        if number:
-            buffer = buffer.removeprefix(",").lstrip()
-        if buffer.startswith("]"):
+        at = skip(0)
+        if not opened and at < len(buffer):
+            opened, at = True, skip(1)
+        if number and buffer.startswith(",", at):
+            at = skip(1)
+        if buffer.startswith("]", at):
             return
         try:
-            value, end = decoder.raw_decode(buffer)
-            whole = ended or buffer[end:].strip() != ""  # else it may go on, or a comma is to come
+            value, end = decoder.raw_decode(buffer, at)
+            whole = ended or end < len(buffer)  # else it may go on
         except (ValueError, RecursionError) as error:
             whole = False
             if ended:
@@ -246,15 +254,13 @@ def _array_rows(file: IO[bytes]) -> Iterator[Row]:
                 return
         if not whole:
             more = text.read(size)
-            size = min(2 * size, 2**24)
-            ended = not more
-            buffer += more
+            buffer, at, ended = buffer[at:] + more, 0, not more
+            size *= 2  # an element is parsed from its start each time
             continue
         number += 1
         size = 2**16
-        written = buffer[:end]
-        buffer = buffer[end:]
-        if not written.isascii() and any("\udc80" <= character <= "\udcff" for character in written):
+        written, at = buffer[at:end], end
+        if _NOT_UTF8.search(written):
             yield Row({}, f"element {number} of the array is not UTF-8")
         else:
             yield _object(f"element {number} of the array", value)
@@ -281,7 +287,7 @@ def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[Row]:
                 continue
             if len(cells) != len(header):
                 yield Row({}, f"line {start} has {len(cells)} cells, but the first line names {len(header)} columns")
-            elif any("\udc80" <= character <= "\udcff" for cell in cells if not cell.isascii() for character in cell):
+            elif any(map(_NOT_UTF8.search, cells)):
                 yield Row({}, f"line {start} is not UTF-8")
             else:
                 yield Row({name: cell for name, cell in zip(header, cells, strict=True) if cell})
