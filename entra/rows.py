@@ -30,7 +30,6 @@ from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 from entra.commands import CommandError, one_line
 
-
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What surrogateescape makes of bytes that are not UTF-8."""
 
