@@ -44,7 +44,7 @@ def test_a_box_ends_where_its_brace_closes_or_with_the_text():
     assert last_boxed("12") is None
 
 
-NUMERIC = {"grader": "numeric", "answer": "5", "accept": ["5 minutes"]}
+NUMERIC = {"grader": "numeric", "answer": "5", "accept": ["5 minutes", "one hand"]}
 TEXT = {"grader": "text", "answer": "Côte d'Ivoire", "accept": ["ivory coast"]}
 OPTIONS = {"feathers": ["feathers"], "lead": ["lead", "the metal"]}
 CHOICE = {"grader": "choice", "answer": "feathers", "accept": [], "options": OPTIONS}
@@ -59,6 +59,7 @@ CHOICE = {"grader": "choice", "answer": "feathers", "accept": [], "options": OPT
         (NUMERIC, "Answer: 5\nAnswer: 4", False),
         (NUMERIC, "It takes 4.\n5 minutes", True),
         (NUMERIC, "Five machines.\nAnswer: five", True),
+        (NUMERIC, "Answer: One hand.", True),
         (NUMERIC, "Answer: many", False),
         (NUMERIC, "", False),
         (TEXT, "Answer: Cote d\u2019Ivoire.", True),
@@ -67,6 +68,7 @@ CHOICE = {"grader": "choice", "answer": "feathers", "accept": [], "options": OPT
         (TEXT, "One of " + "many " * 10 + "is the Ivory Coast", False),
         (CHOICE, "Lead is dense.\nAnswer: the feathers", True),
         (CHOICE, "Answer: feathers, not lead", False),
+        (CHOICE, "Answer: feathers, not metal", False),
         (CHOICE, "Answer: both", False),
     ],
     ids=[
@@ -76,6 +78,7 @@ CHOICE = {"grader": "choice", "answer": "feathers", "accept": [], "options": OPT
         "only the last label",
         "no label",
         "number word",
+        "accepted words",
         "no number",
         "empty",
         "accents and apostrophes",
@@ -84,6 +87,7 @@ CHOICE = {"grader": "choice", "answer": "feathers", "accept": [], "options": OPT
         "long reply that names it",
         "choice",
         "two choices",
+        "two choices without the article",
         "no choice",
     ],
 )

@@ -177,7 +177,7 @@ def mip_checkout(tmp_path: Path) -> Path:
         "deepseekR1": "Hm {n}.</think>It is {n}",
         "DSQ": "Hm {n}.\n</think>\n\nIt is 7.",
         "s1.1": "think\nHm {n}.\nanswer\nAnswer: {n}",
-        "Qwen32": "It is \\boxed{{{n}}} euro",
+        "Qwen32": "It is \\boxed{{{n}}} €s",
         "Gemma227": "It is **{n}**.\n",
         "phi3": "2 + 2 = {n}\n",
     }
@@ -210,7 +210,7 @@ def test_mip(mip_checkout: Path):
         ("DeepSeek-R1", "reasoning", "<think>\nHm 1003.</think>It is 1003", True, True),
         ("DeepSeek-R1-Distill-Qwen-32B", "reasoning", "<think>\nHm 1003.\n</think>\n\nIt is 7.", False, True),
         ("s1.1-32B", "reasoning", "<think>\nHm 1003.\n</think>\n\nAnswer: 1003", True, True),
-        ("Qwen2.5-32B-Instruct", "instruct", "It is \\boxed{1003} euro", True, True),
+        ("Qwen2.5-32B-Instruct", "instruct", "It is \\boxed{1003} €s", True, True),
         ("Gemma-2-27B-it", "instruct", "It is **1003**.\n", True, True),
         ("Phi-3-medium", "instruct", "2 + 2 = 1003\n", True, False),
     ]
