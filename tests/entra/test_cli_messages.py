@@ -66,6 +66,12 @@ def printed(capsys, *words):
         ["eval", "rows", "--json", f"no/{EVIL}/o"],
         ["eval", "errors"],
         ["eval", "tasks"],
+        ["select", EVIL, "-o", "o.jsonl"],
+        ["select", "rows", "-o", "o.jsonl"],
+        ["select", "recorded", "-o", f"no/{EVIL}.jsonl"],
+        ["select", "recorded", "-o", EVIL],
+        ["select", "selectable", "-o", "o.jsonl"],
+        ["select", "selectable", "-o", "o.jsonl", "--correct-column", EVIL],
         ["inspect", EVIL],
         ["inspect", "rows", "--model", EVIL],
         ["inspect", "rows", "-o", EVIL],
@@ -100,6 +106,8 @@ def test_escape_sequences_do_not_reach_the_terminal(words, model, capsys):
     columns = {name: [1] for name in ("token_ids", "logprobs", "incoming", "importance", "protected")}
     write_rows("recorded", {**GOOD, **columns, "reward": 1})
     Path("recorded.meta.json").write_text(json.dumps(record))
+    numbers = dict.fromkeys(("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens"), 1)
+    write_rows("selectable", {**GOOD, **numbers}, {**GOOD, "error": EVIL})
     Path("evil.yaml").write_text(json.dumps({EVIL: 1}))
     assert printed(capsys, *words)
 
