@@ -299,17 +299,17 @@ def test_columns_that_trl_would_take_for_something_else_are_left_out_and_named(s
 
 
 def test_parquet_holds_the_same_rows(select, tmp_path):
-    from datasets import load_dataset
-
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'entra-reward[train]'")
     rows = [*THREE, scored("4", 1.0, 5, prompt="2+2=", note="not in every row")]
     _, lines, _ = select(rows)
     assert select(rows, output="out.parquet")[0] == 0
-    loaded = load_dataset("parquet", data_files=str(tmp_path / "out.parquet"), split="train")
+    loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "out.parquet"), split="train")
     assert list(loaded) == lines
     assert lines[1]["note"] == "not in every row"
 
 
 def test_columns_that_parquet_cannot_hold_are_an_error_that_leaves_no_file(select, tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pyarrow: pip install pyarrow")
     rows = [scored("2", 1.0, 5, mixed=1), scored("4", 1.0, 5, prompt="2+2=", mixed="text")]
     code, _, said = select(rows, output="out.parquet")
     assert code == 2
