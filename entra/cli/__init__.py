@@ -1,5 +1,5 @@
 """The command line: `entra score` for a file of traces, `entra inspect` to look at them, `entra eval` to compare two,
-`entra train` for a model, `entra doctor` before that, `entra demo` for a first look.
+`entra select` for what to train on, `entra train` for a model, `entra doctor` before that, `entra demo` for a first look.
 
 Exit codes: 0 finished (also when rows were bad: they are in the output, with an `error`), 1 stopped by something that the
 message names, 2 bad usage, 130 interrupted with Ctrl-C.
@@ -23,6 +23,7 @@ COMMANDS = {
     "score": ("entra.cli.score", "score a file of traces"),
     "inspect": ("entra.cli.inspect", "look at traces in the browser or the terminal"),
     "eval": ("entra.cli.evaluate.command", "accuracy and length of completions, alone or against others"),
+    "select": ("entra.cli.select.command", "of several completions keep the right and least redundant, or write pairs"),
     "train": ("entra.cli.train.command", "train a model with ENTRA rewards"),
     "doctor": ("entra.cli.doctor", "check a model, the versions and a training's arguments"),
     "experiment": ("entra.cli.experiment", None),

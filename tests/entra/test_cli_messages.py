@@ -74,6 +74,12 @@ def printed(capsys, *words):
         ["eval", "rows", "--json", f"no/{EVIL}/o"],
         ["eval", "errors"],
         ["eval", "tasks"],
+        ["select", EVIL, "-o", "o.jsonl"],
+        ["select", "rows", "-o", "o.jsonl"],
+        ["select", "recorded", "-o", f"no/{EVIL}.jsonl"],
+        ["select", "recorded", "-o", EVIL],
+        ["select", "selectable", "-o", "o.jsonl"],
+        ["select", "selectable", "-o", "o.jsonl", "--correct-column", EVIL],
         ["inspect", EVIL],
         ["inspect", "rows", "--model", EVIL],
         ["inspect", "rows", "-o", EVIL],
@@ -114,6 +120,8 @@ def test_escape_sequences_do_not_reach_the_terminal(words, model, capsys):
     write_rows(folder / f"{EVIL[:-1]}.json", "{")
     table = f'"prompt","completion","{EVIL[:-1]}"\n"a","{EVIL[:-1]}",1\n'
     Path("table.csv").write_text(table, encoding="utf-8", errors="replace")
+    numbers = dict.fromkeys(("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens"), 1)
+    write_rows("selectable", {**GOOD, **numbers}, {**GOOD, "error": EVIL})
     Path("evil.yaml").write_text(json.dumps({EVIL: 1}))
     assert printed(capsys, *words)
 
