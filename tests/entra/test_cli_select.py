@@ -1,5 +1,6 @@
 """`entra select`: what is kept, what makes a pair, what stays out and why; TRL's trainers train on the result."""
 
+import gzip
 import json
 import math
 import subprocess
@@ -36,7 +37,8 @@ def select(tmp_path, capsys):
     def run(rows, *flags, config=None, output="out.jsonl", record=True):
         scores = tmp_path / "scores.jsonl"
         scores.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        sidecar = {"versions": {"entra": "1"}, "input": {"rows": len(rows)}, "prefix": "", "config": config or {}}
+        source = {"rows": len(rows), "taken": {"prompt": "prompt", "completion": "completion"}}
+        sidecar = {"versions": {"entra": "1"}, "input": source, "prefix": "", "config": config or {}}
         if record:
             (tmp_path / "scores.jsonl.meta.json").write_text(json.dumps(sidecar))
         code = main(["select", str(scores), "-o", str(tmp_path / output), *flags])
@@ -308,13 +310,40 @@ def test_parquet_holds_the_same_rows(select, tmp_path):
     assert lines[1]["note"] == "not in every row"
 
 
-def test_columns_that_parquet_cannot_hold_are_an_error_that_leaves_no_file(select, tmp_path):
-    pytest.importorskip("pyarrow", reason="needs pyarrow: pip install pyarrow")
+def test_columns_of_parquet_without_a_common_type_hold_json_and_are_named(select, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'entra-reward[train]'")
     rows = [scored("2", 1.0, 5, mixed=1), scored("4", 1.0, 5, prompt="2+2=", mixed="text")]
     code, _, said = select(rows, output="out.parquet")
-    assert code == 2
-    assert "name the output *.jsonl" in said
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out.parquet") and path.suffix != ".json"]
+    assert code == 0
+    assert "columns without a common type hold JSON: mixed" in said
+    assert not list(tmp_path.glob("*.part"))
+    loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "out.parquet"), split="train")
+    assert list(loaded["mixed"]) == ["1", '"text"']
+
+
+def test_reads_and_writes_packed_files_and_pipes(select, tmp_path):
+    _, rows, _ = select(THREE)
+    assert select(THREE, output="out.jsonl.gz")[0] == 0
+    assert [json.loads(line) for line in gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes()).splitlines()] == rows
+    command = [sys.executable, "-m", "entra", "select", "-", "-o", "-"]
+    piped = subprocess.run(
+        command, input=(tmp_path / "scores.jsonl").read_bytes(), capture_output=True, check=True, cwd=tmp_path
+    )
+    assert [json.loads(line) for line in piped.stdout.splitlines()] == rows
+    assert not list(tmp_path.glob("-*"))
+
+
+def test_generations_of_openr1_are_selected_by_the_columns_that_were_scored(model, tmp_path):
+    pytest.importorskip("datasets", reason="needs datasets: pip install 'entra-reward[train]'")
+    generations = ["7. wait, 7. wait, it is 7.", "it is 7", "it is 8, not 7"]
+    row = {"problem": "3+4=", "generations": generations, "correctness_math_verify": [True, True, False]}
+    (tmp_path / "openr1.jsonl").write_text(json.dumps(row) + "\n")
+    scores, output = str(tmp_path / "scores.parquet"), tmp_path / "out.jsonl"
+    assert main(["score", str(tmp_path / "openr1.jsonl"), "--model", str(model), "-o", scores]) == 0
+    assert main(["select", scores, "-o", str(output), "--correct-column", "correctness_math_verify"]) == 0
+    (kept,) = map(json.loads, output.read_text().splitlines())
+    assert (kept["prompt"], kept["completion"], kept["generation_index"]) == ("3+4=", "it is 7", 1)
+    assert "generations" not in kept
 
 
 def test_only_what_it_wrote_is_replaced(select, tmp_path):
@@ -331,7 +360,6 @@ def test_only_what_it_wrote_is_replaced(select, tmp_path):
     assert len(select(THREE)[1]) == 1
     assert len(select(THREE, "--per-prompt", "2")[1]) == 2
     assert select(THREE, output="scores.jsonl")[0] == 2
-    assert select(THREE, output="out.html")[0] == 2
 
 
 def test_text_that_only_json_can_hold_comes_out_as_it_went_in(select):

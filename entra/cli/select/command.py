@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from entra import __version__
-from entra.cli import CommandError, one_line, say
+from entra.cli import CommandError, say
 from entra.cli.columns import SCORE_COLUMNS, key_of
-from entra.cli.output import SIDECAR, check_destination, json_value, write_whole
-from entra.cli.select.completions import OWN, Completion, Input, look, read
-from entra.rows import survey
+from entra.cli.formats import part_of
+from entra.cli.output import Stream, check_destination, json_value, write_whole
+from entra.cli.select.completions import OWN, Completion, Input, look, open_scores, read
+from entra.source import PIPE, SIDECAR
 
 _DESCRIPTION = """\
 Of several completions of a prompt, keep the right and least redundant one, for SFT or rejection sampling (columns prompt and
@@ -81,8 +81,8 @@ class _Picked(NamedTuple):
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra select` to the subparsers of the command line."""
     parser: argparse.ArgumentParser = commands.add_parser("select", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("scores", type=Path, help="what entra score wrote")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="*.jsonl or *.parquet")
+    parser.add_argument("scores", type=Path, help="what entra score wrote, or - for stdin")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="as of entra score: by its name; - is stdout")
     parser.add_argument(
         "--by",
         choices=tuple(_MEASURES),
@@ -133,11 +133,11 @@ def run(options: argparse.Namespace) -> None:
         CommandError: what stops it, and nothing to write; rows that cannot be used do not stop it.
     """
     _check_options(options)
-    source = survey(options.scores)
+    source, scored = open_scores(options)
     if not source.rows:
         raise CommandError(f"{options.scores} has no rows; give what entra score wrote")
-    found = look(options, source.columns, source.rows)
-    prompts, left_out = read(options, found)
+    found = look(options, source, scored)
+    prompts, left_out = read(options, source, found)
     picked: list[_Picked] = []
     empty: Counter[str] = Counter()
     for group in prompts:
@@ -161,7 +161,7 @@ def run(options: argparse.Namespace) -> None:
     record = {
         "written_by": "entra select",
         "entra": __version__,
-        "input": {"file": str(options.scores), "rows": source.rows, "sha256": source.sha256},
+        "input": {"file": str(options.scores), **source.record()},
         "options": {name: value for name, value in vars(options).items() if name not in ("run", "command", "scores", "output")},
         "read_as": found._asdict(),
         "left_out": dict(left_out),
@@ -170,7 +170,7 @@ def run(options: argparse.Namespace) -> None:
         what: len(picked),
         "not_carried": misleading,
     }
-    _write(options.output, [_row(one, names, options) for one in picked], record)
+    notes += _write(options.output, [_row(one, names, options) for one in picked], record)
     having = _number(len(prompts) - empty.total(), "prompts")
     say(f"{options.output}: {_number(len(picked), what)} of {having}, by {options.by}", *lines)
     say(*_averages(options, prompts, picked), *notes)
@@ -189,11 +189,10 @@ def _check_options(options: argparse.Namespace) -> None:
         raise CommandError("--rejected and --min-difference are for pairs; give --pairs, too, or leave them out")
     if options.all_right and options.rejected == "wrong":
         raise CommandError("--rejected wrong needs wrong completions, and --all-right says that there are none; leave one out")
-    if options.output.suffix.lower() not in (".jsonl", ".parquet"):
-        raise CommandError(f"--output {options.output} must end in .jsonl or .parquet")
-    sidecar = _sidecar(options.output)
-    for path in (options.output, sidecar):
-        check_destination("--output", path, [options.scores], lambda _: _is_ours(sidecar), "entra select")
+    if options.output != PIPE:
+        sidecar = _sidecar(options.output)
+        for path in dict.fromkeys((options.output, part_of(options.output), sidecar)):
+            check_destination("--output", path, [options.scores], lambda _: _is_ours(sidecar), "entra select")
 
 
 def _sidecar(path: Path) -> Path:
@@ -302,38 +301,15 @@ def _averages(options: argparse.Namespace, prompts: Sequence[list[Completion]], 
     return [line("right", [one for group in prompts for one in group if one.right]), line("kept", best)]
 
 
-def _write(path: Path, rows: Sequence[dict[str, Any]], record: Mapping[str, Any]) -> None:
-    """The record first: without it, nothing would tell that the output may be replaced."""
-    try:
-        write_whole(_sidecar(path), json.dumps(record, indent=1, default=json_value) + "\n")
-        if path.suffix.lower() == ".parquet":
-            _write_parquet(path, rows)
-        else:
-            write_whole(path, "".join(_line(row) + "\n" for row in rows))
-    except OSError as error:
-        raise CommandError(f"cannot write --output {path}: {error.strerror or error}; choose another", 1) from error
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False, default=json_value)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only hold escaped
-        return json.dumps(row, default=json_value)
-    return text
-
-
-def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    try:
-        import pyarrow  # type: ignore[import-untyped]
-        from pyarrow import parquet
-    except ImportError:
-        raise CommandError("writing Parquet needs pyarrow; get it with: pip install pyarrow, or name it *.jsonl") from None
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        parquet.write_table(pyarrow.Table.from_pylist(list(rows)), unfinished)
-        unfinished.replace(path)
-    except (pyarrow.ArrowException, TypeError, UnicodeError) as error:
-        raise CommandError(f"Parquet cannot hold these columns: {one_line(error)}; name the output *.jsonl") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _write(path: Path, rows: Sequence[dict[str, Any]], record: Mapping[str, Any]) -> list[str]:
+    """Write rows and record, and return what there is to say about it. The record comes first: without it, nothing would tell
+    that the output may be replaced."""
+    if path != PIPE:
+        try:
+            write_whole(_sidecar(path), json.dumps(record, indent=1, default=json_value) + "\n")
+        except OSError as error:
+            raise CommandError(f"cannot write --output {path}: {error.strerror or error}; choose another", 1) from error
+    with Stream(path) as output:
+        output.append(rows)
+        mixed = output.finish()
+    return [f"  note      columns without a common type hold JSON: {', '.join(mixed)}"] if mixed else []

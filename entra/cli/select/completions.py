@@ -26,7 +26,8 @@ from entra.cli import CommandError
 from entra.cli.columns import DETAIL_COLUMNS, ERROR_COLUMN, SCORE_COLUMNS
 from entra.cli.output import recorded
 from entra.encode import as_ids, completion_text, prompt_value
-from entra.rows import is_finite, read_rows
+from entra.rows import Row, is_finite
+from entra.source import Source
 
 OWN = "select_"
 """What the names of the columns start with that say why a row was selected."""
@@ -56,8 +57,8 @@ class Input(NamedTuple):
 
     prefix: str
     """Stands before the names of the columns of `entra score`."""
-    prompt: str
-    completion: str
+    taken: dict[str, Any]
+    """The columns of prompt and completion."""
     adjusted: int | None
     """The number of positions that r was computed for; None: all, as far as anybody knows."""
     details: bool
@@ -69,17 +70,30 @@ class _LeftOutError(Exception):
     """Why a row is neither chosen nor rejected, in words that are counted."""
 
 
-def look(options: argparse.Namespace, columns: Sequence[str], rows: int) -> Input:
+def open_scores(options: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
+    """The file, with prompt and completion as `entra score` took them, and its record, which is empty where there is none."""
+    record: dict[str, Any] = {}
+    with suppress(CommandError):
+        record = recorded(options.scores) or {}
+    taken = record.get("input", {}).get("taken")
+
+    def column(kind: str) -> str | None:
+        before = taken.get(kind) if isinstance(taken, dict) else None
+        return getattr(options, f"{kind}_column") or (before if isinstance(before, str) else None)
+
+    prompt, completion = column("prompt"), column("completion")
+    return Source([options.scores], prompt=prompt, completion=completion, output=options.output), record
+
+
+def look(options: argparse.Namespace, source: Source, record: dict[str, Any]) -> Input:
     """How the file is read.
 
     Raises:
         CommandError: a column that is needed and not there, or an r that says nothing at a fixed length.
     """
     scores: Path = options.scores
+    columns = source.columns
     prefix = _prefix(options, columns)
-    record: dict[str, Any] = {}
-    with suppress(CommandError):
-        record = recorded(scores) or {}
     notes = []
     config = record.get("config") if record.get("prefix") == prefix else None
     if not isinstance(config, dict):
@@ -87,21 +101,16 @@ def look(options: argparse.Namespace, columns: Sequence[str], rows: int) -> Inpu
         if options.by != "tokens":
             notes.append(f"nothing beside {scores} says how it was scored; r is taken for that of all unprotected tokens")
     expected = record.get("input", {}).get("rows")
-    if isinstance(expected, int) and rows < expected:
-        notes.append(f"entra score has not finished: {rows:,} of {expected:,} rows; its command goes on")
-    names = {}
-    for kind in ("prompt", "completion"):
-        before = record.get(f"{kind}_column")
-        names[kind] = getattr(options, f"{kind}_column") or (before if isinstance(before, str) else kind)
-        if names[kind] not in columns:
-            raise CommandError(f"no row has a column {names[kind]!r}; there are {', '.join(columns)}: use --{kind}-column")
+    limit = record.get("limit")
+    if isinstance(expected, int) and source.rows < min(expected, limit if isinstance(limit, int) else expected):
+        notes.append(f"entra score has not finished: {source.rows:,} of {expected:,} rows; its command goes on")
     _check_correct_column(options, columns, prefix)
     details = all(prefix + name in columns for name in DETAIL_COLUMNS)
     adjusted = config.get("length_adjusted")
     adjusted = adjusted if isinstance(adjusted, int) else None
     if not details:
         _check_rewards(options, adjusted)
-    return Input(prefix, names["prompt"], names["completion"], adjusted, details, notes)
+    return Input(prefix, source.taken, adjusted, details, notes)
 
 
 def _prefix(options: argparse.Namespace, columns: Sequence[str]) -> str:
@@ -153,16 +162,16 @@ def _check_rewards(options: argparse.Namespace, adjusted: int | None) -> None:
         )
 
 
-def read(options: argparse.Namespace, found: Input) -> tuple[list[list[Completion]], Counter[str]]:
+def read(options: argparse.Namespace, source: Source, found: Input) -> tuple[list[list[Completion]], Counter[str]]:
     """The completions of each prompt, without those that stay out, and how many stay out for which reason."""
     prompts: dict[Hashable, list[Completion]] = {}
     left_out: Counter[str] = Counter()
     seen: set[tuple[Hashable, str]] = set()
     value_of = _value_getter(options, found)
-    not_carried = {found.prompt, found.completion, *(found.prefix + name for name in (*DETAIL_COLUMNS, ERROR_COLUMN))}
-    for number, row in enumerate(read_rows(options.scores, 0), start=1):
+    not_carried = {*found.taken.values(), *(found.prefix + name for name in (*DETAIL_COLUMNS, ERROR_COLUMN))}
+    for number, row in enumerate(source.read(), start=1):
         columns = row.columns
-        problem = prompt_value(columns.get(found.prompt))
+        problem = prompt_value(row.prompt)
         group = [] if problem is None else prompts.setdefault(problem, [])
         try:
             if row.malformed is not None:
@@ -170,7 +179,7 @@ def read(options: argparse.Namespace, found: Input) -> tuple[list[list[Completio
             error = columns.get(found.prefix + ERROR_COLUMN)
             if error is not None:
                 raise _LeftOutError(f"error: {str(error).partition(':')[0]}")
-            prompt, completion, text = _for_trl(columns.get(found.prompt), columns.get(found.completion))
+            prompt, completion, text = _for_trl(row)
             if _cut_off(columns):
                 raise _LeftOutError("not complete")
             right = True if options.all_right else _flag(columns, options.correct_column)
@@ -191,8 +200,11 @@ def read(options: argparse.Namespace, found: Input) -> tuple[list[list[Completio
     return [_valued(group, options.length_adjusted) for group in prompts.values()], left_out
 
 
-def _for_trl(prompt: Any, completion: Any) -> tuple[Any, Any, str]:
+def _for_trl(row: Row) -> tuple[Any, Any, str]:
     """Prompt and completion as both text or both messages, and the completion's text."""
+    if row.fault is not None:
+        raise _LeftOutError(f"error: {row.fault.partition(':')[0]}")
+    prompt, completion = row.prompt, row.completion
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     chat = isinstance(prompt, list) and prompt and all(isinstance(message, Mapping) for message in prompt)
     if not chat and not isinstance(prompt, str):
