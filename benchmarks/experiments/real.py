@@ -21,6 +21,7 @@ Decisions taken here:
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -31,16 +32,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments import measuring
+from benchmarks.experiments.copies import continues
 from benchmarks.experiments.ranks import spearman
-from benchmarks.experiments.real_measures import IMPORTANCES, NGRAMS, PAPER, REWARDS, Measured, Passage, protected
+from benchmarks.experiments.real_measures import IMPORTANCES, NGRAMS, PAPER, REWARDS, SHRINK, Measured, Passage, protected
 from benchmarks.experiments.real_report import figures, tables
 from benchmarks.experiments.real_signals import cached
 from benchmarks.experiments.real_traces import RealTrace, read, shuffled
 from benchmarks.experiments.results import Result
 from entra.encode import Encoder
 from entra.forward import unwrapped
-from entra.metrics import mean_interval
+from entra.metrics import mean_interval, wilson_interval
 from entra.progress import progress_bar
+from entra.traces import load_traces
 
 __all__ = ["add_arguments", "figures", "run", "summarise", "tables"]
 
@@ -62,6 +65,7 @@ _NEAR = 0.1  # how far apart matched lengths may be
 _STEPS = (0, 1, 2, 3, 4)
 _HEAD = 600  # tokens of a trace's head in which a step is verified again
 _AGAIN = "Wait, let me check that step again. "
+_PROXY = Path(__file__).parents[1] / "results" / "experiments" / "proxy.json"
 _FAMILY = tuple(f"no copies, n = {n}" for n in NGRAMS)
 
 
@@ -140,6 +144,7 @@ def run(options: argparse.Namespace) -> Result:
         *(row for one in long for row in _settled_rows(one, "as written")),
         *(row for one in of_mixed for row in _settled_rows(one, "shuffled")),
         *(row for k, one in of_steps for row in _scale_rows(one, k)),
+        *_loo_rows(encoder),
     ]
     settings = {name: getattr(options, name) for name in ("model", "limit", "gradient", "seed")}
     return Result(
@@ -244,6 +249,7 @@ def _compared(pair: str, view: str, one: Measured, first: Passage, second: Passa
         "tokens": len(first),
         "other_tokens": len(second),
         **{name: 0.5 + 0.5 * float(np.sign(a[name] - b[name])) for name in REWARDS},
+        **({"values": a, "other_values": b} if view == "whole" else {}),
     }
 
 
@@ -333,6 +339,45 @@ def _settled_rows(one: Measured, text: str) -> Iterable[dict[str, Any]]:
         yield {**about, "of": name, "before": REWARDS[name](head), "after": REWARDS[name](tail)}
 
 
+def _loo_rows(encoder: Encoder) -> Iterable[dict[str, Any]]:
+    """The second judge: leave-one-out of single tokens, as the experiment `proxy` measured it on the shipped traces."""
+    if not _PROXY.is_file():
+        return
+    judged: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in json.loads(_PROXY.read_text())["rows"]:
+        judged[row["problem"], row["kind"]].append(row)
+    for sample in measuring.shipped(load_traces()).samples:
+        tokens = judged.get((sample.problem, sample.kind), [])
+        if not tokens:
+            continue
+        encoded = encoder.encode(sample.prompt, sample.completion)
+        copy = {n: continues(encoded.prompt, encoded.completion, n) for n in NGRAMS}
+        place = [float(row["position"]) for row in tokens]
+        paper = np.array([row["logprob"] + 2 * row["mu"] for row in tokens])
+        mu, later = (np.array([row[name] for row in tokens]) for name in ("mu", "later"))
+        orders = {
+            PAPER: paper,
+            "log P": np.array([row["logprob"] for row in tokens]),
+            "mu": mu,
+            "lift": np.array([row["lift"] for row in tokens]),
+            "surprisal: -log P + 2 mu": np.array([-row["logprob"] + 2 * row["mu"] for row in tokens]),
+            **{f"no copies, n = {n}": paper - 1e6 * copy[n][[row["position"] for row in tokens]] for n in NGRAMS},
+            "mu shrunk where few queries are left": mu * later / (later + SHRINK),
+            "position (early first)": -np.array(place),
+        }
+        for name, values in orders.items():
+            for target, truth in (("sum", [r["loo"] for r in tokens]), ("mean", [r["loo"] / r["later"] for r in tokens])):
+                yield {
+                    "part": "leave-one-out",
+                    "problem": sample.problem,
+                    "kind": sample.kind,
+                    "importance": name,
+                    "target": target,
+                    "alone": round(spearman(values.tolist(), truth), 5),
+                    "place": round(spearman(values.tolist(), truth, [place]), 5),
+                }
+
+
 def _scale_rows(one: Measured, k: int) -> Iterable[dict[str, Any]]:
     yield {
         "part": "scale",
@@ -355,6 +400,12 @@ def _problem_means(rows: Iterable[dict[str, Any]], of: str | Callable[[dict[str,
     return {problem: fmean(values) for problem, values in groups.items()}
 
 
+def _share(values: Iterable[float]) -> list[float] | None:
+    """A mean of shares with Wilson's interval for as many problems, which stays within 0 and 1."""
+    numbers = list(values)
+    return list(wilson_interval(fmean(numbers), len(numbers))) if len(numbers) >= 2 else None
+
+
 def _interval(values: Iterable[float]) -> list[float] | None:
     numbers = list(values)
     return list(mean_interval(numbers)) if len(numbers) >= 2 else None
@@ -370,6 +421,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "settled": _settled(rows),
         "scale": _scale(rows),
         "chosen": _chosen(rows),
+        "leave_one_out": _leave_one_out(rows),
     }
 
 
@@ -386,19 +438,31 @@ def _pairs(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             result[pair][view] = {
                 "problems": len({row["problem"] for row in inside}),
                 "comparisons": len(inside),
-                "ordered": {name: _interval(means[name].values()) for name in REWARDS},
+                "auc": {name: _auc(inside, name) for name in REWARDS} if view == "whole" else {},
+                "ordered": {name: _share(means[name].values()) for name in REWARDS},
             }
     result["by_task"] = {
         task: {
             view: {
                 "problems": len({row["problem"] for row in _of(found, task=task, view=view)}),
-                **{name: _interval(_problem_means(_of(found, task=task, view=view), name).values()) for name in REWARDS},
+                **{name: _share(_problem_means(_of(found, task=task, view=view), name).values()) for name in REWARDS},
             }
             for view in ("whole", "head", "tail", "matched")
         }
         for task in tasks
     }
     return result
+
+
+def _auc(pairs: Sequence[dict[str, Any]], name: str) -> list[float] | None:
+    """How often a first one's reward exceeds a second one's, over all of both; problems are drawn again for the interval."""
+    if len(pairs) < 2:
+        return None
+    first, second = (np.array([row[side][name] for row in pairs]) for side in ("values", "other_values"))
+    above = 0.5 + 0.5 * np.sign(first[:, None] - second[None, :])
+    weights = np.random.default_rng(0).multinomial(len(pairs), [1 / len(pairs)] * len(pairs), size=2000) / len(pairs)
+    drawn = np.einsum("di,ij,dj->d", weights, above, weights, optimize=True)
+    return [float(above.mean()), *(float(end) for end in np.quantile(drawn, [0.025, 0.975]))]
 
 
 def _with_length(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -491,9 +555,24 @@ def _scale(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for (problem, _), by_k in traces.items():
             rises[problem] += [float(by_k[k][name] > by_k[k - 1][name]) for k in by_k if k - 1 in by_k]
         result[name] = {
-            "raised": _interval(fmean(values) for values in rises.values()),
+            "raised": _share(fmean(values) for values in rises.values()),
             "means": [fmean(row[name] for row in _of(found, k=k)) for k in _STEPS if _of(found, k=k)],
         }
+    return result
+
+
+def _leave_one_out(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By importance: rank correlation with leave-one-out, and the difference from the paper's."""
+    result: dict[str, Any] = {}
+    found = _of(rows, part="leave-one-out")
+    for name in dict.fromkeys(row["importance"] for row in found):
+        for target in ("sum", "mean"):
+            mine, paper = (_of(found, importance=who, target=target) for who in (name, PAPER))
+            result.setdefault(name, {})[target] = {
+                "alone": _interval(_problem_means(mine, "alone").values()),
+                "place": _interval(_problem_means(mine, "place").values()),
+                "gain": _paired(mine, paper, "place"),
+            }
     return result
 
 

@@ -34,7 +34,8 @@ NGRAMS = (2, 3, 4, 5, 6)
 POSITIONS = 100
 """Unprotected positions of the rarefied r."""
 _CONFIG = ScoreConfig()
-_SHRINK = 64  # later queries at which a mean counts half
+SHRINK = 64
+"""Later queries at which a shrunk mean counts half."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,7 +102,7 @@ IMPORTANCES: dict[str, Callable[[Measured], Array]] = {
     "surprisal: -log P + 2 mu": lambda m: -m.signals.logprobs + 2 * m.signals.mean,
     **{f"no copies, n = {n}": _no_copies(n) for n in NGRAMS},
     "discounted: log P - log(1 + n) + 2 mu": lambda m: m.paper - np.log1p(_runs(m)),
-    "mu shrunk where few queries are left": lambda m: m.signals.mean * m.later / (m.later + _SHRINK),
+    "mu shrunk where few queries are left": lambda m: m.signals.mean * m.later / (m.later + SHRINK),
     "mu without the nearest 32": lambda m: m.signals.far,
     "value-weighted": lambda m: m.signals.value,
     "log P + value-weighted": lambda m: m.signals.logprobs + _scaled(m.signals.value),

@@ -58,9 +58,16 @@ def tables(result: Result) -> list[Table]:
     result_tables = [
         Table(
             caption=f"**{pair}: how often the first one is called the more redundant, %.** Both are right and complete. 50 is "
-            f"chance. Means over problems with 95 % intervals. {of}; {left_out} rows are left out.",
-            header=["", *(f"{VIEWS[view]} ({views[view]['problems']} problems)" for view in names)],
-            rows=[[name, *(_cell(views[view]["ordered"][name], 100, 0) for view in names)] for name in REWARDS],
+            f"chance. Shares over problems with Wilson's intervals. {of}; {left_out} rows are left out.",
+            header=["", *(f"{VIEWS[view]} ({views[view]['problems']} problems)" for view in names), "area under the curve"],
+            rows=[
+                [
+                    name,
+                    *(_cell(views[view]["ordered"][name], 100, 0) for view in names),
+                    _cell(views["whole"]["auc"][name]),
+                ]
+                for name in REWARDS
+            ],
         )
         for pair, views in pairs.items()
     ]
@@ -99,8 +106,8 @@ def tables(result: Result) -> list[Table]:
             rows=[
                 [
                     name,
-                    f"{row['before']:.3f}",
-                    f"{row['after']:.3f}",
+                    f"{row['before']:.3g}",
+                    f"{row['after']:.3g}",
                     _cell(row["rise"], digits=3),
                     _cell(row["beyond_shuffled"], digits=3),
                 ]
@@ -159,6 +166,19 @@ def tables(result: Result) -> list[Table]:
             header=["", *(f"k = {k}" for k in range(steps)), "raised"],
             rows=[
                 [name, *(f"{mean:.3f}" for mean in row["means"]), _cell(row["raised"], 100, 0)] for name, row in scale.items()
+            ],
+        )
+    )
+    judged = summary["leave_one_out"]
+    result_tables.append(
+        Table(
+            caption="**A second judge: leave-one-out of single tokens**, on the shipped traces, as the experiment `proxy` measured "
+            "it. Rank correlation within a completion with what the later tokens lose, in sum and per later token: alone, given "
+            "position, and the difference from the paper's importance given position.",
+            header=["", *(f"{target}, {how}" for target in ("sum", "mean") for how in ("alone", "given position", "gain"))],
+            rows=[
+                [name, *(_cell(row[target][how]) for target in ("sum", "mean") for how in ("alone", "place", "gain"))]
+                for name, row in judged.items()
             ],
         )
     )
