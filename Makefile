@@ -11,8 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm bench evidence evidence-full experiments gpu gpu-again \
-    compile-all compile-tritons static-proof clean
+.PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm bench evidence evidence-full experiments \
+    real-traces gpu gpu-again compile-all compile-tritons static-proof clean
 .NOTPARALLEL:  # targets share environments, and use all cores by themselves
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
@@ -152,12 +152,19 @@ evidence: $(VENV)/dev.done
 evidence-full: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.evidence full
 
+NAMES := from benchmarks.experiments import EXPERIMENTS as E; print(*(n for n, e in E.items() if e.page == "experiments.md"))
 # Every experiment on SmolLM2 and on the small model of the evidence, about an hour on two cores; docs/experiments.md from it.
 experiments: $(VENV)/dev.done
-	set -e; for name in $$($(BIN)/python -c "from benchmarks.experiments import EXPERIMENTS; print(*EXPERIMENTS)"); do \
+	set -e; for name in $$($(BIN)/python -c '$(NAMES)'); do \
 	    $(BIN)/python -m benchmarks.experiments $$name --output benchmarks/results/experiments; \
 	done
 	$(BIN)/python -m benchmarks.experiments.report benchmarks/results/experiments docs/experiments.md
+
+# What importance and reward say about traces of real models, about two hours on two cores; a run that was stopped goes on. The
+# traces are not ours: benchmarks/README.md says how to make the folder.  make real-traces TRACES=folder
+real-traces: $(VENV)/dev.done
+	$(BIN)/python -m benchmarks.experiments real --folder $(TRACES) --output benchmarks/results/experiments
+	$(BIN)/python -m benchmarks.experiments.report benchmarks/results/experiments docs/real-traces.md
 
 compile-all: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.static.aot --all

@@ -19,7 +19,9 @@ class Experiment:
     name: str
     """As in `python -m benchmarks.experiments NAME`."""
     place: int
-    """In docs/experiments.md, from 1 on."""
+    """On its page, from 1 on."""
+    page: str
+    """The page of docs/ that shows it: `experiments.md` unless the Markdown names another."""
     question: str
     """One line."""
     reading: str
@@ -38,6 +40,7 @@ def _read(path: Path) -> Experiment:
     return Experiment(
         name=facts["name"],
         place=int(facts["place"]),
+        page=facts.get("page", "experiments.md"),
         question=facts["question"],
         reading=reading.strip(),
         path=path.with_suffix(".py"),
@@ -45,5 +48,5 @@ def _read(path: Path) -> Experiment:
 
 
 _FOUND = [_read(path) for path in Path(__file__).parent.glob("*.md") if path.with_suffix(".py").is_file()]
-EXPERIMENTS = {experiment.name: experiment for experiment in sorted(_FOUND, key=lambda experiment: experiment.place)}
-"""All of them by name, in the order of docs/experiments.md."""
+EXPERIMENTS = {experiment.name: experiment for experiment in sorted(_FOUND, key=lambda experiment: (experiment.page, experiment.place))}
+"""All of them by name, in the order of docs/experiments.md; then those that have a page to themselves."""

@@ -352,7 +352,8 @@ def _loo_rows(encoder: Encoder) -> Iterable[dict[str, Any]]:
             continue
         encoded = encoder.encode(sample.prompt, sample.completion)
         copy = {n: continues(encoded.prompt, encoded.completion, n) for n in NGRAMS}
-        place = [float(row["position"]) for row in tokens]
+        inside = [row["position"] - len(encoded.prompt) for row in tokens]
+        place = [float(position) for position in inside]
         paper = np.array([row["logprob"] + 2 * row["mu"] for row in tokens])
         mu, later = (np.array([row[name] for row in tokens]) for name in ("mu", "later"))
         orders = {
@@ -361,7 +362,7 @@ def _loo_rows(encoder: Encoder) -> Iterable[dict[str, Any]]:
             "mu": mu,
             "lift": np.array([row["lift"] for row in tokens]),
             "surprisal: -log P + 2 mu": np.array([-row["logprob"] + 2 * row["mu"] for row in tokens]),
-            **{f"no copies, n = {n}": paper - 1e6 * copy[n][[row["position"] for row in tokens]] for n in NGRAMS},
+            **{f"no copies, n = {n}": paper - 1e6 * copy[n][inside] for n in NGRAMS},
             "mu shrunk where few queries are left": mu * later / (later + SHRINK),
             "position (early first)": -np.array(place),
         }

@@ -172,9 +172,9 @@ def tables(result: Result) -> list[Table]:
     judged = summary["leave_one_out"]
     result_tables.append(
         Table(
-            caption="**A second judge: leave-one-out of single tokens**, on the shipped traces, as the experiment `proxy` measured "
-            "it. Rank correlation within a completion with what the later tokens lose, in sum and per later token: alone, given "
-            "position, and the difference from the paper's importance given position.",
+            caption="**A second judge: leave-one-out of single tokens**, on the shipped traces, as the experiment `proxy` "
+            "measured it. Rank correlation within a completion with what the later tokens lose, in sum and per later token: "
+            "alone, given position, and the difference from the paper's importance given position.",
             header=["", *(f"{target}, {how}" for target in ("sum", "mean") for how in ("alone", "given position", "gain"))],
             rows=[
                 [name, *(_cell(row[target][how]) for target in ("sum", "mean") for how in ("alone", "place", "gain"))]

@@ -13,25 +13,32 @@ from benchmarks.experiments.results import read, section
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
 DOCUMENT = ROOT / "docs" / "experiments.md"
+PAGES = sorted({experiment.page for experiment in EXPERIMENTS.values()})
 
 
-def test_the_document_is_up_to_date():
-    assert report(RESULTS, DOCUMENT) == DOCUMENT.read_text()
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_up_to_date(page):
+    document = ROOT / "docs" / page
+    assert report(RESULTS, document) == document.read_text()
 
 
 def test_a_module_that_runs_has_its_markdown_and_each_has_a_place_of_its_own():
     folder = ROOT / "benchmarks" / "experiments"
     runs = {path for path in folder.glob("*.py") if "\ndef run(options: argparse.Namespace) -> Result:" in path.read_text()}
     assert {experiment.path for experiment in EXPERIMENTS.values()} == runs
-    assert [experiment.place for experiment in EXPERIMENTS.values()] == list(range(1, len(runs) + 1))
+    for page in PAGES:
+        places = [experiment.place for experiment in EXPERIMENTS.values() if experiment.page == page]
+        assert places == list(range(1, len(places) + 1))
 
 
-def test_every_experiment_is_in_it_with_its_plots():
-    text = DOCUMENT.read_text()
-    assert re.findall(r"^## ([a-z-]+): ", text, re.MULTILINE) == list(EXPERIMENTS)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_experiment_is_on_its_page_with_its_plots(page):
+    text = (ROOT / "docs" / page).read_text()
+    shown = [name for name, experiment in EXPERIMENTS.items() if experiment.page == page]
+    assert re.findall(r"^##? ([a-z-]+): ", text, re.MULTILINE) == shown
     plots = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
-    assert len(plots) >= len(EXPERIMENTS)
-    assert [plot for plot in plots if not (DOCUMENT.parent / plot).is_file()] == []
+    assert len(plots) >= len(shown)
+    assert [plot for plot in plots if not (ROOT / "docs" / plot).is_file()] == []
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
