@@ -101,6 +101,7 @@ IMPORTANCES: dict[str, Callable[[Measured], Array]] = {
     "mu of all layers": lambda m: m.signals.mean_all,
     "surprisal: -log P + 2 mu": lambda m: -m.signals.logprobs + 2 * m.signals.mean,
     **{f"no copies, n = {n}": _no_copies(n) for n in NGRAMS},
+    "surprisal, no copies, n = 4": lambda m: _last(-m.signals.logprobs + 2 * m.signals.mean, m.copies[4]),
     "discounted: log P - log(1 + n) + 2 mu": lambda m: m.paper - np.log1p(_runs(m)),
     "mu shrunk where few queries are left": lambda m: m.signals.mean * m.later / (m.later + SHRINK),
     "mu without the nearest 32": lambda m: m.signals.far,
