@@ -48,5 +48,6 @@ def _read(path: Path) -> Experiment:
 
 
 _FOUND = [_read(path) for path in Path(__file__).parent.glob("*.md") if path.with_suffix(".py").is_file()]
-EXPERIMENTS = {experiment.name: experiment for experiment in sorted(_FOUND, key=lambda experiment: (experiment.page, experiment.place))}
+_FOUND.sort(key=lambda experiment: (experiment.page, experiment.place))
+EXPERIMENTS = {experiment.name: experiment for experiment in _FOUND}
 """All of them by name, in the order of docs/experiments.md; then those that have a page to themselves."""
