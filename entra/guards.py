@@ -1,7 +1,7 @@
 """`Guards`: what makes r safe to optimise, one field each, and what they do to the rewards of a batch.
 
-A guard is all here: its field with a docstring (which is also its flag's help), its check, and one entry in `_stops` or one
-step in `apply`. docs/method.md argues each.
+A guard is all here: its field, its check, and one entry in `_stops` or one step in `apply`. The field's docstring is also its
+flag's help. docs/method.md argues each.
 """
 
 from __future__ import annotations

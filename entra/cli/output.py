@@ -39,7 +39,7 @@ class Output:
 
     Args:
         path: of the file.
-        identity: what the rows belong to, nested dicts of JSON values; must be as it was.
+        identity: what the rows belong to, as nested dicts of JSON values. It must be as it was.
         facts: recorded beside it, and not compared.
         overwrite: throw away what is there, whatever it belongs to.
 
@@ -86,8 +86,8 @@ class Output:
 
         Args:
             expected: the input's rows, which they must carry, in its order.
-            error: a row has text in this column,
-            numbers: or a number in each of these.
+            error: the column that holds text in a row that was not scored.
+            numbers: the columns that each hold a number in any other row.
             added: all columns that are not the input's.
 
         Raises:
