@@ -91,7 +91,8 @@ class Encoder:
         """
         if not self.eos_ids:
             raise ValueError(
-                "neither the tokenizer nor the model names an EOS id, so nothing tells which completions have ended"
+                "neither the tokenizer nor the model names an EOS id, so nothing tells which completions have ended; "
+                "set tokenizer.eos_token"
             )
         kept = [int(i) for i in ids if int(i) in self.eos_ids or int(i) not in self._pad_ids]
         return bool(kept) and kept[-1] in self.eos_ids

@@ -84,7 +84,7 @@ class Guards:
         if self.halve_at is not None and (config.ranking_scope != "completion" or config.length_adjusted is not None):
             raise ValueError(
                 f"halve_at={self.halve_at} counts the redundant tokens of the completion as it is; it does not go with "
-                f"ranking_scope={config.ranking_scope!r} or length_adjusted={config.length_adjusted}"
+                f"ranking_scope={config.ranking_scope!r} or length_adjusted={config.length_adjusted}: leave one out"
             )
         if self.group_gate > 0 and not has_gate:
             raise ValueError(f"group_gate={self.group_gate} needs a gate that tells which completions are right; pass gate=...")

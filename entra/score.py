@@ -252,8 +252,8 @@ def score_batch(
     if policy is None and count and (logprobs is None or incoming is None):
         raise RuntimeError(
             "there is no model to score with; pass model=... (and tokenizer=... for text), or call inside "
-            "entra.bind_policy(model, tokenizer) or entra.EntraGRPOTrainer, or pass logprobs=... and incoming=... (TRL's async "
-            "trainer runs rewards in a process without the policy: there model=... is the only way)"
+            "entra.bind_policy(model, tokenizer) or entra.EntraGRPOTrainer, or pass logprobs and incoming. TRL's async trainer "
+            "runs rewards in a process without the policy; there model=... is the only way"
         )
     rollout = bound_rollout() if model is None and logprobs is None and incoming is None else None
     if rollout is not None and rollout.holds(prompts, completion_ids):

@@ -251,7 +251,7 @@ def recorded(path: Path) -> dict[str, Any] | None:
         return _record(sidecar)
     except (OSError, ValueError, RecursionError) as error:
         raise CommandError(
-            f"{path} exists, but {sidecar.name} beside it, which says what it belongs to, cannot be read ({error}); "
+            f"{path} exists, but {sidecar.name} beside it cannot be read ({error}), and that says what it belongs to; "
             f"use another --output, or remove {path}"
         ) from error
 
@@ -371,7 +371,7 @@ def check_output(path: Path, inputs: Sequence[Path]) -> None:
             raise CommandError(f"--output {path} needs {sidecar.name} beside it, which is the input; choose another file")
         if sidecar.stat().st_size and not _is_ours(sidecar, lambda file: bool(_record(file))):
             raise CommandError(
-                f"--output {path} needs {sidecar.name} beside it, which exists, and entra score did not write it; choose "
+                f"--output {path} needs {sidecar.name} beside it, but there is one that entra score did not write; choose "
                 f"another file, or remove {sidecar}"
             )
 
