@@ -1,8 +1,8 @@
-"""The command line: `entra score` for a file of traces, `entra inspect` to look at them, `entra eval` to compare two,
-`entra select` for what to train on, `entra train` for a model, `entra doctor` before that, `entra demo` for a first look.
+"""The command line. For files of traces: `entra score`, `entra inspect` to look at them, `entra eval` to compare two, and
+`entra select` for what to train on. For a model: `entra train`, and `entra doctor` before that. `entra demo` is a first look.
 
-Exit codes: 0 finished (also when rows were bad: they are in the output, with an `error`), 1 stopped by something that the
-message names, 2 bad usage, 130 interrupted with Ctrl-C.
+Exit codes: 0 finished, 1 stopped by something that the message names, 2 bad usage, 130 interrupted with Ctrl-C. Bad rows do not
+stop a command: they are in the output, with an `error`.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Output:
 
     Args:
         path: of the file.
-        identity: what the rows belong to, nested dicts of JSON values; must be as it was.
+        identity: what the rows belong to, as nested dicts of JSON values. It must be as it was.
         facts: recorded beside it, and not compared.
         overwrite: throw away what is there, whatever it belongs to.
 
@@ -86,8 +86,8 @@ class Output:
 
         Args:
             expected: the input's rows, which they must carry, in its order.
-            error: a row has text in this column,
-            numbers: or a number in each of these.
+            error: the column that holds text in a row that was not scored.
+            numbers: the columns that each hold a number in any other row.
             added: all columns that are not the input's.
 
         Raises:
@@ -251,7 +251,7 @@ def recorded(path: Path) -> dict[str, Any] | None:
         return _record(sidecar)
     except (OSError, ValueError, RecursionError) as error:
         raise CommandError(
-            f"{path} exists, but {sidecar.name} beside it, which says what it belongs to, cannot be read ({error}); "
+            f"{path} exists, but {sidecar.name} beside it cannot be read ({error}), and that says what it belongs to; "
             f"use another --output, or remove {path}"
         ) from error
 
@@ -371,7 +371,7 @@ def check_output(path: Path, inputs: Sequence[Path]) -> None:
             raise CommandError(f"--output {path} needs {sidecar.name} beside it, which is the input; choose another file")
         if sidecar.stat().st_size and not _is_ours(sidecar, lambda file: bool(_record(file))):
             raise CommandError(
-                f"--output {path} needs {sidecar.name} beside it, which exists, and entra score did not write it; choose "
+                f"--output {path} needs {sidecar.name} beside it, but there is one that entra score did not write; choose "
                 f"another file, or remove {sidecar}"
             )
 

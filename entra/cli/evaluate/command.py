@@ -48,8 +48,8 @@ column is found, or named with the options, and the output says what was used. B
 
 _CE = (
     "min(1, accuracy / base accuracy) - tokens / base tokens. This formula is ours: the paper's was not available to us. It is "
-    "the length reduction less the share of accuracy lost; at most 1; 0 for the base itself and for a base that leaves any "
-    "share of the problems blank"
+    "the length reduction less the share of accuracy lost. It is at most 1. It is 0 for the base itself, and for a base that "
+    "leaves any share of the problems blank"
 )
 
 

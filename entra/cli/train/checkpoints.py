@@ -49,8 +49,8 @@ def checkpoint_to_resume(folder: Path, wish: str | bool | None, settings: Mappin
 
     Args:
         folder: of the checkpoints.
-        wish: `--resume_from_checkpoint`: None: the last one, if the settings are still the same; true: the last one anyway;
-            false: begin, which a folder with checkpoints refuses; else the checkpoint's folder.
+        wish: `--resume_from_checkpoint`. None: the last one, if the settings are still the same. "true": the last one anyway.
+            "false": begin; a folder with checkpoints is then refused. Anything else is the checkpoint's folder.
         settings: of this run.
 
     Raises:

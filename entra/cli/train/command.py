@@ -42,8 +42,8 @@ _USAGE = "entra train --model_name_or_path MODEL --dataset_name DATA --output_di
 _DESCRIPTION = """\
 Train with GRPO or RLOO and ENTRA rewards, scored by the policy itself. Options come from a YAML file (--config) and from flags,
 which win. By default right answers are rewarded, and more so when they do not repeat themselves (reward functions: the gate and
-"entra"). Checkpoints go to --output_dir every --save_steps; a run that was stopped, in whatever way, goes on from
-the last one when the same command is given again, and a command with other settings is refused. Several processes:
+"entra"). Checkpoints go to --output_dir every --save_steps. A run that was stopped, in whatever way, goes on from the last one
+when you give the same command again. A command with other settings is refused. Several processes:
 accelerate launch -m entra.cli train ..., or torchrun -m entra.cli train ..."""
 
 
@@ -55,9 +55,10 @@ class TrainOptions:
     """The algorithm: EntraGRPOTrainer with the options of trl.GRPOConfig, or EntraRLOOTrainer with those of trl.RLOOConfig."""
 
     reward_funcs: list[str] | None = None
-    """Reward functions: "entra" (with the guards below), "reasoning_gym" (checks the answer by the task's scorer),
-    "answer" (compares with the column `answer`, as entra eval does), TRL's accuracy_reward, reasoning_accuracy_reward,
-    think_format_reward, get_soft_overlong_punishment, or a path: package.module.function. Default: the gate and entra."""
+    """Reward functions: "entra" (with the guards below), "reasoning_gym" (checks the answer by the task's scorer), or
+    "answer" (compares with the column `answer`, as entra eval does). TRL's are accuracy_reward, reasoning_accuracy_reward,
+    think_format_reward and get_soft_overlong_punishment. Others by path: package.module.function. Default: the gate and
+    entra."""
 
     gate: str | None = None
     """The reward function that "entra" is multiplied by, so that only right answers are paid for being concise: a name or path
