@@ -13,13 +13,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from entra.cli import CommandError
 from entra.rows import is_finite
+from entra.whole_file import write_whole
 
 SIDECAR = ".meta.json"
 """What follows the output's name in that of the file beside it."""
@@ -319,26 +320,6 @@ def _writing(path: Path, remedy: str, exit_code: int = 2) -> Iterator[None]:
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + SIDECAR)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Either all of the file is there or nothing; nothing else is touched."""
-    for attempt in count():
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}-{attempt}.tmp")
-        try:
-            file = unfinished.open("x", encoding="utf-8")
-        except FileExistsError:
-            continue
-        break
-    try:
-        with file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

@@ -33,6 +33,7 @@ import numpy as np
 from entra.config import ScoreConfig
 from entra.view.lines import marks
 from entra.view.trace import Trace
+from entra.whole_file import write_whole
 
 # In this order: each may use what stands in an earlier one.
 _SCRIPTS = ("data.js", "charts.js", "overview.js", "trace.js", "main.js")
@@ -49,7 +50,7 @@ def write_page(
 
     Args:
         traces: in the order of the list; names are made of anything, but differ. They are read once.
-        path: overwritten.
+        path: replaced when the whole page is written: a full disk leaves the old one.
         title: the page's heading, such as the name of the file that was scored.
         config: what the traces were scored with; lambda, tau and the statistic stand in the heading. None: nobody knows.
         facts: further ones for the heading, by name, such as the model; the date is today's unless it is among them.
@@ -90,8 +91,7 @@ def write_page(
         "prompts": list(prompts),
         "traces": list(records.values()),
     }
-    with path.open("w", encoding="ascii") as file:
-        file.writelines(_parts(title, data, blocks))
+    write_whole(path, _parts(title, data, blocks), encoding="ascii")
 
 
 def is_page(path: Path) -> bool:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from entra.cli import CommandError
-from entra.cli.output import flat, json_value, write_whole
+from entra.cli.output import flat, json_value
+from entra.whole_file import write_whole
 
 _RECORD = "entra_train.json"
 _STATE = "trainer_state.json"  # which the trainer writes last
