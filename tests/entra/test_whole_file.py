@@ -49,7 +49,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):
     problem = load_traces()[0]
     demo._write_svg(path, problem, [])
     before = path.read_bytes()
-    with room_for(len(before) // 2), pytest.raises(CommandError, match="cannot write --svg .*too large"):
+    with room_for(len(before) // 2), pytest.raises(CommandError, match=r"cannot write --svg .*too large"):
         demo._write_svg(path, problem, [])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

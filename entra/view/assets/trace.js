@@ -22,18 +22,28 @@ function legend() {
   );
 }
 
+// Whether a text ends in letters that are written from right to left; `before` it where it has no letters.
+const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
+
+function goesLeft(text, before) {
+  const letters = text.match(/\p{L}/gu);
+  return letters ? RIGHT_TO_LEFT.test(letters.at(-1)) : before && !text.includes("\n");
+}
+
 // The text of a trace; `looked(i)` is called when a token comes under the pointer or into focus, `left()` when the pointer goes.
 function textOf(trace, tokens, looked, left) {
   const n = trace.tokens;
   const spans = new Array(n);
   const text = make("div", { class: "text", role: "group", "aria-label": `Completion of ${trace.name}, ${plural(n, "token")}. Arrow keys move from token to token, n and p to the same token again.` });
-  let block = null, inBlock = 0;
+  let block = null, inBlock = 0, leftwards = false;
   for (let i = 0; i < n; i++) {
     const piece = data.texts[tokens.words[i]];
+    leftwards = goesLeft(piece, leftwards);
     const span = document.createElement("span");
     span.className =
       `t s${shadeOf(tokens.importance[i])}` +
       outline(tokens.marks[i]) +
+      (leftwards ? " rtl" : "") +
       (piece.includes("\n") ? " line" : piece === "" ? " part" : "");
     span.textContent = piece;
     const shapeless = piece.match(SHAPELESS);
@@ -66,7 +76,7 @@ function textOf(trace, tokens, looked, left) {
     for (const span of marked) span.classList.add("same");
     return starts;
   }
-  function focus(i) {
+  function focus(i = at) {
     spans[at].tabIndex = -1;
     at = Math.max(0, Math.min(n - 1, i));
     spans[at].tabIndex = 0;
@@ -184,7 +194,7 @@ async function pane(trace, other, alone, texts) {
 }
 
 // Draws the view. False when a later call came while this one was reading; else what puts the focus on a token of the first
-// trace, null where it has none.
+// trace, by default on the one that had it last, or the first of all; null where it has none.
 let viewing = 0;
 
 async function view(first, second, list) {
