@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 
 from entra.view.blocks import bars, column_chart, scatter
 from entra.view.trace import Trace
-from entra.view.visible import NEWLINE, quoted, visible
+from entra.view.visible import NEWLINE, has_right_to_left, quoted, visible
 
 PROTECTED = ("«", "»")
 IS_PROTECTED, FIRST, LAST = 1, 2, 4
 """What `marks` adds up."""
 RUN_LENGTHS = (1, 2, 4, 8)
 """Tokens of the runs whose repetitions are listed."""
+_LEFTWARDS = "right-to-left text stands in the order of its letters; the page (--output) lays it out"
+"""Few terminals lay it out, and those that do would move tokens away from their marks and colours."""
 COLUMNS = ("trace", "reward", "tokens", "entropy, nats", "repeated, %")
 
 
@@ -46,7 +48,8 @@ def about(trace: Trace) -> list[str]:
     """A trace's numbers, its other columns and its prompt, in lines."""
     columns = [f"{visible(name)}: {visible(str(value))}" for name, value in trace.columns.items()]
     prompt = [f"│ {visible(line)}" for line in trace.prompt.split("\n")]
-    return [summary(trace), *([" · ".join(columns)] if columns else []), *prompt]
+    leftwards = any(map(has_right_to_left, (trace.prompt, *trace.pieces)))
+    return [summary(trace), *([" · ".join(columns)] if columns else []), *([_LEFTWARDS] if leftwards else []), *prompt]
 
 
 def marks(protected: Sequence[bool]) -> list[int]:

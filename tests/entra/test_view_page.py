@@ -517,7 +517,15 @@ def test_ticks_are_at_lengths_rewards_and_positions_that_there_can_be(open_page)
 
 
 def test_right_to_left_text_is_laid_out_so(open_page):
-    words = ["\u0645\u0631\u062d\u0628\u0627", " \u0628\u0627\u0644\u0639\u0627\u0644\u0645", ".\n", "left", " to", " right", " \u05e9\u05dc\u05d5\u05dd"]
+    words = [
+        "\u0645\u0631\u062d\u0628\u0627",
+        " \u0628\u0627\u0644\u0639\u0627\u0644\u0645",
+        ".\n",
+        "left",
+        " to",
+        " right",
+        " \u05e9\u05dc\u05d5\u05dd",
+    ]
     hebrew = "\u05de\u05d4 \u05d6\u05d4?"
     traces = [
         trace_of(hebrew, range(7), words=words, prompt=f"{hebrew}\nWhat?", protected=[True, True, *[False] * 4, True]),
@@ -540,7 +548,9 @@ def test_right_to_left_text_is_laid_out_so(open_page):
     assert boxes[2][0] < boxes[1][0], "and what ends the sentence at the left"
     assert abs(boxes[3][0] - text[0]) < 1, "the second line begins at the left edge"
     assert boxes[3][0] < boxes[4][0] < boxes[5][0] < boxes[6][0]
-    border = "(s => [s.borderLeftStyle, s.borderRightStyle])(getComputedStyle(document.querySelectorAll('.text .t')[arguments[0]]))"
+    border = (
+        "(s => [s.borderLeftStyle, s.borderRightStyle])(getComputedStyle(document.querySelectorAll('.text .t')[arguments[0]]))"
+    )
     assert page.js(border, 0) == ["none", "solid"], "the outline of a run begins at the right"
     assert page.js(border, 1) == ["solid", "none"], "and ends at the left"
     prompt = page.js("getComputedStyle(document.querySelector('.prompt p')).unicodeBidi")
