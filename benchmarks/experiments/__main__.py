@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.experiments import EXPERIMENTS, results
 from entra.commands import CommandError, Parser, exit_code, one_line, refuse, say
-from entra.rows import read_rows, survey
+from entra.source import Source
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,8 +47,10 @@ def run(options: argparse.Namespace) -> None:
     """
     module = EXPERIMENTS[options.experiment].module()
     if getattr(options, "traces", None) is not None and not options.redraw:
-        survey(options.traces)
-        options.rows = read_rows(options.traces, 0)
+        options.rows = (
+            ({**row.columns, "prompt": row.prompt, "completion": row.completion}, row.malformed or row.fault)
+            for row in Source([options.traces]).read()
+        )
     try:
         results.check_folder(options.output, options.experiment)
         result = results.read(options.redraw) if options.redraw else module.run(options)

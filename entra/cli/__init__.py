@@ -1,5 +1,5 @@
 """The command line: `entra score` for a file of traces, `entra inspect` to look at them, `entra eval` to compare two,
-`entra train` for a model, `entra doctor` before that, `entra demo` for a first look.
+`entra select` for what to train on, `entra train` for a model, `entra doctor` before that, `entra demo` for a first look.
 
 Exit codes: 0 finished (also when rows were bad: they are in the output, with an `error`), 1 stopped by something that the
 message names, 2 bad usage, 130 interrupted with Ctrl-C.
@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 
 import entra
 from entra.commands import CommandError, Parser, exit_code, one_line, refuse, say
@@ -21,6 +23,7 @@ COMMANDS = {
     "score": ("entra.cli.score", "score a file of traces"),
     "inspect": ("entra.cli.inspect", "look at traces in the browser or the terminal"),
     "eval": ("entra.cli.evaluate.command", "accuracy and length of completions, alone or against others"),
+    "select": ("entra.cli.select.command", "of several completions keep the right and least redundant, or write pairs"),
     "train": ("entra.cli.train.command", "train a model with ENTRA rewards"),
     "doctor": ("entra.cli.doctor", "check a model, the versions and a training's arguments"),
     "experiment": ("entra.cli.experiment", None),
@@ -41,14 +44,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = Parser(prog="entra", description="Score how redundant reasoning traces are, and train on it.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {entra.__version__}")
+    complete = words[:1] == ["--print-completion"]
+    if complete:
+        from entra.cli.completion import FLAG, SHELLS, PrintCompletion
+
+        parser.add_argument(FLAG, choices=SHELLS, action=PrintCompletion)
+    else:
+        parser.add_argument("--print-completion", metavar="SHELL", help="print a script that completes commands, and end")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
     for name, (module, line) in COMMANDS.items():
-        if words[:1] == [name]:
-            parsers[name] = importlib.import_module(module).add_parser(commands)
+        if words[:1] == [name] or (complete and line is not None):
+            listed = SimpleNamespace(add_parser=partial(commands.add_parser, help=line))
+            parsers[name] = importlib.import_module(module).add_parser(commands if line is None else listed)
         elif line is not None:
             parsers[name] = commands.add_parser(name, help=line)
-    options, unknown = parser.parse_known_args(words)
+    try:
+        options, unknown = parser.parse_known_args(words)
+    except CommandError as error:
+        say(f"entra: {error}")
+        return error.exit_code
     if options.command in ("train", "doctor"):
         options.rest = unknown  # for TRL's parser, which takes seconds to load
     elif unknown and options.command != "experiment":  # which says where it went, whatever comes after it

@@ -24,7 +24,7 @@ TOKENS = ("tokens", "completion_ids")
 """Tell how long a completion is."""
 TRUNCATED = ("truncated", "finish_reason")
 """Tell whether a completion was cut off."""
-PROBLEM = ("id", "prompt")
+PROBLEM = ("id", "prompt", "custom_id")
 """Tell which completions are of one problem; `problem_column` chooses."""
 NAMES = ("id", "name")
 """What a row is called by."""
@@ -42,12 +42,13 @@ def key_of(value: Any) -> str:
 
 
 def problem_column(files: Sequence[Sequence[Row]], shared: Collection[str]) -> str | None:
-    """The column whose equal values are one problem: `id` where all files have it and share one, else `prompt`."""
+    """The column whose equal values are one problem: `id` where all files have it and share one, else `prompt`, else the
+    `custom_id` of a batch."""
     if "id" in shared:
         ids = [{key_of(row.columns["id"]) for row in rows if row.columns.get("id") is not None} for rows in files]
-        if set.intersection(*ids) or "prompt" not in shared:
+        if (set.intersection(*ids) and "custom_id" not in shared) or first(PROBLEM[1:], shared) is None:
             return "id"
-    return first(("prompt",), shared)
+    return first(PROBLEM[1:], shared)
 
 
 def correct_column(files: Sequence[Sequence[Row]], shared: Collection[str]) -> str | None:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from entra.cli import CommandError
-from entra.cli.output import SIDECAR
 from entra.progress import progress_bar
+from entra.source import SIDECAR
 from entra.whole_file import write_whole
 
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
@@ -38,11 +38,13 @@ _SETTLED = 2.0
 """Seconds after which a file that changes has other times than before."""
 
 
-def fingerprint(model: str) -> dict[str, str]:
+def fingerprint(model: str, revision: str | None = None, quiet: bool = False) -> dict[str, str]:
     """The hash of each file of a model that is on this machine, by name.
 
     Args:
         model: a folder, a hub name whose files are in the cache, or "smollm2".
+        revision: of a hub name.
+        quiet: no progress bar.
 
     Raises:
         CommandError: its files cannot be found or read.
@@ -53,20 +55,22 @@ def fingerprint(model: str) -> dict[str, str]:
     try:
         while name is not None and name not in seen:
             seen.add(name)
-            folder = _folder(name)
+            folder = _folder(name, revision=revision if name == model else None)
             prefix = "" if name == model else f"{name}: "
             files = sorted({*_files(folder), *_weights_of_indices(folder)})
-            found.update(zip((prefix + path.relative_to(folder).as_posix() for path in files), _hashes(files), strict=True))
+            found.update(
+                zip((prefix + path.relative_to(folder).as_posix() for path in files), _hashes(files, quiet), strict=True)
+            )
             for repository, elsewhere in _code_elsewhere(folder).items():
                 files = sorted(elsewhere.glob("*.py"))
-                found.update(zip((f"{repository}: {path.name}" for path in files), _hashes(files), strict=True))
+                found.update(zip((f"{repository}: {path.name}" for path in files), _hashes(files, quiet), strict=True))
             name = _base_of_adapter(folder)
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read the files of --model {name}, which tell one model from another: {error}") from error
     return found
 
 
-def _folder(model: str, known_by: Sequence[str] = ("config.json", "adapter_config.json")) -> Path:
+def _folder(model: str, known_by: Sequence[str] = ("config.json", "adapter_config.json"), revision: str | None = None) -> Path:
     if model == "smollm2":
         from entra.smollm2 import find_smollm2
 
@@ -77,7 +81,7 @@ def _folder(model: str, known_by: Sequence[str] = ("config.json", "adapter_confi
 
     for name in known_by:
         with suppress(OSError):
-            found = cached_file(model, name, local_files_only=True)
+            found = cached_file(model, name, local_files_only=True, revision=revision)
             if found is not None:
                 return Path(found).parent
     raise FileNotFoundError(f"the hub's cache has no {' or '.join(known_by)} of {model}")
@@ -125,7 +129,7 @@ def _content(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _hashes(files: Sequence[Path]) -> list[str]:
+def _hashes(files: Sequence[Path], quiet: bool) -> list[str]:
     remembered = _remembered()
     known = [_blob(path) or remembered.get(_key(path)) for path in files]
     missing = [path for path, hashed in zip(files, known, strict=True) if hashed is None]
@@ -134,7 +138,7 @@ def _hashes(files: Sequence[Path]) -> list[str]:
     if total < _LARGE:
         made = [_hash(path, None) for path in missing]
     else:
-        with progress_bar(-(-total // 2**20), 0, "MiB hashed") as bar:
+        with progress_bar(-(-total // 2**20), 0, "MiB hashed", quiet) as bar:
             made = [_hash(path, bar) for path in missing]
     for path, (key, hashed) in zip(missing, made, strict=True):
         status = path.stat()

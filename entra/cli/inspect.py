@@ -21,17 +21,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from entra import __version__
-from entra.cli import CommandError, say
+from entra.cli import CommandError
 from entra.cli.columns import DETAIL_COLUMNS, ERROR_COLUMN, SCORE_COLUMNS, row_names, score_prefixes
 from entra.cli.output import check_destination, recorded
 from entra.cli.scoring import (
+    INPUT,
     Scorer,
     add_scoring_flags,
     check_scoring_flags,
@@ -39,14 +40,17 @@ from entra.cli.scoring import (
     device_name,
     kind_of,
     listed,
-    load,
+    load_as,
     load_tokenizer_of,
+    tell,
 )
 from entra.config import ScoreConfig
 from entra.encode import as_ids
 from entra.progress import progress_bar
-from entra.rows import Row, Survey, is_finite, read_rows, survey
+from entra.rows import Row, is_finite
 from entra.score import CompletionScores
+from entra.shapes import REQUEST
+from entra.source import Source
 from entra.traces import load_traces
 from entra.view.page import is_page
 from entra.view.trace import Trace, pieces_of
@@ -64,9 +68,7 @@ _SHIPPED = "the traces that ship with entra"
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra inspect` to the subparsers of the command line."""
     parser: argparse.ArgumentParser = commands.add_parser("inspect", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument(
-        "traces", type=Path, nargs="?", help="*.parquet, anything else is read as JSON Lines; left out: the shipped traces"
-    )
+    parser.add_argument("traces", type=Path, nargs="*", help=f"{INPUT}; left out: the shipped traces")
     parser.add_argument(
         "--model",
         help='a folder, a hub name, or "smollm2", which is the default for the shipped traces; for scored files only its '
@@ -80,7 +82,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help=f"the page; replaced when entra inspect wrote it (default: {_DEFAULT_OUTPUT}, none with --terminal)",
     )
     parser.add_argument("--terminal", action="store_true", help="show the traces here; plain text when this is no terminal")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
     parser.add_argument("--prefix", help="what stands before the names of entra score's columns (default: found)")
     add_scoring_flags(parser)
     parser.set_defaults(run=run)
@@ -95,33 +96,44 @@ def run(options: argparse.Namespace) -> None:
     """
     config = config_of(options)
     output = options.output or (None if options.terminal else _DEFAULT_OUTPUT)
-    _check_options(options, output)
-    source = _shipped(options) if options.traces is None else _file(options)
-    total = source.survey.rows if options.limit is None else min(options.limit, source.survey.rows)
-    if not total:
+    if options.limit is not None and options.limit < 1:
+        raise CommandError(f"--limit {options.limit} must be at least 1 row")
+    source = _files(options) if options.traces else _shipped(options.limit)
+    _check_options(options, output, source)
+    if not source.rows:
         raise CommandError(f"{source.title} has no rows; give a file with one JSON object a line")
-    prefix = _prefix_of_scores(options, source.survey)
+    prefix = _prefix_of_scores(options, source.columns)
+    tell(options, *source.lines)
     if prefix is None:
-        check_scoring_flags(options, source.survey)
-        shown = _scored_now(options, config, source, total)
+        check_scoring_flags(options)
+        shown = _scored_now(options, config, source)
     else:
-        shown = _scored_before(options, config, prefix, source, total)
+        shown = _scored_before(options, config, prefix, source)
     errors = Counter(kind_of(trace.error) for trace in shown.traces if trace.error is not None)
     facts = {**shown.facts, "entra": __version__}
     if output is not None:
         _write(output, shown, source.title, facts)
-    found = f"{total:,} traces" + (f", {errors.total():,} of them with an error ({listed(errors)})" if errors else "")
-    say(f"{output or source.title}: {found}")
+    found = f"{source.rows:,} traces" + (f", {errors.total():,} of them with an error ({listed(errors)})" if errors else "")
+    tell(options, f"{output or source.title}: {found}")
     if options.terminal:
         from entra.view import terminal
 
         terminal.show(shown.traces, title=source.title, facts=facts, interactive=_interactive())
+    if errors.total() == len(shown.traces):
+        first = shown.traces[0]
+        raise CommandError(f"no row could be scored; the first is {first.name}: {first.error}")
 
 
-class _Source(NamedTuple):
+class _Input(NamedTuple):
     title: str
-    survey: Survey
-    rows: Iterator[Row]
+    rows: int
+    columns: Sequence[str]
+    read: Iterator[Row]
+    taken: Mapping[str, Any]
+    """The columns that are prompt and completion."""
+    lines: Sequence[str] = ()
+    """What there is to say about it."""
+    paths: Sequence[Path] = ()
 
 
 class _Shown(NamedTuple):
@@ -131,13 +143,11 @@ class _Shown(NamedTuple):
     facts: dict[str, str]
 
 
-def _check_options(options: argparse.Namespace, output: Path | None) -> None:
-    if options.limit is not None and options.limit < 1:
-        raise CommandError(f"--limit {options.limit} must be at least 1 row")
+def _check_options(options: argparse.Namespace, output: Path | None, source: _Input) -> None:
     if output is not None:
         if output.suffix.lower() not in (".html", ".htm"):
             raise CommandError(f"--output {output} must end in .html: it is a page for the browser")
-        check_destination("--output", output, [] if options.traces is None else [options.traces], is_page, "entra inspect")
+        check_destination("--output", output, source.paths, is_page, "entra inspect")
     needed = "textual" if _interactive() else "rich"
     if options.terminal and importlib.util.find_spec(needed) is None:
         raise CommandError(f"--terminal needs {needed}; get it with: pip install 'entra-reward[inspect]'")
@@ -148,7 +158,7 @@ def _interactive() -> bool:
     return all(stream.isatty() for stream in streams) and os.environ.get("TERM") != "dumb"
 
 
-def _shipped(options: argparse.Namespace) -> _Source:
+def _shipped(limit: int | None) -> _Input:
     rows = []
     for problem in load_traces():
         kinds: Counter[str] = Counter()
@@ -157,8 +167,6 @@ def _shipped(options: argparse.Namespace) -> _Source:
             number = "" if kinds[completion.kind] == 1 else f" {kinds[completion.kind]}"
             columns = {
                 "id": f"{problem.id} · {completion.kind}{number}",
-                options.prompt_column: [{"role": "user", "content": problem.prompt}],
-                options.completion_column: completion.text,
                 "task": problem.task,
                 "kind": completion.kind,
                 "answer": problem.answer,
@@ -166,18 +174,34 @@ def _shipped(options: argparse.Namespace) -> _Source:
                 "source": completion.source,
                 "style": completion.style,
             }
-            rows.append(Row({name: value for name, value in columns.items() if value is not None}))
-    return _Source(_SHIPPED, Survey(len(rows), list(rows[0].columns), ""), iter(rows))
+            carried = {name: value for name, value in columns.items() if value is not None}
+            rows.append(Row(carried, None, [{"role": "user", "content": problem.prompt}], completion.text))
+    return _Input(_SHIPPED, len(rows[:limit]), list(rows[0].columns), iter(rows[:limit]), {})
 
 
-def _file(options: argparse.Namespace) -> _Source:
-    found = survey(options.traces)
-    return _Source(str(options.traces), found, read_rows(options.traces, 0))
+def _files(options: argparse.Namespace) -> _Input:
+    before = [_sidecar(path) for path in options.traces]
+    taken = _taken_before(before)
+    source = Source(
+        options.traces,
+        prompt=options.prompt_column or taken.get("prompt"),
+        completion=options.completion_column or taken.get("completion"),
+        limit=options.limit,
+    )
+    return _Input(source.title, source.rows, source.columns, source.read(), source.taken, source.lines(), source.paths)
 
 
-def _prefix_of_scores(options: argparse.Namespace, source: Survey) -> str | None:
+def _taken_before(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The columns that `entra score` took for prompt and completion, where it says so and that is one each."""
+    taken = [record["input"].get("taken") for record in records if record]
+    if not taken or not isinstance(taken[0], dict) or any(other != taken[0] for other in taken):
+        return {}
+    return {name: column for name, column in taken[0].items() if isinstance(column, str) and column != REQUEST}
+
+
+def _prefix_of_scores(options: argparse.Namespace, columns: Sequence[str]) -> str | None:
     """What stands before the names of the columns of `entra score --details`; None where the file has none."""
-    found = [prefix for prefix in score_prefixes(source.columns) if options.prefix in (None, prefix)]
+    found = [prefix for prefix in score_prefixes(columns) if options.prefix in (None, prefix)]
     if len(found) > 1:
         raise CommandError(f"the file was scored more than once; choose with --prefix, one of {', '.join(map(repr, found))}")
     if options.prefix is not None and not found:
@@ -186,15 +210,17 @@ def _prefix_of_scores(options: argparse.Namespace, source: Survey) -> str | None
     return found[0] if found else None
 
 
-def _scored_now(options: argparse.Namespace, config: ScoreConfig, source: _Source, total: int) -> _Shown:
-    model = options.model or ("smollm2" if options.traces is None else None)
+def _scored_now(options: argparse.Namespace, config: ScoreConfig, source: _Input) -> _Shown:
+    model = options.model or (None if options.traces else "smollm2")
     if model is None:
         raise CommandError('--model is needed to score the traces: a folder, a hub name, or "smollm2"')
-    policy = load(model)
-    scorer = Scorer(options, policy, config)
-    traces = _Traces(policy.tokenizer, options)
-    rows = islice(source.rows, total)
-    with progress_bar(total, 0, "rows") as bar:
+    policy = load_as(options, model)
+    scorer = Scorer(policy, config, options.apply_chat_template)
+    traces = _Traces(policy.tokenizer, source.taken)
+    first = list(islice(source.read, options.batch_size))
+    tell(options, *scorer.lines(first))
+    rows = chain(first, source.read)
+    with progress_bar(source.rows, 0, "rows", options.quiet) as bar:
         while batch := list(islice(rows, options.batch_size)):
             for row, scores in zip(batch, scorer.score(batch), strict=True):
                 traces.add(row, scores)
@@ -202,24 +228,26 @@ def _scored_now(options: argparse.Namespace, config: ScoreConfig, source: _Sourc
     return _Shown(traces.named(), config, {"model": model, "device": device_name(policy)})
 
 
-def _scored_before(options: argparse.Namespace, config: ScoreConfig, prefix: str, source: _Source, total: int) -> _Shown:
-    before = _sidecar(options.traces)
+def _scored_before(options: argparse.Namespace, config: ScoreConfig, prefix: str, source: _Input) -> _Shown:
+    records = [_sidecar(path) for path in source.paths]
+    before = records[0] if all(record.get("model") == records[0].get("model") for record in records) else {}
     scored_with = None
     with suppress(KeyError, TypeError, ValueError, OverflowError):  # not there, or of another version of entra
         scored_with = ScoreConfig(**before["config"])
     if config not in (ScoreConfig(), scored_with):
-        raise CommandError(f"{options.traces} holds scores, which the method's flags do not change; leave them out")
+        raise CommandError(f"{source.title} holds scores, which the method's flags do not change; leave them out")
     model = options.model or before.get("model")
     if not isinstance(model, str):
         raise CommandError(
-            f"{options.traces} holds scores but nothing beside it says of which model; give --model: its tokenizer is needed"
+            f"{source.title} holds scores but nothing beside it says of which model; give --model: its tokenizer is needed"
         )
     # A name on the command line was chosen by who typed it; the one on record comes with the file, and so would its code.
-    tokenizer = load_tokenizer_of(model, trust_remote_code=None if options.model else False)
-    traces = _Traces(tokenizer, options)
+    revision = options.revision or (None if options.model else before.get("revision"))
+    tokenizer = load_tokenizer_of(model, trust_remote_code=None if options.model else False, revision=revision)
+    traces = _Traces(tokenizer, source.taken)
     hidden = [prefix + name for name in (*SCORE_COLUMNS, *DETAIL_COLUMNS, ERROR_COLUMN)]
-    with progress_bar(total, 0, "rows") as bar:
-        for row in islice(source.rows, total):
+    with progress_bar(source.rows, 0, "rows", options.quiet) as bar:
+        for row in source.read:
             traces.add(row, _read_scores(row, prefix), hidden)
             bar.update(1)
     facts = {"model": str(model)} | ({"device": str(before["device"])} if "device" in before else {})
@@ -279,9 +307,10 @@ def _is_bool(value: Any) -> bool:
 class _Traces:
     """The traces that are shown, in the order of the rows. Scores stay tensors: there can be millions of tokens."""
 
-    def __init__(self, tokenizer: Any, options: argparse.Namespace) -> None:
+    def __init__(self, tokenizer: Any, taken: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
-        self._prompt, self._completion = options.prompt_column, options.completion_column
+        columns = (column for value in taken.values() for column in (value if isinstance(value, list) else [value]))
+        self._taken = {column for column in columns if column != REQUEST}
         self._pieces: dict[str, str] = {}
         self._traces: list[Trace] = []
         self._malformed: set[int] = set()
@@ -290,10 +319,10 @@ class _Traces:
         """A row with its scores or what is wrong with it; its columns are carried, but for `hidden` ones."""
         if row.malformed is not None:
             self._malformed.add(len(self._traces))
-        left_out = {self._prompt, self._completion, *hidden}
+        left_out = {*self._taken, *hidden}
         trace = Trace(
             name=f"row {len(self._traces) + 1}",
-            prompt=self._prompt_text(row.columns.get(self._prompt)),
+            prompt=self._prompt_text(row.prompt),
             columns={name: value for name, value in row.columns.items() if name not in left_out},
             error=scores if isinstance(scores, str) else None,
         )

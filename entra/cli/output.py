@@ -4,13 +4,18 @@ Rows are appended a batch at a time and are on disk before the next batch is sco
 line is cut off when the file is opened again. Beside the file stands `<name>.meta.json`, written before the first row: input,
 model, options and versions that the rows belong to. A run that does not belong to them is refused, and so are rows that are not
 those of the input, in its order. Nothing is ever replaced that something else wrote, with --overwrite neither.
+
+An output that is not JSON Lines (`entra.cli.formats`) is `<name>.part` until all rows are there; then its hash is recorded. A
+pipe has no file beside it.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -19,13 +24,14 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from entra.cli import CommandError
-from entra.rows import is_finite
+from entra.cli.formats import convert, part_of
+from entra.rows import format_of, is_finite, read_rows
+from entra.source import PIPE, SIDECAR
 from entra.whole_file import write_whole
 
-SIDECAR = ".meta.json"
-"""What follows the output's name in that of the file beside it."""
-_FORMAT = 2
-"""Of the sidecar. Those of earlier versions have none: they noted a few values of each weight, and no config."""
+_FORMAT = 3
+"""Of the sidecar. Those of earlier versions do not say what was taken for prompt and completion, or note other things of the
+model."""
 _MOST_THREADS = 4096
 
 
@@ -43,17 +49,24 @@ class Output:
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], facts: Mapping[str, Any], overwrite: bool = False) -> None:
-        self._path = path
+        self._path, self._part = path, part_of(path)
+        self.done = self._part != path and not overwrite and _has_content(path) and not os.path.exists(self._part)
+        """All rows are there, in their format."""
         with _writing(path, "choose another --output"):
-            self._file: BinaryIO = path.open("a+b")
+            self._file: BinaryIO = path.open("rb") if self.done else self._part.open("a+b")
         try:
             _lock(self._file, path)
             with _writing(path, "choose another --output"):
                 if overwrite:
                     check_output(path, [])
                     self._file.truncate(0)
-                check(path, identity)
-                if recorded(path) is None:
+                else:
+                    check(path, identity)
+                if self.done and _record(_sidecar(path)).get("finished") != _sha256(path):
+                    raise CommandError(
+                        f"{path} is not as entra score left it; restore it, use another --output, or --overwrite to start again"
+                    )
+                if overwrite or recorded(path) is None:
                     content = {"written_by": "entra score", "format": _FORMAT, **identity, **facts}
                     write_whole(_sidecar(path), json.dumps(content, indent=1, default=json_value) + "\n")
         except BaseException:
@@ -100,9 +113,24 @@ class Output:
             yield row
         self._file.truncate(end)
 
+    def finish(self) -> list[str]:
+        """All rows are there: the output gets its format. The columns of Parquet that hold JSON.
+
+        Raises:
+            CommandError: it cannot be written; the rows are on disk.
+        """
+        if self._part == self._path or self.done:
+            return []
+        with _writing(self._path, f"the rows are in {self._part}; make room, and the same command goes on", 1):
+            mixed = convert(self._part, self._path)
+            content = {**_record(_sidecar(self._path)), "finished": _sha256(self._path)}
+            write_whole(_sidecar(self._path), json.dumps(content, indent=1) + "\n")
+            self._part.unlink()
+        return mixed
+
     def _wrong(self, number: int, what: str, line: bytes) -> CommandError:
         return CommandError(
-            f"line {number} of {self._path} is not {what}: {line[:40]!r}; restore it, use another --output, or --overwrite to "
+            f"line {number} of {self._part} is not {what}: {line[:40]!r}; restore it, use another --output, or --overwrite to "
             "start again"
         )
 
@@ -116,6 +144,80 @@ class Output:
             self._file.write(b"".join(map(_line, rows)))
             self._file.flush()
             os.fsync(self._file.fileno())
+
+
+class Stream:
+    """An output that is written once, from its first row to its last: nothing stands beside it, and nothing goes on in it.
+
+    Args:
+        path: of the file, which is not there or empty; "-" for stdout.
+
+    Raises:
+        CommandError: the file cannot be written.
+    """
+
+    done = False
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._part = path, path if path == PIPE else part_of(path)
+        self._stdout = path == PIPE
+        with _writing(path, "choose another --output"):
+            self._file: BinaryIO = sys.stdout.buffer if self._stdout else self._part.open("wb")
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._stdout:
+            with suppress(OSError):
+                self._file.close()
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write `rows`.
+
+        Raises:
+            CommandError: they cannot be written, or nobody reads them any more.
+        """
+        try:
+            with _writing(self._path, "give the command again", 1):
+                self._file.write(b"".join(map(_line, rows)))
+                self._file.flush()
+        except CommandError:
+            if self._stdout:  # Python would try once more when it ends
+                with suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
+
+    def finish(self) -> list[str]:
+        """As `Output.finish`."""
+        if self._part == self._path:
+            return []
+        with _writing(self._path, f"the rows are in {self._part}", 1):
+            self._file.close()
+            mixed = convert(self._part, self._path)
+            self._part.unlink()
+        return mixed
+
+
+def check_stream(path: Path, inputs: Sequence[Path]) -> None:
+    """Refuse a file for a run that can never go on, because it reads a pipe, where there is something already.
+
+    Raises:
+        CommandError: names `--output`.
+    """
+    if path != PIPE:
+        with _writing(path, "choose another --output"):
+            for each in dict.fromkeys((path, part_of(path))):
+                check_destination("--output", each, inputs, lambda file: False, "a run that reads a pipe, and never goes on,")
+
+
+def _has_content(path: Path) -> bool:
+    return os.path.exists(path) and path.stat().st_size > 0  # Path.exists raises when the name is too long
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _nothing() -> Iterator[None]:
@@ -143,7 +245,7 @@ def recorded(path: Path) -> dict[str, Any] | None:
     Raises:
         CommandError: an output without its sidecar, or with a damaged one.
     """
-    if not os.path.exists(path) or path.stat().st_size == 0:  # Path.exists raises when the name is too long
+    if not _has_content(path) and not _has_content(part_of(path)):
         return None
     sidecar = _sidecar(path)
     try:
@@ -196,9 +298,7 @@ def check(path: Path, identity: Mapping[str, Any]) -> None:
         return
     remedy = "use another --output, or --overwrite to start again"
     if before.get("format") != _FORMAT:
-        raise CommandError(
-            f"{path} was written by another version of entra, which noted other things about its model; {remedy}"
-        )
+        raise CommandError(f"{path} was written by another version of entra, which noted other things; {remedy}")
     then = dict(flat(before))
     now = dict(flat(json.loads(json.dumps(identity, default=json_value))))
     gone = [name for name in then if name.partition(".")[0] in identity and name not in now]
@@ -249,7 +349,7 @@ def _is_one_of(path: Path, others: Sequence[Path]) -> bool:
 def _is_ours(path: Path, is_ours: Callable[[Path], bool]) -> bool:
     try:
         return is_ours(path)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, CommandError):
         return False
 
 
@@ -264,6 +364,8 @@ def check_output(path: Path, inputs: Sequence[Path]) -> None:
         if os.path.exists(path) and path.is_file() and not _is_one_of(path, inputs):
             recorded(path)  # which says what is wrong with the sidecar
         check_destination("--output", path, inputs, _is_output, "entra score")
+        if part_of(path) != path:
+            check_destination("--output", part_of(path), inputs, lambda part: _is_part(part, path), "entra score")
         if not os.path.exists(sidecar) or not sidecar.is_file():
             return
         if _is_one_of(sidecar, inputs):
@@ -276,13 +378,24 @@ def check_output(path: Path, inputs: Sequence[Path]) -> None:
 
 
 def _is_output(path: Path) -> bool:
-    """Whether a file is an output of `entra score`, by its sidecar and first line."""
-    prefix = _record(_sidecar(path)).get("prefix")
-    with path.open("rb") as file:
+    """Whether a file is an output of `entra score`, by its sidecar and first row."""
+    if part_of(path) == path:
+        return _is_part(path, path)
+    row = next(read_rows(path, path, format_of(path, path)), None)
+    return _record(_sidecar(path))["input"].get("rows") == 0 if row is None else _is_scored(row.columns, path)
+
+
+def _is_part(part: Path, path: Path) -> bool:
+    """Whether a file holds rows of the output `path` as JSON Lines."""
+    with part.open("rb") as file:
         line = file.readline()
     if not line.endswith(b"\n"):  # a run was killed in its first line
-        return line.startswith(b"{")
-    row = json.loads(line)
+        return bool(_record(_sidecar(path))) and line.startswith(b"{")
+    return _is_scored(json.loads(line), path)
+
+
+def _is_scored(row: Any, path: Path) -> bool:
+    prefix = _record(_sidecar(path)).get("prefix")
     return isinstance(row, dict) and any(f"{prefix}{name}" in row for name in ("reward", "error"))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -25,11 +26,12 @@ from typing import Any
 import torch
 
 from entra import __version__
-from entra.cli import CommandError, say
+from entra.cli import CommandError
 from entra.cli.columns import DETAIL_COLUMNS, ERROR_COLUMN, SCORE_COLUMNS
 from entra.cli.fingerprint import fingerprint
-from entra.cli.output import Output, check, check_output, recorded_threads
+from entra.cli.output import Output, Stream, check, check_output, check_stream, json_value, recorded_threads
 from entra.cli.scoring import (
+    INPUT,
     Scorer,
     add_scoring_flags,
     check_scoring_flags,
@@ -37,27 +39,38 @@ from entra.cli.scoring import (
     device_name,
     kind_of,
     listed,
-    load,
+    load_as,
+    tell,
 )
 from entra.progress import progress_bar
-from entra.rows import Survey, read_rows, survey
+from entra.rows import format_of, read_rows
 from entra.score import CompletionScores
+from entra.source import PIPE, Source
 
+_IDENTITY = ("prefix", "details", "batch_size", "limit", "apply_chat_template", "dtype", "revision")
+"""Options that rows depend on, but for those of the method."""
 _DESCRIPTION = """\
-Score the completions in a file of traces, JSON Lines or Parquet. The output has the input's rows in the input's order, each
-with its columns and: reward, tokens (of the completion), mean_logprob, mean_incoming (attention from future tokens) and
-protected_tokens (how many), or error (kind and message) when the row cannot be scored. Bad rows stop nothing and leave the
-exit code at 0. A run that was stopped, in whatever way, goes on when the same command is given again; OUTPUT.meta.json
-records what the rows belong to, and a command with another input, model or option is refused. Files that entra score did not
-write are never replaced, with --overwrite neither."""
+Score the completions in files of traces, in the shapes and formats in which people have them. The output has the input's rows
+in the input's order, each with its columns and: reward, tokens (of the completion), mean_logprob, mean_incoming (attention from
+future tokens) and protected_tokens (how many), or error (kind and message) when the row cannot be scored. A row with several
+completions becomes one row for each. Bad rows stop nothing and leave the exit code at 0, unless there are no others. A run that
+was stopped, in whatever way, goes on when the same command is given again; OUTPUT.meta.json records what the rows belong to,
+and another input, model or option is refused. Files that entra score did not write are never replaced, with --overwrite
+neither."""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra score` to the subparsers of the command line."""
     parser: argparse.ArgumentParser = commands.add_parser("score", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("traces", type=Path, help="the input: *.parquet, anything else is read as JSON Lines")
+    parser.add_argument("traces", type=Path, nargs="+", help=INPUT)
     parser.add_argument("--model", required=True, help='a folder, a hub name, or "smollm2"')
-    parser.add_argument("--output", type=Path, required=True, help="the output, JSON Lines")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="the output: *.jsonl.gz, *.jsonl.zst, *.parquet, *.json and *.csv are what they say, - is stdout, else JSON Lines",
+    )
     parser.add_argument("--prefix", default="", help="put this before the names of the added columns")
     parser.add_argument("--details", action="store_true", help=f"add the tokens' {', '.join(DETAIL_COLUMNS)}")
     parser.add_argument("--overwrite", action="store_true", help="start again when the output exists")
@@ -74,37 +87,56 @@ def run(options: argparse.Namespace) -> None:
     """
     started = time.monotonic()
     config = config_of(options)
-    source = survey(options.traces)
-    _check_options(options, source)
+    source = Source(
+        options.traces,
+        prompt=options.prompt_column,
+        completion=options.completion_column,
+        limit=options.limit,
+        output=options.output,
+    )
+    once = source.piped or options.output == PIPE
+    _check_options(options, source, once)
+    tell(options, *source.lines())
     identity: dict[str, Any] = {
-        "input": source._asdict(),
+        "input": source.record(),
         "config": asdict(config),
-        **{name: getattr(options, name) for name in ("prompt_column", "completion_column", "prefix", "details", "batch_size")},
+        **{name: getattr(options, name) for name in _IDENTITY},
         "versions": versions(),
     }
-    if not options.overwrite:
+    if not options.overwrite and not once:
         check(options.output, identity)  # before the model is loaded, which takes long
         threads = recorded_threads(options.output)
         if threads is not None:
             # The last digits of a CPU's sums depend on the number of threads.
             torch.set_num_threads(threads)
-    policy = load(options.model)
-    identity |= {"device": device_name(policy), "model_files": fingerprint(options.model)}
+    policy = load_as(options, options.model)
+    scorer = Scorer(policy, config, options.apply_chat_template)
+    tell(options, *scorer.lines(source.read()))
+    identity |= {"device": device_name(policy), "model_files": fingerprint(options.model, options.revision, options.quiet)}
     summary = _Summary(options.prefix)
     facts = {"model": options.model, "threads": torch.get_num_threads()}
-    with Output(options.output, identity, facts, options.overwrite) as output:
-        given = (row.columns for row in read_rows(options.traces, 0))
-        numbers = [options.prefix + name for name in SCORE_COLUMNS]
-        for row in output.finished(given, options.prefix + ERROR_COLUMN, numbers, _added_columns(options)):
-            summary.add(row)
+    if once:
+        tell(options, json.dumps({**identity, **facts}, default=json_value))
+    with Stream(options.output) if once else Output(options.output, identity, facts, options.overwrite) as output:
+        if output.done:
+            for row in read_rows(options.output, options.output, format_of(options.output, options.output)):
+                summary.add(row.columns)
+        elif isinstance(output, Output):
+            given = (row.columns for row in source.read())
+            numbers = [options.prefix + name for name in SCORE_COLUMNS]
+            for columns in output.finished(given, options.prefix + ERROR_COLUMN, numbers, _added_columns(options)):
+                summary.add(columns)
         summary.earlier = summary.rows
         try:
-            _score_missing(options, source, Scorer(options, policy, config), output, summary)
+            _score_missing(options, source, scorer, output, summary)
         except KeyboardInterrupt:
-            raise CommandError(
-                f"interrupted after {summary.rows} of {source.rows} rows; the same command goes on from there", exit_code=130
-            ) from None
-    say(*summary.lines(options.output, time.monotonic() - started))
+            told = f"interrupted after {summary.rows} of {source.rows} rows"
+            raise CommandError(told if once else f"{told}; the same command goes on from there", exit_code=130) from None
+        mixed = output.finish()
+    tell(options, *summary.lines(options.output, time.monotonic() - started))
+    if mixed:
+        tell(options, f"  as JSON      {', '.join(mixed)}: Parquet has one type for a column")
+    summary.check()
 
 
 def versions() -> dict[str, str]:
@@ -112,9 +144,12 @@ def versions() -> dict[str, str]:
     return {"entra": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
 
 
-def _check_options(options: argparse.Namespace, source: Survey) -> None:
-    check_output(options.output, [options.traces])
-    check_scoring_flags(options, source)
+def _check_options(options: argparse.Namespace, source: Source, once: bool) -> None:
+    if once:
+        check_stream(options.output, source.paths)
+    else:
+        check_output(options.output, source.paths)
+    check_scoring_flags(options)
     taken = [name for name in _added_columns(options) if name in source.columns]
     if taken:
         raise CommandError(f"the input has columns that would be added: {', '.join(taken)}; use --prefix, e.g. --prefix entra_")
@@ -124,17 +159,17 @@ def _added_columns(options: argparse.Namespace) -> list[str]:
     return [options.prefix + name for name in (*SCORE_COLUMNS, *(DETAIL_COLUMNS if options.details else ()), ERROR_COLUMN)]
 
 
-def _score_missing(options: argparse.Namespace, source: Survey, scorer: Scorer, output: Output, summary: _Summary) -> None:
+def _score_missing(
+    options: argparse.Namespace, source: Source, scorer: Scorer, output: Output | Stream, summary: _Summary
+) -> None:
     first = summary.rows - summary.rows % options.batch_size
-    rows = read_rows(options.traces, first)
-    with progress_bar(source.rows, summary.rows, "rows") as bar:
+    rows = source.read(first)
+    with progress_bar(source.rows, summary.rows, "rows", options.quiet) as bar:
         while summary.rows < source.rows:
             batch = list(islice(rows, options.batch_size))
             scored = [
                 {**row.columns, **_added(scores, options)} for row, scores in zip(batch, scorer.score(batch), strict=True)
             ][summary.rows - first :]
-            if not scored:
-                raise CommandError(f"{options.traces} has become shorter; it had {source.rows} rows when the run began", 1)
             output.append(scored)
             for row in scored:
                 summary.add(row)
@@ -171,6 +206,7 @@ class _Summary:
         self.tokens = 0
         self.rewards = 0.0
         self.errors: Counter[str] = Counter()
+        self._first: str | None = None
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count one row of the output."""
@@ -178,9 +214,16 @@ class _Summary:
         error = row.get(self._prefix + ERROR_COLUMN)
         if error is not None:
             self.errors[kind_of(error)] += 1
-        else:
-            self.tokens += row[self._prefix + "tokens"]
-            self.rewards += row[self._prefix + "reward"]
+            if self._first is None:
+                self._first = f"row {self.rows}: {error}"
+        else:  # as text in CSV
+            self.tokens += int(row[self._prefix + "tokens"])
+            self.rewards += float(row[self._prefix + "reward"])
+
+    def check(self) -> None:
+        """CommandError when there are rows and none has a score."""
+        if self._first is not None and self.errors.total() == self.rows:
+            raise CommandError(f"no row could be scored; the first is {self._first}")
 
     def lines(self, path: Path, seconds: float) -> list[str]:
         """The summary in a few lines."""

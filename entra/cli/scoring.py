@@ -8,29 +8,55 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import torch
 
-from entra.cli import CommandError, one_line
+from entra.cli import CommandError, one_line, say
 from entra.config import ScoreConfig
 from entra.encode import Encoder
 from entra.flags import add_flags
 from entra.forward import unwrapped
 from entra.policy import Policy, load_policy, load_tokenizer
-from entra.rows import Row, Survey
+from entra.rows import Row
 from entra.score import CompletionScores, score_batch
+
+INPUT = "files of traces (JSON Lines, JSON, Parquet, CSV; also .gz and .zst), folders of them, patterns, or - for stdin"
+"""The help of what is read."""
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is in the file and how it is scored."""
-    parser.add_argument("--prompt-column", default="prompt", help="text, chat messages or token ids (default: %(default)s)")
-    parser.add_argument("--completion-column", default="completion", help="the same (default: %(default)s)")
+    parser.add_argument("--prompt-column", metavar="COLUMN", help="text, chat messages or token ids (default: found)")
+    parser.add_argument("--completion-column", metavar="COLUMN", help="the same, or a list of them (default: found)")
+    parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="a prompt that is text becomes a user message of the model's chat template (default: it stays as it is)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    parser.add_argument("--device", help="where the model runs, for example cpu or cuda:1 (default: the GPU, if there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (default: what it was saved in)"
+    )
+    parser.add_argument("--revision", help="of a model on the hub: a branch, a tag or a commit (default: the newest)")
+    add_quiet(parser)
     parser.add_argument("--batch-size", type=int, default=16, help="rows that are scored together (default: %(default)s)")
     add_flags(parser.add_argument_group("options of the method (entra.ScoreConfig)"), ScoreConfig)
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that leaves out what `tell` says, and progress bars."""
+    parser.add_argument("--quiet", action="store_true", help="print errors alone")
+
+
+def tell(options: argparse.Namespace, *lines: str) -> None:
+    """Print lines for people on stderr, unless --quiet was given."""
+    if not options.quiet:
+        say(*lines)
 
 
 def config_of(options: argparse.Namespace) -> ScoreConfig:
@@ -41,25 +67,37 @@ def config_of(options: argparse.Namespace) -> ScoreConfig:
         raise CommandError(str(error)) from error
 
 
-def check_scoring_flags(options: argparse.Namespace, source: Survey) -> None:
-    """CommandError for a batch without rows, and for columns that no row has."""
+def check_scoring_flags(options: argparse.Namespace) -> None:
+    """CommandError for a batch without rows, and for a device that is not there."""
     if options.batch_size < 1:
         raise CommandError(f"--batch-size {options.batch_size} must be at least 1 row")
-    for option, column in (("--prompt-column", options.prompt_column), ("--completion-column", options.completion_column)):
-        if source.columns and column not in source.columns:
-            raise CommandError(f"no row has a column {column!r}; there are {', '.join(source.columns)}: use {option}")
+    if options.device is not None:
+        try:
+            torch.empty(0, device=options.device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            raise CommandError(f"--device {options.device} cannot be used: {one_line(error)}; name another") from error
 
 
-def load(model: str) -> Policy:
-    """The policy of that name; CommandError when there is none."""
+def load(model: str, **how: Any) -> Policy:
+    """The policy of that name, `how` as for `load_policy`; CommandError when there is none."""
     with _loading(model, "a folder with config, weights and tokenizer"):
-        return load_policy(model)
+        return load_policy(model, **how)
 
 
-def load_tokenizer_of(model: str, *, trust_remote_code: bool | None = None) -> Any:
+def load_as(options: argparse.Namespace, model: str) -> Policy:
+    """The policy of that name as the flags say; CommandError when there is none."""
+    if options.quiet:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    how = {name: getattr(options, name) for name in ("device", "dtype", "revision")}
+    return load(model, **{name: value for name, value in how.items() if value is not None})
+
+
+def load_tokenizer_of(model: str, *, trust_remote_code: bool | None = None, revision: str | None = None) -> Any:
     """The tokenizer of the policy of that name; CommandError when there is none."""
     with _loading(model, "a folder with a tokenizer"):
-        return load_tokenizer(model, trust_remote_code=trust_remote_code)
+        return load_tokenizer(model, trust_remote_code=trust_remote_code, revision=revision)
 
 
 @contextmanager
@@ -90,8 +128,10 @@ def listed(kinds: Mapping[str, int]) -> str:
 class Scorer:
     """Scores a batch of rows as they come from the file."""
 
-    def __init__(self, options: argparse.Namespace, policy: Policy, config: ScoreConfig) -> None:
-        self._prompt, self._completion = options.prompt_column, options.completion_column
+    def __init__(self, policy: Policy, config: ScoreConfig, apply_chat_template: bool = False) -> None:
+        self._apply_chat_template = apply_chat_template
+        if apply_chat_template and not getattr(policy.tokenizer, "chat_template", None):
+            raise CommandError("--apply-chat-template: the model's tokenizer has no chat template; leave it out")
         self._policy = policy
         self._config = config
         model = unwrapped(policy.model)
@@ -99,16 +139,25 @@ class Scorer:
         self._unlimited = Encoder(policy.tokenizer, model, config.chat_template_kwargs)
         self._unlimited.vocab_size = self._unlimited.context = None
 
+    def lines(self, rows: Iterable[Row]) -> list[str]:
+        """What becomes of prompts that are text, for people; nothing where the first prompt in `rows` is none."""
+        first = next((row.prompt for row in rows if row.prompt is not None), None)
+        if not isinstance(first, str) or not getattr(self._policy.tokenizer, "chat_template", None):
+            return []
+        if self._apply_chat_template:
+            return ["prompts that are text: each is a user message of the model's chat template"]
+        return ["prompts that are text: as they are; --apply-chat-template puts each into the model's chat template"]
+
     def score(self, rows: Sequence[Row]) -> list[CompletionScores | str]:
         """Each row's scores, or what is wrong with it."""
         faults = [self._fault(row) for row in rows]
-        good = [row.columns for row, fault in zip(rows, faults, strict=True) if fault is None]
+        good = [row for row, fault in zip(rows, faults, strict=True) if fault is None]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # rows that are not finite: they get an error
                 scores = score_batch(
-                    [columns[self._prompt] for columns in good],
-                    [columns[self._completion] for columns in good],
+                    [self._prompt(row) for row in good],
+                    [row.completion for row in good],
                     model=self._policy.model,
                     tokenizer=self._policy.tokenizer,
                     config=self._config,
@@ -121,19 +170,21 @@ class Scorer:
         scored = iter(scores)
         return [_finite(next(scored)) if fault is None else fault for fault in faults]
 
+    def _prompt(self, row: Row) -> Any:
+        text = self._apply_chat_template and isinstance(row.prompt, str)
+        return [{"role": "user", "content": row.prompt}] if text else row.prompt
+
     def _fault(self, row: Row) -> str | None:
         if row.malformed is not None:
             return f"malformed: {row.malformed}"
-        for column in (self._prompt, self._completion):
-            if row.columns.get(column) is None:
-                return f"missing field: {column} is {'null' if column in row.columns else 'not there'}"
-        prompt, completion = row.columns[self._prompt], row.columns[self._completion]
+        if row.fault is not None:
+            return row.fault
         try:
-            encoded = self._encoder.encode(prompt, completion)
+            encoded = self._encoder.encode(self._prompt(row), row.completion)
         except TypeError as error:
             return f"not text: {error}"
         except ValueError as error:
-            return f"{self._limit(prompt, completion)}: {error}"
+            return f"{self._limit(self._prompt(row), row.completion)}: {error}"
         return None if encoded.completion else "empty completion: it has no tokens but EOS and pads"
 
     def _limit(self, prompt: Any, completion: Any) -> str:

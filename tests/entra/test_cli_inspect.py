@@ -96,7 +96,7 @@ def test_scored_file_is_shown_without_weights(prefix, parquet, model, shown, tmp
         assert main(["inspect", scored]) == 2
         assert "give --model: its tokenizer is needed" in capsys.readouterr().err
         arguments = ["--model", str(model)]
-    monkeypatch.setattr("entra.cli.inspect.load", None)
+    monkeypatch.setattr("entra.cli.inspect.load_as", None)
     monkeypatch.setattr("entra.cli.scoring.load_policy", None)
     assert main(["inspect", scored, *arguments]) == 0
     (fresh, path, _), (kept, _, written) = shown

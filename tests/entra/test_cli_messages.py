@@ -60,12 +60,26 @@ def printed(capsys, *words):
         ["score", "rows", "--model", "m", "--output", "o", f"--{EVIL}"],
         ["score", "rows", "--model", "m", "--output", "o", EVIL],
         ["score", "rows", "--model", "m", "--output", "o", f"--overwrite={EVIL}"],
+        ["score", EVIL + "*", "--model", "m", "--output", "o"],
+        ["score", "rows", "--model", "m", "--output", "o", "--device", EVIL],
+        ["score", "rows", "--model", "m", "--output", "o", "--revision", EVIL],
+        ["score", "rows", "--model", "m", "--output", f"{EVIL}.csv.gz"],
+        ["score", "rows", "--model", "m", "--output", "o", "--completion-column", EVIL],
+        ["score", f"folder{EVIL[:-1]}", "--model", "m", "--output", "o.csv"],
+        ["score", f"folder{EVIL[:-1]}", "--model", "m", "--output", "o.parquet"],
+        ["score", "table.csv", "--model", "m", "--output", "o.parquet"],
         ["eval", EVIL],
         ["eval", "rows", "--pair-on", EVIL],
         ["eval", "rows", "--model", EVIL],
         ["eval", "rows", "--json", f"no/{EVIL}/o"],
         ["eval", "errors"],
         ["eval", "tasks"],
+        ["select", EVIL, "-o", "o.jsonl"],
+        ["select", "rows", "-o", "o.jsonl"],
+        ["select", "recorded", "-o", f"no/{EVIL}.jsonl"],
+        ["select", "recorded", "-o", EVIL],
+        ["select", "selectable", "-o", "o.jsonl"],
+        ["select", "selectable", "-o", "o.jsonl", "--correct-column", EVIL],
         ["inspect", EVIL],
         ["inspect", "rows", "--model", EVIL],
         ["inspect", "rows", "-o", EVIL],
@@ -100,6 +114,14 @@ def test_escape_sequences_do_not_reach_the_terminal(words, model, capsys):
     columns = {name: [1] for name in ("token_ids", "logprobs", "incoming", "importance", "protected")}
     write_rows("recorded", {**GOOD, **columns, "reward": 1})
     Path("recorded.meta.json").write_text(json.dumps(record))
+    folder = Path(f"folder{EVIL[:-1]}".replace("/", ""))
+    folder.mkdir()
+    write_rows(folder / f"{EVIL[:-1]}.jsonl", GOOD, {**GOOD, EVIL: [1, EVIL]})
+    write_rows(folder / f"{EVIL[:-1]}.json", "{")
+    table = f'"prompt","completion","{EVIL[:-1]}"\n"a","{EVIL[:-1]}",1\n'
+    Path("table.csv").write_text(table, encoding="utf-8", errors="replace")
+    numbers = dict.fromkeys(("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens"), 1)
+    write_rows("selectable", {**GOOD, **numbers}, {**GOOD, "error": EVIL})
     Path("evil.yaml").write_text(json.dumps({EVIL: 1}))
     assert printed(capsys, *words)
 

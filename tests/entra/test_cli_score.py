@@ -1,6 +1,5 @@
 """`entra score`: resumed output equals uninterrupted output, bad rows stop nothing, columns and values stay as they were."""
 
-import gzip
 import hashlib
 import json
 import math
@@ -566,18 +565,41 @@ def test_unfinished_file_of_somebody_else_is_not_touched(model, tmp_path):
     assert (tmp_path / f"s.jsonl.meta.json.{os.getpid()}-0.tmp").read_text() == "mine, too"
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
-def test_pipe_is_not_read_as_empty(model, tmp_path, capsys):
-    """Its first reading took all there was; the second found no rows, and that was the result."""
-    os.mkfifo(tmp_path / "pipe")
-    assert score(tmp_path / "pipe", model, tmp_path / "s.jsonl") == 2
-    assert "it is a pipe or a device, which can be read only once; write what comes out" in capsys.readouterr().err
+def piped(path):
+    """A file of /dev/fd out of which comes what the file holds, once."""
     reading, writing = os.pipe()
-    os.write(writing, json.dumps(GOOD).encode() + b"\n")
+    os.write(writing, path.read_bytes())
     os.close(writing)
-    assert score(f"/dev/fd/{reading}", model, tmp_path / "s.jsonl") == 2
-    assert "it is a pipe" in capsys.readouterr().err
-    os.close(reading)
+    return reading
+
+
+def test_pipe_is_read_once_and_leaves_no_record(traces, whole, model, tmp_path, capfd):
+    """Its first reading took all there was; the second found no rows, and that was the result."""
+    output, pipe = tmp_path / "s.jsonl", piped(traces)
+    assert score(f"/dev/fd/{pipe}", model, output) == 0
+    os.close(pipe)
+    assert output.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
+    record = json.loads(next(line for line in capfd.readouterr().err.splitlines() if line.startswith("{")))
+    assert record["input"]["rows"] == ROWS
+    assert record["config"]["protect_fraction"] == 0.2
+    for options in ([], ["--overwrite"]):
+        pipe = piped(traces)
+        assert score(f"/dev/fd/{pipe}", model, output, *options) == 2
+        os.close(pipe)
+        assert "s.jsonl exists, and a run that reads a pipe" in capfd.readouterr().err
+    assert output.read_bytes() == whole
+
+
+def test_stdin_and_stdout(traces, whole, model, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    words = [sys.executable, "-m", "entra", *command("-", model, "-")]
+    with traces.open("rb") as file:
+        done = subprocess.run(words, stdin=file, capture_output=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == whole
+    assert b'"input": {"rows": 22' in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_output_that_another_process_writes_is_refused(model, tmp_path, capsys):
@@ -601,13 +623,12 @@ def test_output_that_another_process_writes_is_refused(model, tmp_path, capsys):
         pytest.param({"--prompt-column": "question"}, "no row has a column 'question'; there are prompt", id="no-column"),
         pytest.param({"--batch-size": "0"}, "--batch-size 0 must be at least 1", id="batch-size"),
         pytest.param({"--protect-fraction": "1.5"}, "protect_fraction=1.5 must be in [0, 1]", id="config"),
-        pytest.param({"traces": "gzip.jsonl"}, "gzip.jsonl is not JSON Lines but starts as gzip; unpack", id="gzip"),
         pytest.param({"traces": "utf16.jsonl"}, "utf16.jsonl is not JSON Lines but starts as a binary file", id="utf-16"),
-        pytest.param({"traces": "array.json"}, "array.json is not JSON Lines but starts as a JSON array", id="array"),
-        pytest.param({"traces": "lines.json"}, "lines.json is not JSON Lines but starts as a JSON array", id="array-of-lines"),
-        pytest.param({"traces": "table.jsonl"}, "table.jsonl is not JSON Lines but starts as Parquet; name", id="parquet"),
+        pytest.param({"traces": "table.jsonl"}, "table.jsonl is not a Parquet file", id="parquet"),
         pytest.param({"output": "/dev/full"}, "cannot write --output /dev/full: it is no ordinary file", id="device"),
         pytest.param({"output": "taken"}, "cannot write taken.meta.json: Is a directory", id="folder-as-sidecar"),
+        pytest.param({"--limit": "0"}, "--limit 0 must be at least 1 row", id="limit"),
+        pytest.param({"--device": "moon"}, "--device moon cannot be used: ", id="device-of-no-kind"),
         pytest.param({"model": "damaged"}, "cannot load --model damaged: ", id="damaged-weights"),
     ],
 )
@@ -615,10 +636,7 @@ def test_bad_usage_is_one_line(options, message, model, tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     write_rows(Path("traces.jsonl"), [GOOD])
     write_rows(Path("text.parquet"), [GOOD])
-    Path("gzip.jsonl").write_bytes(gzip.compress(json.dumps(GOOD).encode()))
     Path("utf16.jsonl").write_text(json.dumps(GOOD), encoding="utf-16")
-    Path("array.json").write_text(json.dumps([GOOD, GOOD]))
-    Path("lines.json").write_text(json.dumps([GOOD, GOOD], indent=1))
     Path("table.jsonl").write_bytes(b"PAR1" + bytes(20))
     Path("taken.meta.json").mkdir()
     shutil.copytree(model, "damaged")
@@ -689,7 +707,6 @@ def test_help_names_every_field_of_the_config(capsys):
         pytest.param(["--protect-fractoin=0.3"], "--protect-fractoin; did you mean --protect-fraction?", id="with-equals-sign"),
         pytest.param(["--protect", "0.3"], "unknown argument --protect; ", id="prefix"),
         pytest.param(["--xyz"], "unknown argument --xyz; see --help", id="nothing-near"),
-        pytest.param(["second.jsonl"], "unknown argument second.jsonl; see --help", id="second-file"),
     ],
 )
 def test_unknown_arguments_name_the_nearest_option(words, message, model, tmp_path, capsys):
@@ -707,12 +724,15 @@ def test_all_of_a_loading_error_is_told_on_one_line(text, tmp_path, capsys, monk
     monkeypatch.setattr("entra.cli.scoring.load_policy", refuse)
     assert score(write_rows(tmp_path / "t.jsonl", [GOOD]), "m", tmp_path / "s.jsonl") == 2
     told = " ".join(text.split())[:-1] or "LookupError"
-    assert capsys.readouterr().err.startswith(f"entra score: cannot load --model m: {told}; give a folder")
+    assert capsys.readouterr().err.splitlines()[1].startswith(f"entra score: cannot load --model m: {told}; give a folder")
 
 
-def test_rows_that_are_all_malformed_become_errors(model, tmp_path):
+def test_rows_that_are_all_malformed_become_errors_and_exit_with_2(model, tmp_path, capsys):
     traces = write_rows(tmp_path / "t.jsonl", ['["x", "y"]', '{"prompt": "x", "comple', '["half'])
-    assert score(traces, model, tmp_path / "s.jsonl") == 0
+    for _ in range(2):
+        assert score(traces, model, tmp_path / "s.jsonl") == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith("entra score: no row could be scored; the first is row 1: malformed: line 1 holds a list")
     assert [row["error"].partition(":")[0] for row in rows_of(tmp_path / "s.jsonl")] == ["malformed"] * 3
 
 

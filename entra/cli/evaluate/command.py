@@ -43,9 +43,9 @@ from entra.whole_file import write_whole
 
 _DESCRIPTION = """\
 Compare the completions of two files, problem by problem: accuracy, tokens, length reduction, share truncated and compression
-effectiveness, with 95 % intervals. With one file alone, its own numbers. JSON Lines or Parquet; what is in which column is
-found, or named with the options, and the output says what was used. Bad rows are counted and stop nothing. A column `entry` is
-scored as by reasoning-gym. Nothing in a file is run as code; rows that cannot be scored otherwise are bad rows."""
+effectiveness, with 95 % intervals. With one file alone, its own numbers. Files are read as by entra score; what is in which
+column is found, or named with the options, and the output says what was used. Bad rows are counted and stop nothing. A column
+`entry` is scored as by reasoning-gym. Nothing in a file is run as code; rows that cannot be scored otherwise are bad rows."""
 
 _CE = (
     "min(1, accuracy / base accuracy) - tokens / base tokens. This formula is ours: the paper's was not available to us. It is "
@@ -69,7 +69,9 @@ class _Numbers(NamedTuple):
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra eval` to the subparsers of the command line."""
     parser: argparse.ArgumentParser = commands.add_parser("eval", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("base", type=Path, help="completions: *.parquet, anything else is read as JSON Lines")
+    parser.add_argument(
+        "base", type=Path, help="completions: a file as entra score reads it, a folder, a pattern, or - for stdin"
+    )
     parser.add_argument("new", type=Path, nargs="?", help="other completions of the same problems")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE, too; an earlier one is replaced")
     add_reading_flags(parser)

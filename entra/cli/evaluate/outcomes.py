@@ -14,17 +14,18 @@ Decisions taken here:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from entra.cli import CommandError, one_line
 from entra.cli.columns import KNOWN, TOKENS, TRUNCATED, correct_column, first, key_of, problem_column
-from entra.cli.scoring import load_tokenizer_of
+from entra.cli.scoring import add_quiet, load_tokenizer_of, tell
 from entra.encode import Encoder, as_ids, completion_text
 from entra.progress import progress_bar
-from entra.rows import Row, is_finite, read_rows, survey
+from entra.rows import Row, is_finite
 from entra.scorer_process import ProcessError
+from entra.source import Source
 
 _WORDS = "counted instead of tokens, for which there is no column tokens or completion_ids, and no --model"
 
@@ -66,16 +67,20 @@ class _BadRow(Exception):
     """The message is "kind: what is wrong"."""
 
 
-Getter = Callable[[Mapping[str, Any]], Any]
+Getter = Callable[[Row], Any]
 
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how files are read."""
-    parser.add_argument("--completion-column", default="completion", help="text, chat messages or ids (default: %(default)s)")
+    parser.add_argument("--prompt-column", metavar="COLUMN", help="text, chat messages or ids (default: found)")
+    parser.add_argument("--completion-column", metavar="COLUMN", help="the same, or a list of them (default: found)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each file")
+    add_quiet(parser)
     parser.add_argument(
         "--pair-on",
         metavar="COLUMN",
-        help="rows with equal values are of the same problem (default: id where all files have it and share one, else prompt)",
+        help="rows with equal values are of the same problem (default: id where all files have it and share one, else prompt, "
+        "else custom_id)",
     )
     parser.add_argument(
         "--correct-column",
@@ -111,11 +116,22 @@ def read_outcomes(options: argparse.Namespace, paths: Sequence[Path]) -> Reading
     """
     if options.max_tokens is not None and options.max_tokens < 1:
         raise CommandError(f"--max-tokens {options.max_tokens} must be at least 1 token")
-    surveys = [survey(path) for path in paths]
-    shared = [name for name in surveys[0].columns if all(name in found.columns for found in surveys)]
-    for path, found in zip(paths, surveys, strict=True):
-        if not found.rows:
+    sources = [
+        Source(
+            [path],
+            prompt=options.prompt_column,
+            completion=options.completion_column,
+            limit=options.limit,
+            required=False,
+        )
+        for path in paths
+    ]
+    for path, source in zip(paths, sources, strict=True):
+        if not source.rows:
             raise CommandError(f"{path} has no rows; give a file with one JSON object a line")
+    tell(options, *(line for source in sources for line in source.lines()))
+    columns = [[*source.columns, *source.has_prompt()] for source in sources]
+    shared = [name for name in dict.fromkeys(columns[0]) if all(name in found for found in columns)]
     for flag, name in (
         ("--pair-on", options.pair_on),
         ("--correct-column", options.correct_column),
@@ -123,16 +139,12 @@ def read_outcomes(options: argparse.Namespace, paths: Sequence[Path]) -> Reading
     ):
         if name is not None and name not in shared:
             raise CommandError(f"{flag} {name}: not a column of every file; these are: {', '.join(shared) or 'none'}")
-    named = {options.pair_on, options.correct_column, options.tokens_column, options.completion_column}
-    kept = named | KNOWN
-    files = [
-        [Row({name: row.columns[name] for name in row.columns if name in kept}, row.malformed) for row in read_rows(path, 0)]
-        for path in paths
-    ]
+    kept = {options.pair_on, options.correct_column, options.tokens_column} | KNOWN
+    files = [[_kept(row, kept) for row in source.read()] for source in sources]
 
     notes: list[str] = []
     tokenizer = load_tokenizer_of(options.model) if options.model is not None else None
-    text_of = _text_getter(options.completion_column, tokenizer)
+    text_of = _text_getter(tokenizer)
     pair_on = options.pair_on or problem_column(files, shared)
     right, is_right = _right_getter(options, files, shared, text_of, notes)
     tokens, tokens_of = _tokens_getter(options, shared, text_of, tokenizer)
@@ -145,7 +157,7 @@ def read_outcomes(options: argparse.Namespace, paths: Sequence[Path]) -> Reading
             )
 
     read = []
-    with progress_bar(sum(map(len, files)), 0, "rows") as bar:
+    with progress_bar(sum(map(len, files)), 0, "rows", options.quiet) as bar:
         for path, rows in zip(paths, files, strict=True):
             outcomes, errors = [], {}
             for number, row in enumerate(rows, start=1):
@@ -153,9 +165,9 @@ def read_outcomes(options: argparse.Namespace, paths: Sequence[Path]) -> Reading
                     if row.malformed is not None:
                         raise _BadRow(f"malformed: {row.malformed}")
                     problem = str(number) if pair_on is None else key_of(_field(row.columns, pair_on))
-                    count = tokens_of(row.columns)
-                    cut = count >= options.max_tokens if options.max_tokens is not None else is_truncated(row.columns)
-                    outcomes.append(Outcome(problem, is_right(row.columns), count, cut))
+                    count = tokens_of(row)
+                    cut = count >= options.max_tokens if options.max_tokens is not None else is_truncated(row)
+                    outcomes.append(Outcome(problem, is_right(row), count, cut))
                 except _BadRow as error:
                     errors[number] = str(error)
                 bar.update(1)
@@ -171,9 +183,23 @@ def _field(columns: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _text_getter(column: str, tokenizer: Any) -> Getter:
-    def text_of(columns: Mapping[str, Any]) -> str:
-        value = _field(columns, column)
+def _kept(row: Row, names: Container[str | None]) -> Row:
+    """A row with these columns alone; its prompt is one of them, whatever its column was called."""
+    columns = {name: value for name, value in row.columns.items() if name in names}
+    if row.prompt is not None:
+        columns.setdefault("prompt", row.prompt)
+    return row._replace(columns=columns, prompt=None)
+
+
+def _completion(row: Row) -> Any:
+    if row.completion is None:
+        raise _BadRow(row.fault or "missing field: no completion")
+    return row.completion
+
+
+def _text_getter(tokenizer: Any) -> Getter:
+    def text_of(row: Row) -> str:
+        value = _completion(row)
         ids = as_ids(value)
         try:
             if ids and tokenizer is not None:
@@ -193,15 +219,15 @@ def _right_getter(
     if column is None and "reward" in shared:
         notes.append("the column reward is not taken for correctness: it does not hold 0 or 1 alone (--correct-column does)")
     if column is not None:
-        return f"where the column {column} is true or at least 1", lambda columns: _number(columns, column) >= 1
+        return f"where the column {column} is true or at least 1", lambda row: _number(row, column) >= 1
     checked = first(("entry", "answer"), shared)
     if checked == "entry":
         from entra.problems import UnsafeScorerError, reasoning_gym_reward, unsafe_reasoning_gym_reward
 
         reward = unsafe_reasoning_gym_reward if options.run_answers_as_code else reasoning_gym_reward
 
-        def gym(columns: Mapping[str, Any]) -> bool:
-            text, entry = text_of(columns), _field(columns, "entry")
+        def gym(row: Row) -> bool:
+            text, entry = text_of(row), _field(row.columns, "entry")
             try:
                 return reward([text], [entry]) == [1.0]
             except ImportError as error:
@@ -222,10 +248,10 @@ def _right_getter(
         how, check = answer_checker()
         return (
             f"where the answer equals the column answer: {how}",
-            lambda columns: check(text_of(columns), str(_field(columns, "answer"))),
+            lambda row: check(text_of(row), str(_field(row.columns, "answer"))),
         )
     notes.append("nothing tells which completions are right; give a column correct, entry or answer, or use --correct-column")
-    return None, lambda columns: None
+    return None, lambda row: None
 
 
 def _tokens_getter(options: argparse.Namespace, shared: Sequence[str], text_of: Getter, tokenizer: Any) -> tuple[str, Getter]:
@@ -233,8 +259,8 @@ def _tokens_getter(options: argparse.Namespace, shared: Sequence[str], text_of: 
     column = options.tokens_column or first(TOKENS, shared)
     if column is not None and (column != "completion_ids" or options.tokens_column is not None):
 
-        def count(columns: Mapping[str, Any]) -> int:
-            value = _number(columns, column)
+        def count(row: Row) -> int:
+            value = _number(row, column)
             if value < 0 or value != int(value):
                 raise _BadRow(f"malformed: {column}={value!r} must be a number of tokens")
             return int(value)
@@ -242,8 +268,8 @@ def _tokens_getter(options: argparse.Namespace, shared: Sequence[str], text_of: 
         return f"the column {column}", count
     if column is not None:
 
-        def length(columns: Mapping[str, Any]) -> int:
-            ids = as_ids(_field(columns, "completion_ids"))
+        def length(row: Row) -> int:
+            ids = as_ids(_field(row.columns, "completion_ids"))
             if ids is None:
                 raise _BadRow("malformed: completion_ids must be a list of token ids")
             return len(ids)
@@ -252,32 +278,45 @@ def _tokens_getter(options: argparse.Namespace, shared: Sequence[str], text_of: 
     if tokenizer is not None:
         encoder = Encoder(tokenizer, None, {})
 
-        def encoded(columns: Mapping[str, Any]) -> int:
+        def encoded(row: Row) -> int:
             try:
-                return len(encoder.encode_completion(_field(columns, options.completion_column)))
+                return len(encoder.encode_completion(_completion(row)))
             except TypeError as error:
                 raise _BadRow(f"not text: {error}") from error
             except ValueError as error:
                 raise _BadRow(f"cannot be tokenised: {error}") from error
 
         return f"of the tokenizer of {options.model}, without trailing EOS", encoded
-    return _WORDS, lambda c: len(text_of(c).split())
+    return _WORDS, lambda row: len(text_of(row).split())
 
 
 def _truncated_getter(options: argparse.Namespace, shared: Sequence[str]) -> tuple[str | None, Getter]:
     """Where it comes from which completions were cut off, in words, and a row's."""
     if options.max_tokens is not None:
-        return f"completions of at least {options.max_tokens:,} tokens", lambda columns: None
+        return f"completions of at least {options.max_tokens:,} tokens", lambda row: None
     column = first(TRUNCATED, shared)
     if column == "truncated":
-        return "where the column truncated is true", lambda columns: _number(columns, "truncated") >= 1
+        return "where the column truncated is true", lambda row: _number(row, "truncated") >= 1
     if column == "finish_reason":
-        return "where the column finish_reason is length", lambda columns: _field(columns, "finish_reason") == "length"
-    return None, lambda columns: None
+        return "where the column finish_reason is length", lambda row: _field(row.columns, "finish_reason") == "length"
+    return None, lambda row: None
 
 
-def _number(columns: Mapping[str, Any], name: str) -> float:
-    value = _field(columns, name)
+def _number(row: Row, name: str) -> float:
+    value = _field(row.columns, name)
+    if isinstance(value, str):  # of CSV, which has no numbers
+        value = _written(value)
     if not is_finite(value):
         raise _BadRow(f"malformed: {name}={value!r} must be a number, true or false")
     return value
+
+
+def _written(text: str) -> Any:
+    """A number, true or false that is written as text; the text where it is none."""
+    lower = text.strip().lower()
+    if lower in ("true", "false"):
+        return lower == "true"
+    try:
+        return float(lower)
+    except ValueError:
+        return text

@@ -1,0 +1,1 @@
+"""`entra select`: the command, and how it reads what `entra score` wrote."""
