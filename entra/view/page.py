@@ -65,6 +65,7 @@ def write_page(
         decimals["incoming"] = _LIFT_DECIMALS
     vocabulary: dict[tuple[int, str], int] = {}
     prompts: dict[str, int] = {}
+    labels: dict[str, int] = {}
     records: dict[str, dict[str, Any]] = {}
     blocks: list[str] = []
     importance: list[np.ndarray] = []
@@ -79,7 +80,10 @@ def write_page(
         block, kinds = _packed(trace, words, decimals)
         blocks.append(block)
         importance.append(np.asarray(trace.importance, dtype=np.float64))
-        records[trace.name] = _record(trace, words, kinds, prompts.setdefault(trace.prompt, len(prompts)))
+        records[trace.name] = {
+            **_record(trace, words, kinds, prompts.setdefault(trace.prompt, len(prompts))),
+            "marked": [(labels.setdefault(mark.label, len(labels)), *mark[1:]) for mark in trace.marked],
+        }
     data = {
         "title": title,
         "facts": [*({"date": time.strftime("%Y-%m-%d")} | dict(facts or {})).items(), *_options(config)],
@@ -89,6 +93,7 @@ def write_page(
         "ids": [token for token, _ in vocabulary],
         "texts": [text for _, text in vocabulary],
         "prompts": list(prompts),
+        "labels": list(labels),
         "traces": list(records.values()),
     }
     write_whole(path, _parts(title, data, blocks), encoding="ascii")
@@ -167,6 +172,7 @@ def _record(trace: Trace, words: np.ndarray, kinds: str, prompt: int) -> dict[st
         "entropy": trace.scores.entropy,
         "repeated": trace.scores.repeated_share,
         "kinds": kinds,
+        "leftOut": list(trace.left_out),
         "runs": {
             length: [(words[run.first : run.first + length].tolist(), run.times) for run in trace.most_repeated(length, 8)]
             for length in _RUN_LENGTHS

@@ -53,6 +53,8 @@ class TokenText(ScrollView):
         Binding("pagedown", "page(1)", show=False),
         Binding("home", "to(0)", show=False),
         Binding("end", "to(-1)", show=False),
+        Binding("m", "mark(1)", "Mark", key_display="m M"),
+        Binding("M", "mark(-1)", show=False),
         Binding("n", "equal(1)", "Equal", key_display="n N"),
         Binding("N", "equal(-1)", show=False),
     ]
@@ -169,6 +171,14 @@ class TokenText(ScrollView):
                 self.look(token)
                 return
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys for marks are there where marks are."""
+        return action != "mark" or bool(self.trace.marked)
+
+    def action_mark(self, by: int) -> None:
+        starts = [mark.first for mark in self.trace.marked][::by]
+        self.look(next((start for start in starts if (start - self.token) * by > 0), starts[0]))
+
     def look(self, token: int) -> None:
         """Put the cursor on a token and show it."""
         if not self.trace.pieces:
@@ -231,6 +241,8 @@ class TracePane(Vertical):
     TracePane .name { height: 1; text-style: bold; background: $panel; }
     TracePane .facts { height: 3; background: $panel; }
     TracePane.narrow .facts { height: 5; }
+    TracePane.marked .facts { height: 4; }
+    TracePane.marked.narrow .facts { height: 6; }
     TracePane VerticalScroll { height: auto; max-height: 50%; border-top: solid $panel; display: none; overflow-y: scroll; }
     TracePane VerticalScroll:focus { border-top: solid $primary; }
     TracePane VerticalScroll.shown { display: block; }
@@ -250,6 +262,7 @@ class TracePane(Vertical):
             yield Drawn(lambda width, _: charts(self.trace, max(20, width)), classes="charts")
 
     def on_mount(self) -> None:
+        self.set_class(bool(self.trace.marked), "marked")
         self.facts(self._token)
 
     def on_resize(self) -> None:

@@ -38,6 +38,7 @@ from entra.cli.train.checkpoints import (
 )
 from entra.cli.train.data import Problems, check_entries, load_data
 from entra.cli.train.rewards import reward_functions
+from entra.commands import ending_at_once
 from entra.config import ScoreConfig, nearest_of
 from entra.flags import add_flags
 from entra.guards import Guards
@@ -137,7 +138,8 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"training needs {', '.join(missing)}: pip install 'entra-reward[train]'")
     # Of transformers about TRL: nothing that a user of either could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    command = _parse(options.rest)
+    with ending_at_once():
+        command = _parse(options.rest)
     arguments, settings = command.arguments, command.settings()
     folder = Path(arguments.output_dir)
     checkpoint = checkpoint_to_resume(folder, arguments.resume_from_checkpoint, settings)
