@@ -14,7 +14,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import entra
-from entra.commands import CommandError, Parser, exit_code, one_line, refuse, say
+from entra.commands import CommandError, Parser, ending_at_once, exit_code, one_line, refuse, say
 from entra.name_clash import REMEDY, name_clash
 
 __all__ = ["CommandError", "Parser", "main", "one_line", "refuse", "say"]
@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (module, line) in COMMANDS.items():
         if words[:1] == [name] or (complete and line is not None):
             listed = SimpleNamespace(add_parser=partial(commands.add_parser, help=line))
-            parsers[name] = importlib.import_module(module).add_parser(commands if line is None else listed)
+            with ending_at_once():
+                imported = importlib.import_module(module)
+            parsers[name] = imported.add_parser(commands if line is None else listed)
         elif line is not None:
             parsers[name] = commands.add_parser(name, help=line)
     try:

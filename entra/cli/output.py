@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from entra.cli import CommandError
 from entra.cli.formats import convert, part_of
 from entra.rows import format_of, is_finite, read_rows
 from entra.source import PIPE, SIDECAR
+from entra.whole_file import write_whole
 
 _FORMAT = 3
 """Of the sidecar. Those of earlier versions do not say what was taken for prompt and completion, or note other things of the
@@ -432,26 +433,6 @@ def _writing(path: Path, remedy: str, exit_code: int = 2) -> Iterator[None]:
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + SIDECAR)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Either all of the file is there or nothing; nothing else is touched."""
-    for attempt in count():
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}-{attempt}.tmp")
-        try:
-            file = unfinished.open("x", encoding="utf-8")
-        except FileExistsError:
-            continue
-        break
-    try:
-        with file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

@@ -24,9 +24,10 @@ from entra import __version__
 from entra.cli import CommandError, say
 from entra.cli.columns import SCORE_COLUMNS, key_of
 from entra.cli.formats import part_of
-from entra.cli.output import Stream, check_destination, json_value, write_whole
+from entra.cli.output import Stream, check_destination, json_value
 from entra.cli.select.completions import OWN, Completion, Input, look, open_scores, read
 from entra.source import PIPE, SIDECAR
+from entra.whole_file import write_whole
 
 _DESCRIPTION = """\
 Of several completions of a prompt, keep the right and least redundant one, for SFT or rejection sampling (columns prompt and

@@ -27,9 +27,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from entra.cli import CommandError, Parser, one_line, refuse, say
-from entra.cli.train.checkpoints import check_folder, checkpoint_to_resume, is_finished, last_checkpoint, record
+from entra.cli.train.checkpoints import (
+    check_folder,
+    checkpoint_to_resume,
+    is_finished,
+    last_checkpoint,
+    passed_over,
+    record,
+    told,
+)
 from entra.cli.train.data import Problems, check_entries, load_data
 from entra.cli.train.rewards import reward_functions
+from entra.commands import ending_at_once
 from entra.config import ScoreConfig, nearest_of
 from entra.flags import add_flags
 from entra.guards import Guards
@@ -130,7 +139,8 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"training needs {', '.join(missing)}: pip install 'entra-reward[train]'")
     # Of transformers about TRL: nothing that a user of either could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    command = _parse(options.rest)
+    with ending_at_once():
+        command = _parse(options.rest)
     arguments, settings = command.arguments, command.settings()
     folder = Path(arguments.output_dir)
     checkpoint = checkpoint_to_resume(folder, arguments.resume_from_checkpoint, settings)
@@ -139,8 +149,10 @@ def run(options: argparse.Namespace) -> None:
     if checkpoint is not None and is_finished(checkpoint, arguments.max_steps, arguments.num_train_epochs):
         say(f"{folder} is finished: all steps are done, the model is in {checkpoint}")
         return
+    over = passed_over(folder)
     trainer = _trainer(command)
     if trainer.accelerator.is_main_process:
+        say(*map(told, over))
         if checkpoint is None:
             record(folder, settings)
         else:
