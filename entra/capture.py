@@ -59,14 +59,14 @@ _FULL = frozenset({"full_attention", "attention", "hybrid"})
 _WINDOWED = frozenset({"sliding_attention", "hybrid_sliding"})
 _NO_SOFTMAX = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"})
 
-# Arguments of an attention call that change the scores or the set of keys in a way that start and length do not tell:
-# relative positions (Inkling), sparse attention (DSA, MiniMax-M3).
+# Arguments of an attention call that change the scores or the set of keys. start and length do not tell how.
+# They are relative positions (Inkling) and sparse attention (DSA, MiniMax-M3).
 _UNSCORABLE_ARGUMENTS = ("position_bias", "indices", "block_indices")
 
 # Layers that carry a state from token to token: no mask keeps packed sequences apart there.
 _STATEFUL = frozenset({"linear_attention", "mamba", "recurrent", "conv", "hybrid", "hybrid_sliding"})
 
-_PACKING_REMEDY = "run one sequence per row, or pass attention_mask=None, use_cache=False and position_ids that start again"
+_PACKING_REMEDY = "Run one sequence per row, or pass attention_mask=None, use_cache=False and position_ids that start again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,42 +94,43 @@ class CapturedLayer:
 
 # Why a result cannot be used; `_Doubt.check` names the token.
 _JOINED = (
-    "a sequence begins at token {token} of row {row} (position_ids start again or cu_seq_lens_q says so), but the attention "
-    "({implementation}) of {name} does not keep it apart from the tokens before it: there is a cache, an attention_mask, or a "
-    "model that builds its masks without these position_ids (gpt-oss; Qwen2.5-VL and Qwen3-VL but for [4, B, N]); "
+    "a sequence begins at token {token} of row {row} (position_ids start again, or cu_seq_lens_q says so). The attention "
+    "({implementation}) of {name} does not keep it apart from the tokens before it. There is a cache or an attention_mask, or "
+    "the model builds its masks without these position_ids (gpt-oss; Qwen2.5-VL and Qwen3-VL unless they are [4, B, N]). "
     + _PACKING_REMEDY
 )
 _SEVERAL = (
-    "row {row} packs several sequences (the attention of {name}, {implementation}, keeps token {token} apart from the one "
-    "before it), but start and length describe one sequence per row; pass cu_seqlens, or none of them"
+    "row {row} packs several sequences, but start and length describe one sequence per row. The attention ({implementation}) "
+    "of {name} keeps token {token} apart from the one before it. Pass cu_seqlens instead, or none of the three"
 )
 _GIVEN_BUT_JOINED = (
     "cu_seqlens begins a sequence at token {token}, but the attention ({implementation}) of {name} does not keep it apart from "
-    "the tokens before it; " + _PACKING_REMEDY
+    "the tokens before it. " + _PACKING_REMEDY
 )
 _NOT_GIVEN = (
     "the attention ({implementation}) of {name} keeps token {token} apart from the one before it, but cu_seqlens begins no "
     "sequence there; pass the cu_seqlens of what was packed"
 )
 _OTHER_MASK = (
-    "the attention mask of {name} lets token {token} of row {row} see other tokens than the earlier ones of its sequence, "
-    "which incoming attention cannot reproduce; " + _PACKING_REMEDY
+    "the attention mask of {name} lets token {token} of row {row} see other tokens than the earlier ones of its sequence. "
+    "Incoming attention cannot reproduce that. " + _PACKING_REMEDY
 )
 _BIASED = (
-    "the attention mask of {name} adds a number to the scores of token {token} of row {row} that neither lets a key be seen "
-    "(0) nor hides it (-1000 or less), which incoming attention cannot reproduce; pass a bool mask, or one of 0 and -inf"
+    "the attention mask of {name} adds a number to the scores of token {token} of row {row} that neither shows a key (0) "
+    "nor hides it (-1000 or less). Incoming attention cannot reproduce that; pass a bool mask, or one of 0 and -inf"
 )
 _OTHER_ROPE = (
-    "token {token} of row {row} has another RoPE in this forward than its sequence alone, because LongRoPE and dynamic RoPE "
-    "depend on the largest position of a forward, pads included; run sequences of up to original_max_position_embeddings "
-    "tokens (dynamic: max_position_embeddings) apart from longer ones (dynamic: those one by one), and pad to the longest only"
+    "token {token} of row {row} has another RoPE in this forward than its sequence alone. LongRoPE and dynamic RoPE depend on "
+    "the largest position of a forward, pads included. Pad to the longest sequence only. With LongRoPE, run sequences of up to "
+    "original_max_position_embeddings tokens apart from longer ones. With dynamic RoPE that number is max_position_embeddings, "
+    "and longer ones run one by one"
 )
 _COMPILED = (
-    "row {row} packs several sequences (the attention of {name} keeps token {token} apart from the one before it), which "
+    "row {row} packs several sequences: the attention of {name} keeps token {token} apart from the one before it. They "
     "cannot be counted inside a compiled model; pass cu_seqlens"
 )
 _UNREADABLE = (
-    "a sequence begins at token {token} of row {row} (position_ids start again or cu_seq_lens_q says so), but what the "
+    "a sequence begins at token {token} of row {row} (position_ids start again, or cu_seq_lens_q says so). What the "
     "attention function {implementation!r} of {name} makes of that is not known; pass cu_seqlens if it keeps the sequences "
     "apart, or run one sequence per row"
 )
@@ -230,8 +231,8 @@ class Capture:
     def _finished(self) -> tuple[Tensor, CapturedLayer, list[Tensor] | None]:
         if self._result is None:
             raise RuntimeError(
-                f"nothing was captured: the attention of {self._name!r} did not run inside the with block; call the "
-                "model that was given to capture_incoming_attention (or a wrapper around it) once inside the block"
+                f"nothing was captured: the attention of {self._name!r} did not run inside the with block. Inside "
+                "it, call the model that was given to capture_incoming_attention, or a wrapper around it"
             )
         if not self._checked:
             for doubt in self._doubts:
@@ -244,8 +245,8 @@ class Capture:
         batch, _, tokens, _ = q.shape
         if k.shape[2] != tokens:
             raise RuntimeError(
-                f"{self._name} attends from {tokens} queries to {k.shape[2]} keys; a capture needs the whole sequence "
-                "in one forward: pass use_cache=False and no past_key_values"
+                f"{self._name} attends from {tokens} queries to {k.shape[2]} keys. A capture needs the whole sequence "
+                "in one forward; pass use_cache=False and no past_key_values"
             )
         unscorable = [name for name in _UNSCORABLE_ARGUMENTS if arguments.get(name) is not None]
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
@@ -254,8 +255,8 @@ class Capture:
             unscorable.append("is_causal=False")
         if unscorable:
             raise RuntimeError(
-                f"{self._name} ({type(module).__name__}, {self._layer_type}) attends with {unscorable[0]}, which "
-                "incoming attention cannot reproduce; run one sequence per row through a model with plain attention"
+                f"{self._name} ({type(module).__name__}, {self._layer_type}) attends with {unscorable[0]}. Incoming "
+                "attention cannot reproduce that; run one sequence per row through a model with plain attention"
             )
         for name, value in (("start", self._start), ("length", self._length)):
             if self._cu_seqlens is None and value is not None and value.shape != (batch,):
@@ -265,8 +266,8 @@ class Capture:
                 )
         if self._cu_seqlens is not None and batch != 1:
             raise ValueError(
-                f"cu_seqlens describes one row of packed sequences, [1, T], but the forward ran a batch of {batch}; "
-                "pack all sequences into one row, or leave cu_seqlens out and let them be found in the call"
+                f"cu_seqlens describes one row of packed sequences, [1, T], but the forward ran a batch of {batch}. "
+                "Pack all sequences into one row, or leave cu_seqlens out: the capture then finds them in the call"
             )
 
     @property
@@ -486,10 +487,10 @@ def capture_incoming_attention(
         model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, torch.compile with or without fullgraph).
         start: int [B], each row's first token. None: 0. With start or length a row is one sequence.
         length: int [B], each row's count of tokens. None: all from `start` on. Pads outside the span count for nothing. The
-            model's attention_mask is up to you: right padding needs none. With cu_seqlens: int [S], how many tokens of each
-            sequence count, from its first on.
-        cu_seqlens: int [S + 1], the sequences packed into a batch of one row, [1, T]: 0, then the running sums of their
-            lengths. Not with start. None: found in the call.
+            model's attention_mask is up to you: right padding needs none. With cu_seqlens it is int [S]: how many tokens of
+            each sequence count, from its first on.
+        cu_seqlens: int [S + 1], the sequences packed into a batch of one row, [1, T]. It holds 0, then the running sums of
+            their lengths. Not with start. None: found in the call.
         statistic: "mean" or "lift". Lift is each query's attention as a multiple of its uniform share: `sum_{j>i} w_j A_ji`
             over the same divisor, where w_j is the number of keys that j sees, at most the window. It is 1 everywhere when all
             scores are equal.
@@ -501,14 +502,15 @@ def capture_incoming_attention(
             it.
 
     Raises:
-        ValueError: an unknown statistic or head_reduction; start, length or cu_seqlens that do not fit the batch or each other;
-            a model without a softmax layer that can be scored (the message names its layer types); a softcap that the attention
-            implementation leaves out (Gemma 2 with SDPA before transformers 5.21).
-        TypeError: start, length or cu_seqlens that are not whole numbers.
-        RuntimeError: a forward that uses a key-value cache, a position bias or sparse indices; packed rows of a model whose
-            layers carry a state from one sequence into the next (linear attention, Mamba). When `captured.incoming` is read:
-            there was no forward yet; attention kept other sequences apart than those to be scored, or none (gpt-oss without
-            flash attention); the mask biases scores; a sequence has another RoPE than it would have alone.
+        ValueError: the statistic or the head_reduction is unknown. Or start, length or cu_seqlens do not fit the batch or each
+            other. Or no softmax layer of the model can be scored (the message names its layer types). Or the attention
+            implementation leaves out the model's softcap (Gemma 2 with SDPA before transformers 5.21).
+        TypeError: start, length or cu_seqlens are not whole numbers.
+        RuntimeError: the forward uses a key-value cache, a position bias or sparse indices. Or rows are packed, and the model's
+            layers carry a state from one sequence into the next (linear attention, Mamba). Four faults show when
+            `captured.incoming` is read. There was no forward yet. Attention kept other sequences apart than those to be scored,
+            or none (gpt-oss without flash attention). The mask biases scores. A sequence has another RoPE than it would have
+            alone.
 
     Source: docs/method.md, incoming attention.
     """
@@ -676,7 +678,7 @@ def scored_layer(model: nn.Module) -> tuple[str, Any, str]:
     if hasattr(scorable[-1][1], "lambda_q1"):
         raise ValueError(
             f"{type(scorable[-1][1]).__name__} (model_type={text_config.model_type!r}) weighs values with the difference of "
-            "two softmax maps, which may be negative: there is no attention probability to take the mean of; score with "
+            "two softmax maps, which may be negative. So there is no attention probability to take the mean of; score with "
             "another model"
         )
     # Stable: of two stacks with the same indices (HRM) the one that comes later.
@@ -692,7 +694,7 @@ def _refuse_dropped_softcap(module: Any) -> None:
     if softcap is not None and implementation == "sdpa" and transformers_version() < (5, 21):
         raise ValueError(
             f"{type(module).__name__} caps its attention scores (attn_logit_softcapping={softcap}), but attn_implementation="
-            "'sdpa' of transformers before 5.21 leaves the cap out, so that logits and attention are not the model's; load it "
+            "'sdpa' of transformers before 5.21 leaves the cap out. Logits and attention are then not the model's; load it "
             'with attn_implementation="eager", or use transformers>=5.21'
         )
 
@@ -774,8 +776,8 @@ def _transformers_model(model: nn.Module) -> Any:
         if hasattr(config, "get_text_config"):
             if getattr(config, "is_encoder_decoder", False):
                 raise ValueError(
-                    f"{type(module).__name__} (model_type={config.model_type!r}) is an encoder-decoder model; "
-                    "incoming attention is defined for decoder-only language models, pass one of those"
+                    f"{type(module).__name__} (model_type={config.model_type!r}) is an encoder-decoder model. "
+                    "Incoming attention is defined for decoder-only language models; pass one of those"
                 )
             return module
     raise ValueError(f"model is a {type(model).__name__} without a transformers config; pass a transformers causal LM")
@@ -790,6 +792,6 @@ def _refusal(model: nn.Module, text_config: Any, layer_types: Sequence[str] | No
     built = ", ".join(sorted(classes)) or "no known class"
     return (
         f"no layer of this model (model_type={text_config.model_type!r}) can be scored: its layers are {types}"
-        f"built from {built}; incoming attention needs a causal softmax layer, full or windowed, that goes through "
+        f"built from {built}. Incoming attention needs a causal softmax layer, full or windowed, that goes through "
         "transformers' attention interface; score with another model"
     )

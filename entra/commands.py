@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn, TextIO
 
 from entra.view.visible import visible
@@ -49,6 +54,30 @@ def refuse(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
     known = [name for action in parser._actions for name in action.option_strings]
     nearest = difflib.get_close_matches(wrong, known, n=1) if wrong.startswith("-") else []
     parser.error(f"unknown argument {wrong}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help"))
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process with one line and exit code 130: for imports, while nothing has been written.
+
+    A library that is being imported may lose a KeyboardInterrupt, make another error of it, or print a traceback of its own.
+    """
+    ours = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if not ours:  # who called has other plans
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        os.write(2, b"\nentra: interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def exit_code(name: str, run: Callable[[argparse.Namespace], object], options: argparse.Namespace) -> int:

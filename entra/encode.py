@@ -33,7 +33,7 @@ class Encoder:
 
     Args:
         tokenizer: needed for text and chat messages, not for ids.
-        model: its generation config names further EOS ids, its config the vocabulary, the context and BOS; may be None.
+        model: its generation config names further EOS ids. Its config names the vocabulary, the context and BOS. May be None.
         chat_template_kwargs: further arguments of `apply_chat_template`.
     """
 
@@ -54,8 +54,8 @@ class Encoder:
 
         Args:
             prompt: text, chat messages (a list of dicts with role and content), or token ids.
-            completion: likewise; chat messages must all be the assistant's.
-            completion_ids: taken as they are instead of `completion`, but for pads and trailing EOS.
+            completion: likewise. Chat messages must all be the assistant's.
+            completion_ids: taken instead of `completion`, as they are but without pads and trailing EOS.
 
         Raises:
             TypeError: neither text nor messages nor ids.
@@ -91,7 +91,8 @@ class Encoder:
         """
         if not self.eos_ids:
             raise ValueError(
-                "neither the tokenizer nor the model names an EOS id, so nothing tells which completions have ended"
+                "neither the tokenizer nor the model names an EOS id, so nothing tells which completions have ended; "
+                "set tokenizer.eos_token"
             )
         kept = [int(i) for i in ids if int(i) in self.eos_ids or int(i) not in self._pad_ids]
         return bool(kept) and kept[-1] in self.eos_ids
@@ -132,8 +133,8 @@ class Encoder:
         if not ids:
             if self._bos_id is None:
                 raise ValueError(
-                    "the prompt is empty and the tokenizer has no BOS id to stand for it, so the first completion token has no "
-                    "probability; pass a prompt of at least one token"
+                    "the prompt is empty and the tokenizer has no BOS id to stand for it. The first completion token then has "
+                    "no probability; pass a prompt of at least one token"
                 )
             ids = [self._bos_id]
         return ids

@@ -91,8 +91,8 @@ def token_signals(
     """Log-probabilities and incoming attention of the last `last[r]` tokens of each row.
 
     Args:
-        model: a transformers causal LM or a wrapper around one; its mode, config and hooks are as before afterwards.
-        rows: token ids; row r needs at least last[r] + 1 of them, because the first token of a sequence has no log P.
+        model: a transformers causal LM or a wrapper around one. Its mode, config and hooks are as before afterwards.
+        rows: token ids. Row r needs at least last[r] + 1 of them, because the first token of a sequence has no log P.
         last: how many tokens of each row are wanted. A row of 0 is left out of the forwards.
         config: `token_budget`, `attention_statistic`, `head_reduction` and `backend` are used.
         inspector: looks at every forward.

@@ -1,7 +1,7 @@
 """`Guards`: what makes r safe to optimise, one field each, and what they do to the rewards of a batch.
 
-A guard is all here: its field with a docstring (which is also its flag's help), its check, and one entry in `_stops` or one
-step in `apply`. docs/method.md argues each.
+A guard is all here: its field, its check, and one entry in `_stops` or one step in `apply`. The field's docstring is also its
+flag's help. docs/method.md argues each.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Guards:
         if self.halve_at is not None and (config.ranking_scope != "completion" or config.length_adjusted is not None):
             raise ValueError(
                 f"halve_at={self.halve_at} counts the redundant tokens of the completion as it is; it does not go with "
-                f"ranking_scope={config.ranking_scope!r} or length_adjusted={config.length_adjusted}"
+                f"ranking_scope={config.ranking_scope!r} or length_adjusted={config.length_adjusted}: leave one out"
             )
         if self.group_gate > 0 and not has_gate:
             raise ValueError(f"group_gate={self.group_gate} needs a gate that tells which completions are right; pass gate=...")

@@ -102,9 +102,9 @@ def paired_bootstrap(
 
     Args:
         values: [problems, k], the k numbers of each problem, such as its mean tokens before and after.
-        statistic: from means [..., k] to [...]; infinite results stay in their place in the order. When any
+        statistic: from means [..., k] to [...]. Infinite results stay in their place in the order. When any
             draw gives NaN, both ends are NaN.
-        draws: how often to draw; 10,000 hold each end to a standard error of 0.7 % of the interval's width.
+        draws: how often to draw. 10,000 hold each end to a standard error of 0.7 % of the interval's width.
         seed: the same values and seed give the same interval.
 
     Raises:

@@ -2,9 +2,9 @@
 
 What counts is what the attention function is going to do, not what the caller meant:
 
-- SDPA, eager attention and FlexAttention go by their mask. A token opens a sequence where it does not see the token before it,
-  so the diagonal below the main one tells, N entries of the N x N. transformers cuts a mask where `position_ids` start again,
-  but only without `attention_mask` and without a cache, and not in every model (gpt-oss).
+- SDPA, eager attention and FlexAttention go by their mask. A token opens a sequence where it does not see the token before it.
+  The diagonal below the main one tells that: N entries of the N x N. In transformers, a mask is cut where `position_ids` start
+  again, but only without `attention_mask` and without a cache, and not in every model (gpt-oss).
 - Flash attention has no such mask. Without one of pads it goes by `cu_seq_lens_q`, else, with a single row, by `position_ids`.
 - `position_ids` or `cu_seq_lens_q` may open a sequence that attention does not keep apart. Then the sequences see each other,
   and no score of such a forward is that of a sequence.
@@ -44,7 +44,7 @@ def separation(
         implementation: the name of the attention function, as transformers has it.
         mask: as it arrives there: [B, 1, N, N], a BlockMask, flash attention's [B, N], or None.
         arguments: the keyword arguments of the call.
-        positions: the `position_ids` of the model's call, for attention that does not get them.
+        positions: the `position_ids` of the model's call. Some attention functions do not get them.
     """
     batch, _, tokens, _ = q.shape
     nothing = torch.zeros(batch, tokens, dtype=torch.bool, device=q.device)

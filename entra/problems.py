@@ -5,8 +5,8 @@ Decisions taken here:
 - A row carries the whole reasoning-gym entry as JSON, because scorers look at the question and the metadata. The structure of
   the metadata differs from task to task and fits no common Arrow type. A task whose scorer does not accept its own answer after
   that (tuples become lists) is refused when the dataset is made.
-- All problems of a dataset are different, so that a split of it has none on both sides. reasoning-gym draws problem i from
-  `seed + i`: two datasets with neighbouring seeds would share most of theirs.
+- All problems of a dataset are different, so that a split of it has none on both sides. Two datasets with neighbouring seeds
+  would share most of theirs, because reasoning-gym draws problem i from `seed + i`.
 - The instruction stands in the user's message: not every chat template knows a system role.
 - Some of reasoning-gym's scorers evaluate text as Python: the answer, which comes from the policy, or the problem, which may
   come from somebody's file. Only scorers that were read and found to parse are called in this process, and only those of the
@@ -100,8 +100,8 @@ def load_problems(
 
     Raises:
         ImportError: reasoning-gym or datasets is missing. The message says how to install it.
-        ValueError: an unknown task, options that a task does not have, a task that has too few different problems or cannot be
-            checked, a task whose scorer runs answers as code, or a size below 1.
+        ValueError: a task is unknown, does not have such options, has too few different problems, or cannot be checked. Or its
+            scorer runs answers as code. Or the size is below 1.
     """
     if size < 1:
         raise ValueError(f"size={size} must be at least 1 problem")
@@ -176,12 +176,12 @@ def check_task(task: str, *, run_answers_as_code: bool = False) -> None:
         raise UnsafeScorerError(f"reasoning-gym {installed} has no problems of a task {task!r}; leave them out")
     if installed != READ_VERSION:
         raise UnsafeScorerError(
-            f"the scorers of reasoning-gym {installed} have not been read, so that of task {task!r} may run text as code; "
+            f"the scorers of reasoning-gym {installed} have not been read. That of task {task!r} may run text as code; "
             f"pip install reasoning-gym=={READ_VERSION}"
         )
     raise UnsafeScorerError(
-        f"the scorer of task {task!r} runs the answer, or the problem, as Python code; leave its problems out, or let it run "
-        "in a child process with limits: unsafe_reasoning_gym_reward, load_problems(run_answers_as_code=True), "
+        f"the scorer of task {task!r} runs the answer, or the problem, as Python code. Leave its problems out, or let it run "
+        "in a child process with limits. These allow it: unsafe_reasoning_gym_reward, load_problems(run_answers_as_code=True), "
         "entra eval --run-answers-as-code, entra train --run_answers_as_code true"
     )
 

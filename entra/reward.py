@@ -49,10 +49,10 @@ class EntraReward:
         tokenizer: the scorer's tokenizer.
         config: the options of the method. None: the defaults.
         gate: any TRL reward function, such as an accuracy reward. It multiplies each reward by what it returns, at least 0, so
-            only right answers are paid for being concise. None from the gate gives None. An asynchronous gate is awaited. In
-            ENTRA's trainers a gate that is also a reward, or the gate of another, is called once for each batch.
+            only right answers are paid for being concise. None from the gate gives None. An asynchronous gate is awaited. Where
+            a gate is also a reward, or the gate of another, ENTRA's trainers call it once for each batch.
         name: the name under which the trainer logs it.
-        guards: the fields of `entra.guards.Guards`, which says what each does.
+        guards: the fields of `entra.guards.Guards`. They are described there.
 
     Raises:
         ValueError: an option outside its range, or a model that cannot be found or scored.
@@ -113,8 +113,8 @@ class EntraReward:
           band: levels), whatever the others do.
 
         Raises:
-            ValueError: `skip_truncated` without completion ids or EOS id, a gate that does not return one finite number or
-                None for each completion, or another reward of the same name in the trainer.
+            ValueError: `skip_truncated` finds no completion ids or no EOS id. Or the gate does not return one finite number or
+                None for each completion. Or the trainer has another reward of the same name.
         """
         trainer = _trainer(columns)
         check_names(getattr(trainer, "reward_func_names", ()))
@@ -192,9 +192,9 @@ class EntraReward:
     def __getstate__(self) -> dict[str, Any]:
         if self.model is None and get_spawning_popen() is not None:
             raise RuntimeError(
-                f"{self.__name__} has no model of its own, so it scores with the live policy, but it is being sent to another "
-                "process, which has none (as TRL's async trainer does): pass model=..., use entra.EntraGRPOTrainer, or build "
-                "the reward in that process"
+                f"{self.__name__} has no model, so it scores with the live policy, but it is being sent to another process, "
+                "which has none. TRL's async trainer does that. Pass model=..., use entra.EntraGRPOTrainer, or build the "
+                "reward in that process"
             )
         return vars(self)
 

@@ -43,11 +43,11 @@ class Rollout:
 
     Args:
         model: the policy that will score it, bare or wrapped.
-        tokenizer: its tokenizer; names EOS and pads, which are dropped from the ends.
+        tokenizer: its tokenizer. It names EOS and pads, which are dropped from the ends.
         prompts: as reward functions get them.
         prompt_ids: token ids of each prompt, without pads.
         completion_ids: token ids of each completion, without pads.
-        own: for each completion token 1 when the policy wrote it and 0 when a tool did; None: all are the policy's.
+        own: for each completion token 1 when the policy wrote it and 0 when a tool did. None: all are the policy's.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class Rollout:
             logprobs: float [R, C], of the tokens from position `first` on.
             incoming: float [R, N], of all positions.
             first: the position of the first completion token in every row.
-            complete: [R], False for rows that the pass did not see whole (masked out); they are computed when asked for, and so
-                are rows whose numbers the padding changes.
+            complete: [R], False for rows that the pass did not see whole (masked out). They are computed when asked for. So are
+                rows whose numbers the padding changes.
 
         Raises:
             RuntimeError: the pass saw other positions than those of the batch.

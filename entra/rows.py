@@ -7,8 +7,8 @@ Decisions taken here:
 - JSON Lines are read line by line and not through `datasets`, whose reader gives up on a whole file for one malformed line,
   and forces one type on a column. Only `\\n` ends a line: text may hold Unicode line separators. Blank lines are no rows.
 - Parquet is streamed through `datasets`, Zstandard through `pyarrow`, which comes with it.
-- NaN and Infinity, which JSON does not have, are read as Python and pandas write them, and written again as they came:
-  refusing them would refuse every Parquet file with a missing number.
+- JSON has no NaN and Infinity. They are read as Python and pandas write them, and written again as they came: otherwise every
+  Parquet file with a missing number would be refused.
 - CSV holds text. An empty cell is not there.
 """
 

@@ -212,9 +212,9 @@ def score_batch(
         model: a transformers causal LM (also wrapped by PEFT, DDP, FSDP2 or torch.compile), a folder or hub name, or "smollm2".
             None: the policy bound by `entra.bind_policy`.
         tokenizer: the model's. Not needed for token ids, nor for a model given by name.
-        logprobs: float [n] per completion, log P of its tokens (natural log, at most 0), for example from a trainer's pass.
+        logprobs: float [n] per completion. Log P of its tokens (natural log, at most 0), for example from a trainer's pass.
             With `logprobs` and `incoming` given, no forward runs.
-        incoming: float [n] per completion, the mean incoming attention of its tokens, in 0 to 1 (lift: at least 0), from
+        incoming: float [n] per completion. The mean incoming attention of its tokens, in 0 to 1 (lift: at least 0), from
             `entra.capture_incoming_attention`.
         config: the options of the method. None: the defaults.
         details: return `Scores` instead of the rewards alone.
@@ -223,8 +223,8 @@ def score_batch(
         One float in [0, 1] per completion, or None (with a warning) where a value was not finite. With `details` a `Scores`.
 
     Raises:
-        ValueError: numbers of rows that differ, a row that cannot be encoded (see `entra.encode`), logprobs or incoming that do
-            not fit the tokens or are out of their range, a model that cannot be scored.
+        ValueError: numbers of rows differ, or a row cannot be encoded (see `entra.encode`). Or logprobs or incoming do not fit
+            the tokens or are out of their range. Or the model cannot be scored.
         TypeError: an unknown keyword (the message names the nearest right one), an argument that does not hold rows, or a row
             that is neither text nor messages nor ids.
         RuntimeError: no model at all, logprobs or incoming that require grad, a model whose logits cannot be reproduced.
@@ -252,8 +252,8 @@ def score_batch(
     if policy is None and count and (logprobs is None or incoming is None):
         raise RuntimeError(
             "there is no model to score with; pass model=... (and tokenizer=... for text), or call inside "
-            "entra.bind_policy(model, tokenizer) or entra.EntraGRPOTrainer, or pass logprobs=... and incoming=... (TRL's async "
-            "trainer runs rewards in a process without the policy: there model=... is the only way)"
+            "entra.bind_policy(model, tokenizer) or entra.EntraGRPOTrainer, or pass logprobs and incoming. TRL's async trainer "
+            "runs rewards in a process without the policy; there model=... is the only way"
         )
     rollout = bound_rollout() if model is None and logprobs is None and incoming is None else None
     if rollout is not None and rollout.holds(prompts, completion_ids):

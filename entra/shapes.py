@@ -11,13 +11,13 @@
 
 Decisions taken here:
 
-- The columns of a file decide, not its rows. Where two columns could be the prompt, or the completion, nobody guesses.
-  Beside `prompt`, which is what the model was given, the other names are what that was made of.
+- The columns of a file decide, not its rows. Where two columns could be the prompt, or the completion, nobody guesses. A
+  column `prompt` is what the model was given, and goes before the other names, from which it was made.
 - A list of completions becomes one row each, with its place in the column `generation_index`.
 - Servers split what a reasoning model wrote into `reasoning_content` (or `reasoning`) and `content`. The completion is both
   again, as the model wrote them: `<think>\\n` reasoning `\\n</think>\\n\\n` content. Without content, the model was cut off
   while it thought, and the tag stays open.
-- A batch's column `error` is not carried where it is null, else it becomes the row's error.
+- A batch's column `error` becomes the row's error. Where it is null, it is not carried.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def take(
     """Which columns are prompt and completion.
 
     Args:
-        columns: of the file; without any, all rows are bad.
+        columns: of the file. Without any, all rows are bad.
         prompt: of `--prompt-column`, if it was given.
         completion: of `--completion-column`, if it was given.
         where: names the file in messages.
@@ -109,7 +109,7 @@ def take(
 
 
 def take_if_any(columns: Collection[str], prompt: str | None, completion: str | None) -> tuple[Taken, str | None]:
-    """The same where a file may do without: None for what cannot be told, and why. A flag still must name a column."""
+    """The same where a file may lack one of them: None for what cannot be told, and why. A flag still must name a column."""
     try:
         return take(columns, prompt, completion), None
     except CommandError as error:
@@ -157,7 +157,7 @@ def prompt_of_request(columns: Mapping[str, Any]) -> Any:
 
 
 def from_table(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a row of CSV, where lists and objects can stand only as JSON: those that hold them elsewhere are read."""
+    """The columns of a row of CSV, where lists and objects can stand only as JSON. Those of other formats are parsed."""
     read = dict(columns)
     for name in (*CHATS, "generations", ARGUMENTS, *RESPONSES, *_OF_EACH, *PROMPTS, *COMPLETIONS):
         value = read.get(name)
@@ -179,7 +179,7 @@ def columns_of(columns: Sequence[str], taken: Taken, requests: Mapping[str, Any]
 
 
 def count(value: Any) -> int:
-    """How many rows a row becomes whose completion column holds `value`."""
+    """How many rows a row becomes if its completion column holds `value`."""
     several = _several(value)
     return 1 if several is None else max(1, len(several))
 
@@ -233,7 +233,7 @@ def rows_of(row: Row, taken: Taken, why: str | None = None, requests: Mapping[st
 
 
 def _row(columns: dict[str, Any], taken: Taken, prompt: Any, value: Any, fault: str | None) -> Row:
-    """A row with its completion, also where something is wrong with its prompt: not all that is done needs one."""
+    """A row with its completion, also where something is wrong with its prompt: some commands need none."""
     reason = value.get("finish_reason") if isinstance(value, Mapping) else None
     if reason is not None:
         columns.setdefault("finish_reason", reason)
@@ -263,8 +263,8 @@ def _prompt(columns: Mapping[str, Any], taken: Taken, requests: Mapping[str, Any
     if taken.prompt == REQUEST:
         if requests is None:
             raise _FaultError(
-                f"missing field: the prompt is in the file of the batch's requests; name it, too, after that of the output, "
-                f"or name a column with --prompt-column (this is {REQUEST} {value})"
+                f"missing field: the prompt is in the file of the batch's requests; name it, too, after that of the output. "
+                f"Or name a column with --prompt-column. This is {REQUEST} {value}"
             )
         prompt = requests.get(str(value))
         if prompt is None:

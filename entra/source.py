@@ -3,9 +3,9 @@
 Decisions taken here:
 
 - A folder is read with all below it, in the order of names: *.jsonl, *.json, *.csv, *.tsv (each perhaps with .gz or .zst) and
-  *.parquet. Hidden files, the records of `entra score`, the output, and JSON that holds no rows are left out, the last three of
-  patterns, too.
-- Each file has columns of its own for prompt and completion (`entra.shapes`).
+  *.parquet. Hidden files, the records of `entra score`, the output, and JSON that holds no rows are left out. So are
+  the last three of what a pattern finds.
+- Columns for prompt and completion are found for each file by itself (`entra.shapes`).
 - A pipe is written into a temporary file first: which columns there are must be known before the first row is scored.
 """
 
@@ -40,7 +40,7 @@ from entra.shapes import (
 )
 
 SIDECAR = ".meta.json"
-"""What follows the name of an output of `entra score` in that of the record beside it."""
+"""The record beside an output of `entra score` has the output's name with this behind it."""
 PIPE = Path("-")
 """Stands for stdin, and as an output for stdout."""
 _ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
@@ -71,14 +71,14 @@ class Source:
 
     Args:
         names: files, folders, shell patterns, "-" for stdin.
-        prompt: the column of the prompt, if it was named; else it is found.
-        completion: the same of the completion.
+        prompt: the column of the prompt. None: it is found.
+        completion: the column of the completion. None: it is found.
         limit: only so many rows.
-        output: a file that is written: it is no part of a folder or pattern that is read.
+        output: the file that is written. A folder or pattern that holds it is read without it.
         required: whether there must be a prompt and a completion.
 
     Raises:
-        CommandError: what cannot be read, or whose columns nobody can tell; the message says what to do.
+        CommandError: a file cannot be read, or nobody can tell its columns. The message says what to do.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Source:
         return kept
 
     def _look(self, name: Path) -> File:
-        """A file before it is known what is prompt and completion: the counts are those of its lines."""
+        """A file before prompt and completion are known: the counts are those of its lines."""
         path = self._readable(name)
         form = format_of(path, name)
         digest = hashlib.sha256()
@@ -266,7 +266,8 @@ class Source:
             rows = file.lines + file.more.get(taken.completion, 0)
         if rows > file.lines and INDEX in file.columns:
             raise CommandError(
-                f"{file.name}: rows hold several completions, whose number goes into the column {INDEX}; the file has one"
+                f"{file.name}: rows hold several completions, whose number goes into the column {INDEX}; the file has one "
+                "already: rename it"
             )
         return file._replace(taken=taken, why=why, rows=rows)
 

@@ -21,8 +21,8 @@ class Completion:
     """One answer to a problem."""
 
     kind: str
-    """`concise` (a model's own short answer), `sample` (another answer of the same model), `overthinking` (the concise
-    one written out with checks, restatements and loops) or `control` (about as long, but with new steps all the way)."""
+    """One of four. `concise`: a model's own short answer. `sample`: another answer of the same model. `overthinking`: the
+    concise one written out with checks, restatements and loops. `control`: about as long, but with new steps all the way."""
     text: str
     """The completion as plain text, without chat markup."""
     source: str

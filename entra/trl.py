@@ -65,11 +65,11 @@ class _LivePolicy:
         if verify_every and not self._entra_configs:
             raise ValueError(
                 f"verify_every={verify_every}, but there is nothing to verify: no reward function is entra.score_batch or a "
-                "live entra.EntraReward; put one of them in (a function of yours that calls score_batch is not verified)"
+                "live entra.EntraReward. Put one of them in; a function of yours that calls score_batch is not verified"
             )
         if self.beta == 0 and any(_is_ungated(reward) for reward in self.reward_funcs):  # type: ignore[attr-defined]
             warnings.warn(
-                "beta=0 and a live ENTRA reward without a gate: nothing holds the policy near where it started, and r alone is "
+                "beta=0 and a live ENTRA reward without a gate: nothing holds the policy near where it started. r alone is "
                 "highest for a few different tokens, or for gibberish that never repeats. Gate the reward, "
                 "entra.EntraReward(gate=accuracy_reward, min_length=..., min_mean_logprob=...), or set beta > 0",
                 UserWarning,
@@ -340,7 +340,7 @@ def _check_sharding(fsdp_plugin: Any) -> None:
     """`fsdp_plugin` is accelerate's, None without FSDP."""
     if getattr(fsdp_plugin, "fsdp_version", None) == 1:
         raise ValueError(
-            "fsdp_version=1, but ENTRA scores under FSDP2 only: FSDP1 does not tell which weights are in parts, and ranks with "
+            "fsdp_version=1, but ENTRA scores under FSDP2 only. FSDP1 does not tell which weights are in parts, so ranks with "
             "unequal numbers of forwards would wait for each other; set fsdp_version: 2 in accelerate's config (its default "
             "is 1), or fsdp_config={'version': 2} in the training arguments"
         )

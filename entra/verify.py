@@ -59,7 +59,7 @@ class Deviation(NamedTuple):
             return None
         return (
             f"scores are off from the reference: {', '.join(wrong)}; rewards cannot be trusted. Train with "
-            "ScoreConfig(backend='torch') to see whether a kernel is the cause, and report it with model, GPU and versions"
+            "ScoreConfig(backend='torch') to see whether a kernel is the cause. Report it with model, GPU and versions"
         )
 
 
@@ -67,7 +67,7 @@ def verify(rollout: Rollout, row: int, config: ScoreConfig) -> Deviation:
     """Score the leading tokens of one row again, by `config.backend` and by the reference.
 
     Args:
-        rollout: the batch; where ranks hold parts of its model, all of them must verify at the same time.
+        rollout: the batch. Where ranks hold parts of its model, all of them must verify at the same time.
         row: which of its rows.
         config: statistic, head reduction and backend of the scores.
 

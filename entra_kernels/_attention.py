@@ -122,8 +122,8 @@ def incoming_attention(
         sinks: [H] logits that only add to the softmax denominator, as in gpt-oss.
         lse: float [B, H, N] (packed: [H, T]), the row log-sum-exp of the scores (natural log, sinks included), if the attention
             forward already knows it. It saves one of the two passes. Excludes `sinks`.
-        row_weights: float [B, N] (packed: [T]), a weight w_j of each query: sum_{j>i} w_j A_ji over the same divisor, not over
-            the sum of the weights. w_j = j gives lift. 1 / inclusion probability gives unbiased row sampling.
+        row_weights: float [B, N] (packed: [T]), a weight w_j of each query. The result is sum_{j>i} w_j A_ji over the same
+            divisor, not over the sum of the weights. w_j = j gives lift. 1 / inclusion probability gives unbiased row sampling.
         per_head: return every query head by itself instead of the mean over heads.
         normalize: False returns the sums over j, not divided.
         sample_rows: m >= 4 takes m query rows of each sequence instead of all, in time O(N m), and returns a

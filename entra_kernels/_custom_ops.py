@@ -34,8 +34,8 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             raise RuntimeError(
-                "backend='triton' needs triton, which the CUDA and ROCm builds of torch bring along; install such a build, for "
-                "tests on a CPU pip install 'entra-reward[triton]', or use backend='torch'"
+                "backend='triton' needs triton, which the CUDA and ROCm builds of torch bring along. Install such a build. "
+                "For tests on a CPU: pip install 'entra-reward[triton]', or use backend='torch'"
             )
         if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(

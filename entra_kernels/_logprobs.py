@@ -143,9 +143,9 @@ def linear_token_logprobs(
         in the other backends, the last digits of the product may depend on the number of positions.
 
     Raises:
-        ValueError: shapes that do not agree, a target outside the vocabulary or an index in `rows` outside the positions (on a
-            GPU that result is NaN instead), a temperature that is not positive and finite, a softcap or logit_scale out of its
-            range.
+        ValueError: shapes do not agree, or the temperature is not positive and finite. Or a softcap or logit_scale is out of
+            its range. Or a target is outside the vocabulary, or an index in `rows` outside the positions. (On a GPU the result
+            of these two is NaN instead.)
         TypeError: a dtype that is not supported, an option that is no number.
         RuntimeError: an input requires grad (use torch.no_grad()), or the backend that you named cannot run here.
 

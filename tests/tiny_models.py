@@ -1,7 +1,7 @@
 """Tiny random models of the families that tests score: seeded, 2 to 4 layers, some 30,000 weights, built in milliseconds.
 
 Head dims are 20 or 24, so that nothing relies on a power of two. Weights are drawn wide enough that attention is far
-from uniform: with the usual 0.02 every row would be close to 1 / j and a wrong layer or scale would go unseen.
+from uniform. With the usual 0.02 every row would be close to 1 / j, and nobody would see a wrong layer or scale.
 """
 
 from __future__ import annotations

@@ -200,8 +200,8 @@ def tables(result: Result) -> list[Table]:
     """Protected sets, twins, spread."""
     summary, about = result.summary, _about(result)
     weights = Table(
-        caption="**Protected tokens and reward by λ.** Of the protected tokens, in %: those that λ = 0 protects too, those in "
-        "the first fifth of the completion, and those with a text that the question has. Chance: 20 % are in the first fifth. "
+        caption="**Protected tokens and reward by λ.** Three shares of the protected tokens, in %: λ = 0 protects them too, "
+        "they are in the first fifth of the completion, and the question has their text. Chance: 20 % are in the first fifth. "
         f"{100 * summary['in_prompt'][0]:.1f} % of all tokens have such a text. Then the reward r and its change from λ = 0. "
         f"Means over completions, in brackets 95 % intervals over problems. {about}",
         header=[

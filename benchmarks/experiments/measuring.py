@@ -167,8 +167,8 @@ def load(options: argparse.Namespace) -> Samples:
     """The samples that the flags name.
 
     Args:
-        options: of `add_arguments`, and with `traces` also `rows`: those of its rows as `entra.source.Source` reads them, each
-            with its columns, prompt and completion among them, and what is wrong with it, None when nothing is.
+        options: of `add_arguments`. With `traces` they have `rows` as well: its rows as `entra.source.Source` reads them. Each
+            comes with its columns (prompt and completion among them) and what is wrong with it, None when nothing is.
 
     Raises:
         ValueError: a limit below 1, or no row that can be used; the message names the first fault.

@@ -1,7 +1,11 @@
 """Changes that leave a completion as it is, under which its protected tokens should stay the same.
 
-There are four: weights and arithmetic in bfloat16 instead of the model's dtype; another system message; a polite sentence in
-front of the question; the prompt as plain text, without the chat template.
+There are four:
+
+- weights and arithmetic in bfloat16 instead of the model's dtype;
+- another system message;
+- a polite sentence in front of the question;
+- the prompt as plain text, without the chat template.
 """
 
 from __future__ import annotations

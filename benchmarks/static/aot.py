@@ -185,8 +185,8 @@ def too_much(compiled: Compiled, chip: Chip, num_warps: int) -> str:
     """What a compiled kernel takes more of than its chip has; "" where nothing."""
     if compiled.shared_memory > chip.shared_memory:
         return f"{compiled.shared_memory} B of shared memory, {chip.arch} has {chip.shared_memory}"
-    # On NVIDIA chips registers are given out in 256 per warp, 65,536 to an SM; a SIMD of a CDNA chip has 512 per lane for the
-    # warps that it holds, and a compute unit has 4 SIMDs.
+    # An SM of an NVIDIA chip has 65,536 registers, and a warp gets a multiple of 256. A compute unit of a CDNA chip has 4
+    # SIMDs. Each has 512 registers per lane for the warps that it holds.
     if chip.is_nvidia:
         taken, limit = -(-compiled.registers * chip.lanes // 256) * 256 * num_warps, 65_536
     else:

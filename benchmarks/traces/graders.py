@@ -1,8 +1,8 @@
 """Whether a completion of a public data set is right, by code alone: no model judges, and nothing in the data is run.
 
 `correct_number` grades the GSM8K completions of MiP-Overthinking, whose files hold no grades. `correct_item` grades
-thinking-traces by the rules of that repository's `src/thinktrace/grade.py` (MIT), written anew. Its grades are in no file
-there, only their sums: 183, 181, 187 and 136 of 200.
+thinking-traces by the rules of that repository's `src/thinktrace/grade.py` (MIT), written anew. No file there holds its grades,
+only their sums: 183, 181, 187 and 136 of 200.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "
 LABELLED = re.compile(r"\banswer[\s*]*[:\-][\s*]*(.*?)[\s*]*$", re.IGNORECASE)
 FENCED = re.compile(r"\s*```[a-zA-Z0-9]*\s*\n(.*?)\n\s*```\s*", re.DOTALL)
 LONGEST_SHORT_REPLY = 12
-"""Words up to which a reply counts as right where it holds the answer among others."""
+"""Up to so many words, a reply counts as right if it holds the answer among others."""
 
 
 def correct_number(completion: str, answer: str) -> bool:

@@ -26,17 +26,17 @@ that the model stopped by itself (`done_reason`). The 63 that reached the limit 
 **thought-anchors** takes `problem.json`, `base_solution.json` and `chunks_labeled.json` of ten problems by R1-Distill-Llama-8B
 and R1-Distill-Qwen-14B, a right and a wrong solution each. `prompt` goes without the `<think>` that ends it there.
 A chunk is about a sentence. Each is looked for as it stands, behind the last one that was found, and becomes an annotation with
-its measures. 116 of 5,814 chunks are left out: the source joined their parts by other white space, so the solution does not
-hold them as they stand. `rollout_accuracy` is the share of resampled continuations that reach the right answer. `settled_at` is
-the start of the first chunk from which on it is at least 0.9 in every chunk that is kept, so to the end. It is null where the
-last chunk has less, as in all wrong solutions and one right one.
+its measures. 116 of 5,814 chunks are left out: the solution does not hold them as they stand, because the source joined their
+parts by other white space. `rollout_accuracy` is the share of resampled continuations that reach the right answer. From
+`settled_at` on, the start of a chunk, it is at least 0.9 in every chunk that is kept. `settled_at` is null where the last chunk
+has less, as in all wrong solutions and one right one.
 
 **mip** takes the well-posed questions of `data/gsm8k.json` and seven models' answers to them in `response/gsm8k/normal`.
 `problem_id` is the place in that file. 321 of the 582 questions are kept: those whose `problem_id` has the lowest SHA-256.
 `answer` is what follows `####`. `correct` compares it with the last number in the last box, or in all of the completion
-where nothing is boxed. The files do not say what was cut. `complete` is true where the thinking ended, and elsewhere unless
-the text ends in a letter or digit without having boxed an answer. Five by Phi-3 do; their last lines are sums, so that they
-may well be whole.
+where nothing is boxed. The files do not say what was cut. `complete` is true where the thinking ended. Elsewhere it is false if
+the text ends in a letter or digit without having boxed an answer, else true. Five by Phi-3 end so. Their last lines are sums,
+so they may well be whole.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, KeyError, ValueError) as error:
         parser.error(
             f"{options.checkout} does not hold the files of {corpus.repository} at that commit "
-            f"({type(error).__name__}: {error}); get them with: git clone https://github.com/{corpus.repository} && "
+            f"({type(error).__name__}: {error}). Get them with: git clone https://github.com/{corpus.repository} && "
             f"git -C {corpus.repository.partition('/')[2]} checkout {corpus.commit}"
         )
     options.output.write_text(text, encoding="utf-8", newline="\n")

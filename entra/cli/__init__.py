@@ -1,8 +1,8 @@
-"""The command line: `entra score` for a file of traces, `entra inspect` to look at them, `entra eval` to compare two,
-`entra select` for what to train on, `entra train` for a model, `entra doctor` before that, `entra demo` for a first look.
+"""The command line. For files of traces: `entra score`, `entra inspect` to look at them, `entra eval` to compare two, and
+`entra select` for what to train on. For a model: `entra train`, and `entra doctor` before that. `entra demo` is a first look.
 
-Exit codes: 0 finished (also when rows were bad: they are in the output, with an `error`), 1 stopped by something that the
-message names, 2 bad usage, 130 interrupted with Ctrl-C.
+Exit codes: 0 finished, 1 stopped by something that the message names, 2 bad usage, 130 interrupted with Ctrl-C. Bad rows do not
+stop a command: they are in the output, with an `error`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import entra
-from entra.commands import CommandError, Parser, exit_code, one_line, refuse, say
+from entra.commands import CommandError, Parser, ending_at_once, exit_code, one_line, refuse, say
 from entra.name_clash import REMEDY, name_clash
 
 __all__ = ["CommandError", "Parser", "main", "one_line", "refuse", "say"]
@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (module, line) in COMMANDS.items():
         if words[:1] == [name] or (complete and line is not None):
             listed = SimpleNamespace(add_parser=partial(commands.add_parser, help=line))
-            parsers[name] = importlib.import_module(module).add_parser(commands if line is None else listed)
+            with ending_at_once():
+                imported = importlib.import_module(module)
+            parsers[name] = imported.add_parser(commands if line is None else listed)
         elif line is not None:
             parsers[name] = commands.add_parser(name, help=line)
     try:

@@ -24,6 +24,7 @@ from entra.score import CompletionScores, score_batch
 from entra.traces import Completion, Problem, load_traces
 from entra.view.lines import PROTECTED, protected_runs
 from entra.view.trace import pieces_of
+from entra.whole_file import write_whole
 
 CONFIG = ScoreConfig()
 _SHOWN_KINDS = ("concise", "overthinking", "control")
@@ -307,6 +308,7 @@ def _write_svg(path: Path, problem: Problem, scored: Sequence[Scored]) -> None:
     for part in _traces(problem, scored, marks=False):
         console.print(part)
     try:
-        console.save_svg(str(path), title=f"entra demo --problem {problem.id}", code_format=_SVG_FORMAT, unique_id="entra")
+        title = f"entra demo --problem {problem.id}"
+        write_whole(path, console.export_svg(title=title, code_format=_SVG_FORMAT, unique_id="entra"))
     except OSError as error:
         raise CommandError(f"cannot write --svg {path}: {error.strerror or error}") from error

@@ -15,8 +15,8 @@ from entra.policy import Policy
 
 _USAGE = "entra doctor --model MODEL [any option of entra train]"
 _DESCRIPTION = """\
-Look at a model before a run: can it be scored with these versions, which layer and which backend, do scores ride on TRL's
-log-prob pass or cost a forward, how long it takes. Scores a short text and compares it with eager attention and with the
+Look at a model before a run: can it be scored with these versions, by which layer and which backend? Do scores ride on TRL's
+log-prob pass, or cost a forward? How long does it take? Scores a short text and compares it with eager attention and with the
 reference. Give the options of the training too, as for entra train (also --config FILE). Exit code 0 only if all is right."""
 
 

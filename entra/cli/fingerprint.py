@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from entra.cli import CommandError
-from entra.cli.output import write_whole
 from entra.progress import progress_bar
 from entra.source import SIDECAR
+from entra.whole_file import write_whole
 
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
 # What trainers leave beside a model, and says nothing about it.

@@ -52,6 +52,7 @@ from entra.score import CompletionScores
 from entra.shapes import REQUEST
 from entra.source import Source
 from entra.traces import load_traces
+from entra.view.marked import marks_of
 from entra.view.page import is_page
 from entra.view.trace import Trace, pieces_of
 
@@ -83,6 +84,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--terminal", action="store_true", help="show the traces here; plain text when this is no terminal")
     parser.add_argument("--prefix", help="what stands before the names of entra score's columns (default: found)")
+    parser.add_argument(
+        "--marks",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="show a column of the input as marks on the completion: a list of {start, end, label} by its characters, or one "
+        "character's number; may be given more than once",
+    )
     add_scoring_flags(parser)
     parser.set_defaults(run=run)
     return parser
@@ -103,6 +112,7 @@ def run(options: argparse.Namespace) -> None:
     if not source.rows:
         raise CommandError(f"{source.title} has no rows; give a file with one JSON object a line")
     prefix = _prefix_of_scores(options, source.columns)
+    _check_marks(options.marks, source.columns)
     tell(options, *source.lines)
     if prefix is None:
         check_scoring_flags(options)
@@ -114,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
     if output is not None:
         _write(output, shown, source.title, facts)
     found = f"{source.rows:,} traces" + (f", {errors.total():,} of them with an error ({listed(errors)})" if errors else "")
-    tell(options, f"{output or source.title}: {found}")
+    tell(options, f"{output or source.title}: {found}", *_told_of_marks(options.marks, shown.traces))
     if options.terminal:
         from entra.view import terminal
 
@@ -122,6 +132,21 @@ def run(options: argparse.Namespace) -> None:
     if errors.total() == len(shown.traces):
         first = shown.traces[0]
         raise CommandError(f"no row could be scored; the first is {first.name}: {first.error}")
+
+
+def _check_marks(names: Sequence[str], columns: Sequence[str]) -> None:
+    for name in names:
+        if name not in columns:
+            raise CommandError(f"--marks {name}: no row has that column; there are {', '.join(columns)}")
+
+
+def _told_of_marks(names: Sequence[str], traces: Sequence[Trace]) -> list[str]:
+    if not names:
+        return []
+    marked = sum(bool(trace.marked) for trace in traces)
+    left_out = [fault for trace in traces for fault in trace.left_out]
+    more = f"; some are left out in {len(left_out):,} columns of rows, the first of {left_out[0]}" if left_out else ""
+    return [f"marks of {', '.join(names)}: {sum(len(trace.marked) for trace in traces):,} in {marked:,} traces{more}"]
 
 
 class _Input(NamedTuple):
@@ -216,7 +241,7 @@ def _scored_now(options: argparse.Namespace, config: ScoreConfig, source: _Input
         raise CommandError('--model is needed to score the traces: a folder, a hub name, or "smollm2"')
     policy = load_as(options, model)
     scorer = Scorer(policy, config, options.apply_chat_template)
-    traces = _Traces(policy.tokenizer, source.taken)
+    traces = _Traces(policy.tokenizer, source.taken, options.marks)
     first = list(islice(source.read, options.batch_size))
     tell(options, *scorer.lines(first))
     rows = chain(first, source.read)
@@ -244,7 +269,7 @@ def _scored_before(options: argparse.Namespace, config: ScoreConfig, prefix: str
     # A name on the command line was chosen by who typed it; the one on record comes with the file, and so would its code.
     revision = options.revision or (None if options.model else before.get("revision"))
     tokenizer = load_tokenizer_of(model, trust_remote_code=None if options.model else False, revision=revision)
-    traces = _Traces(tokenizer, source.taken)
+    traces = _Traces(tokenizer, source.taken, options.marks)
     hidden = [prefix + name for name in (*SCORE_COLUMNS, *DETAIL_COLUMNS, ERROR_COLUMN)]
     with progress_bar(source.rows, 0, "rows", options.quiet) as bar:
         for row in source.read:
@@ -307,8 +332,9 @@ def _is_bool(value: Any) -> bool:
 class _Traces:
     """The traces that are shown, in the order of the rows. Scores stay tensors: there can be millions of tokens."""
 
-    def __init__(self, tokenizer: Any, taken: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Any, taken: Mapping[str, Any], marks: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
+        self._marks = list(dict.fromkeys(marks))
         columns = (column for value in taken.values() for column in (value if isinstance(value, list) else [value]))
         self._taken = {column for column in columns if column != REQUEST}
         self._pieces: dict[str, str] = {}
@@ -319,7 +345,7 @@ class _Traces:
         """A row with its scores or what is wrong with it; its columns are carried, but for `hidden` ones."""
         if row.malformed is not None:
             self._malformed.add(len(self._traces))
-        left_out = {*self._taken, *hidden}
+        left_out = {*self._taken, *hidden, *self._marks}
         trace = Trace(
             name=f"row {len(self._traces) + 1}",
             prompt=self._prompt_text(row.prompt),
@@ -329,6 +355,10 @@ class _Traces:
         if not isinstance(scores, str):
             pieces = pieces_of(self._tokenizer, scores.token_ids.tolist())
             trace = replace(trace, pieces=[self._pieces.setdefault(piece, piece) for piece in pieces], scores=scores)
+            text = _text(row.completion)
+            found = [marks_of(name, row.columns.get(name), trace.pieces, text) for name in self._marks]
+            marked = sorted((mark for marks, _ in found for mark in marks), key=lambda mark: (mark.start, -mark.end))
+            trace = replace(trace, marked=marked, left_out=[fault for _, fault in found if fault is not None])
         self._traces.append(trace)
 
     def named(self) -> list[Trace]:
@@ -349,6 +379,14 @@ class _Traces:
         if isinstance(prompt, str) or prompt is None:
             return prompt or ""
         return json.dumps(prompt, ensure_ascii=False, default=str)
+
+
+def _text(completion: Any) -> str | None:
+    """The completion's characters, to which marks belong; None where it is token ids, or of several messages."""
+    messages = completion if isinstance(completion, list) else []
+    if len(messages) == 1 and isinstance(messages[0], Mapping):
+        completion = messages[0].get("content")
+    return completion if isinstance(completion, str) else None
 
 
 def _write(output: Path, shown: _Shown, title: str, facts: Mapping[str, str]) -> None:

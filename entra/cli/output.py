@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from entra.cli import CommandError
 from entra.cli.formats import convert, part_of
 from entra.rows import format_of, is_finite, read_rows
 from entra.source import PIPE, SIDECAR
+from entra.whole_file import write_whole
 
 _FORMAT = 3
 """Of the sidecar. Those of earlier versions do not say what was taken for prompt and completion, or note other things of the
@@ -39,7 +40,7 @@ class Output:
 
     Args:
         path: of the file.
-        identity: what the rows belong to, nested dicts of JSON values; must be as it was.
+        identity: what the rows belong to, as nested dicts of JSON values. It must be as it was.
         facts: recorded beside it, and not compared.
         overwrite: throw away what is there, whatever it belongs to.
 
@@ -86,8 +87,8 @@ class Output:
 
         Args:
             expected: the input's rows, which they must carry, in its order.
-            error: a row has text in this column,
-            numbers: or a number in each of these.
+            error: the column that holds text in a row that was not scored.
+            numbers: the columns that each hold a number in any other row.
             added: all columns that are not the input's.
 
         Raises:
@@ -251,7 +252,7 @@ def recorded(path: Path) -> dict[str, Any] | None:
         return _record(sidecar)
     except (OSError, ValueError, RecursionError) as error:
         raise CommandError(
-            f"{path} exists, but {sidecar.name} beside it, which says what it belongs to, cannot be read ({error}); "
+            f"{path} exists, but {sidecar.name} beside it cannot be read ({error}), and that says what it belongs to; "
             f"use another --output, or remove {path}"
         ) from error
 
@@ -371,7 +372,7 @@ def check_output(path: Path, inputs: Sequence[Path]) -> None:
             raise CommandError(f"--output {path} needs {sidecar.name} beside it, which is the input; choose another file")
         if sidecar.stat().st_size and not _is_ours(sidecar, lambda file: bool(_record(file))):
             raise CommandError(
-                f"--output {path} needs {sidecar.name} beside it, which exists, and entra score did not write it; choose "
+                f"--output {path} needs {sidecar.name} beside it, but there is one that entra score did not write; choose "
                 f"another file, or remove {sidecar}"
             )
 
@@ -432,26 +433,6 @@ def _writing(path: Path, remedy: str, exit_code: int = 2) -> Iterator[None]:
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + SIDECAR)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Either all of the file is there or nothing; nothing else is touched."""
-    for attempt in count():
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}-{attempt}.tmp")
-        try:
-            file = unfinished.open("x", encoding="utf-8")
-        except FileExistsError:
-            continue
-        break
-    try:
-        with file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

@@ -3,8 +3,8 @@
 Decisions taken here:
 
 - Batches are planned from the row's number in the input alone. A run that goes on scores its first batch again as a whole and
-  writes only the rows that are missing, so the file is the same to the byte as that of an uninterrupted run on this machine
-  (other hardware rounds differently). The number of CPU threads, on which rounding depends too, is taken from the first run.
+  writes only the rows that are missing. So the file is the same to the byte as that of an uninterrupted run on this machine;
+  other hardware rounds differently. The number of CPU threads, on which rounding depends too, is taken from the first run.
 - Carried columns come out as they went in, also NaN and Infinity, which are not JSON: they are written as Python's json and
   pandas write them (`entra.rows` says why).
 - A bad row's `error` is "kind: message" (`entra.cli.scoring`); the summary counts kinds.
@@ -51,12 +51,12 @@ _IDENTITY = ("prefix", "details", "batch_size", "limit", "apply_chat_template", 
 """Options that rows depend on, but for those of the method."""
 _DESCRIPTION = """\
 Score the completions in files of traces, in the shapes and formats in which people have them. The output has the input's rows
-in the input's order, each with its columns and: reward, tokens (of the completion), mean_logprob, mean_incoming (attention from
-future tokens) and protected_tokens (how many), or error (kind and message) when the row cannot be scored. A row with several
-completions becomes one row for each. Bad rows stop nothing and leave the exit code at 0, unless there are no others. A run that
-was stopped, in whatever way, goes on when the same command is given again; OUTPUT.meta.json records what the rows belong to,
-and another input, model or option is refused. Files that entra score did not write are never replaced, with --overwrite
-neither."""
+in the input's order, each with its columns. Added are reward, tokens (of the completion), mean_logprob, mean_incoming
+(attention from future tokens) and protected_tokens (how many). A row that cannot be scored gets error (kind and message)
+instead. A row with several completions becomes one row for each. Bad rows stop nothing. They leave the exit code at 0, unless
+there are no others. A run that was stopped, in whatever way, goes on when you give the same command again. OUTPUT.meta.json
+records what the rows belong to, and another input, model or option is refused. Files that entra score did not write are never
+replaced, not even with --overwrite."""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from entra.cli import CommandError, one_line, say
+from entra.commands import ending_at_once
 from entra.config import ScoreConfig
 from entra.encode import Encoder
 from entra.flags import add_flags
@@ -103,7 +104,8 @@ def load_tokenizer_of(model: str, *, trust_remote_code: bool | None = None, revi
 @contextmanager
 def _loading(model: str, folder: str) -> Iterator[None]:
     try:
-        yield
+        with ending_at_once():
+            yield
     except Exception as error:  # transformers and the libraries it reads files with raise what they like
         remedy = f'give {folder}, a hub name, or "smollm2"'
         raise CommandError(f"cannot load --model {model}: {one_line(error)}; {remedy}") from error

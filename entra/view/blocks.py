@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from textwrap import wrap
 
 from entra.view.trace import Repeated
 from entra.view.visible import quoted
@@ -25,16 +26,16 @@ def column_chart(values: Sequence[float], width: int, height: int, *, label: str
         axis: of the position; stands below, between the first and the last number.
     """
     if not values:
-        return [f"{label}: none"]
+        return wrap(f"{label}: none", width)
     columns = min(len(values), max(1, width - 9))
     edges = [i * len(values) // columns for i in range(columns + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
-    rows = max(1, height - 2)
+    each = f"; mean of {len(values) / columns:.3g} tokens a column" if columns < len(values) else ""
+    lines = wrap(label + each, width)
+    rows = max(1, height - 1 - len(lines))
     step = (high - low) / (8 * rows) or 1.0
     levels = [max(1, round((mean - low) / step)) for mean in means]
-    each = f"; mean of {len(values) / columns:.3g} tokens a column" if columns < len(values) else ""
-    lines = [_fitted(label + each, width)]
     for row in reversed(range(rows)):
         mark = f"{high:8.3g} " if row == rows - 1 else f"{low:8.3g} " if row == 0 else " " * 9
         lines.append(mark + "".join(_EIGHTHS[min(8, max(0, level - 8 * row))] for level in levels))
@@ -47,11 +48,11 @@ def column_chart(values: Sequence[float], width: int, height: int, *, label: str
 def bars(items: Sequence[Repeated], width: int, *, label: str) -> list[str]:
     """One line for each: how often, a bar in proportion, the text."""
     if not items:
-        return [f"{label}: none"]
+        return wrap(f"{label}: none", width)
     most = max(item.times for item in items)
     digits = len(f"{most:,}")
     room = max(4, min(24, width // 3))
-    lines = [_fitted(label, width)]
+    lines = wrap(label, width)
     for item in items:
         eighths = max(1, round(8 * room * item.times / most))
         bar = "█" * (eighths // 8) + _LEFT_EIGHTHS[eighths % 8]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from entra.view.blocks import bars, column_chart, scatter
+from entra.view.marked import Mark
 from entra.view.trace import Trace
-from entra.view.visible import NEWLINE, quoted, visible
+from entra.view.visible import NEWLINE, has_right_to_left, quoted, visible
 
 PROTECTED = ("«", "»")
 IS_PROTECTED, FIRST, LAST = 1, 2, 4
 """What `marks` adds up."""
 RUN_LENGTHS = (1, 2, 4, 8)
 """Tokens of the runs whose repetitions are listed."""
+_LEFTWARDS = "right-to-left text stands in the order of its letters; the page (--output) lays it out"
+"""Few terminals lay it out, and those that do would move tokens away from their marks and colours."""
+MARKED = ("⟦", "⟧")
+_LEGEND = f"marks, between {' and '.join(MARKED)}: "
 COLUMNS = ("trace", "reward", "tokens", "entropy, nats", "repeated, %")
 
 
@@ -46,7 +52,16 @@ def about(trace: Trace) -> list[str]:
     """A trace's numbers, its other columns and its prompt, in lines."""
     columns = [f"{visible(name)}: {visible(str(value))}" for name, value in trace.columns.items()]
     prompt = [f"│ {visible(line)}" for line in trace.prompt.split("\n")]
-    return [summary(trace), *([" · ".join(columns)] if columns else []), *prompt]
+    marked = [_LEGEND + counted] if (counted := marks_line(trace)) else []
+    leftwards = any(map(has_right_to_left, (trace.prompt, *trace.pieces)))
+    return [
+        summary(trace),
+        *([" · ".join(columns)] if columns else []),
+        *marked,
+        *trace.left_out,
+        *([_LEFTWARDS] if leftwards else []),
+        *prompt,
+    ]
 
 
 def marks(protected: Sequence[bool]) -> list[int]:
@@ -87,9 +102,41 @@ def protected_runs(pieces: Sequence[str], protected: Sequence[bool], around: str
         yield run, False
 
 
+def marks_line(trace: Trace) -> str:
+    """The labels of a trace's marks, each with how many there are, or where the only place is; empty where there are none."""
+    found: dict[str, list[Mark]] = {}
+    for mark in trace.marked:
+        found.setdefault(mark.label, []).append(mark)
+    return " · ".join(
+        f"{visible(label)} "
+        + (f"at character {of[0].start:,} (token {of[0].first + 1:,})" if len(of) == 1 and of[0].is_place else f"{len(of):,}")
+        for label, of in found.items()
+    )
+
+
+def marked_pieces(trace: Trace) -> list[str]:
+    """The tokens' texts, with the labels of marks where these begin and a bracket where they end."""
+    begin, end = MARKED
+    pieces = list(trace.pieces)
+    signs: dict[int, str] = {}
+    ends: Counter[int] = Counter()
+    for mark in trace.marked:
+        label = visible(mark.label)
+        signs[mark.first] = signs.get(mark.first, "") + begin + label + (end if mark.is_place else ": ")
+        if not mark.is_place:
+            ends[mark.last] += 1
+    for i, closed in ends.items():
+        text = pieces[i].rstrip(" \n")
+        pieces[i] = text + end * closed + pieces[i][len(text) :]
+    for i, sign in signs.items():
+        text = pieces[i].lstrip(" ")
+        pieces[i] = pieces[i][: len(pieces[i]) - len(text)] + sign + text
+    return pieces
+
+
 def with_marks(trace: Trace) -> list[str]:
-    """The completion in lines, neighbouring protected tokens between marks."""
-    parts = protected_runs(trace.pieces, trace.protected)
+    """The completion in lines: neighbouring protected tokens between marks, and what the row itself marks between others."""
+    parts = protected_runs(marked_pieces(trace) if trace.marked else trace.pieces, trace.protected)
     lines = [visible(line) for line in "".join(part.join(PROTECTED) if marked else part for part, marked in parts).split("\n")]
     return [line + NEWLINE for line in lines[:-1]] + lines[-1:]
 
@@ -113,6 +160,7 @@ def rewards_chart(traces: Sequence[Trace], width: int, height: int, marked: int 
 def token_facts(trace: Trace, token: int) -> list[str]:
     """What is known of a token, in lines."""
     times = trace.scores.counts[trace.token_ids[token]]
+    marked = [mark for mark in trace.marked if mark.first <= token <= mark.last]
     share = f" ({100 * times / trace.scores.unprotected:.1f} %)" if trace.scores.unprotected else ""
     return [
         f"token {token + 1:,} of {len(trace.token_ids):,}: {quoted(trace.pieces[token])}, id {trace.token_ids[token]}, "
@@ -120,4 +168,5 @@ def token_facts(trace: Trace, token: int) -> list[str]:
         f"log-prob {trace.logprobs[token]:.3f} nats · incoming attention {trace.incoming[token]:.6f} · "
         f"importance {trace.importance[token]:.3f}",
         f"occurs {times:,} times among the {trace.scores.unprotected:,} unprotected tokens{share}",
+        *(["marked: " + (", ".join(visible(mark.label) for mark in marked) or "nothing")] if trace.marked else []),
     ]

@@ -15,7 +15,7 @@ from entra.view.visible import visible
 
 _SHADE = "230, 150, 30"
 _PROTECTED = "outline: 1px solid currentColor; outline-offset: -1px; border-radius: 2px;"
-_TEXT = "white-space: pre-wrap; overflow-wrap: anywhere; font-family: monospace; line-height: 1.6;"
+_TEXT = "white-space: pre-wrap; overflow-wrap: anywhere; font-family: monospace; line-height: 1.6; unicode-bidi: plaintext;"
 
 
 class NotebookView:

@@ -33,6 +33,7 @@ import numpy as np
 from entra.config import ScoreConfig
 from entra.view.lines import marks
 from entra.view.trace import Trace
+from entra.whole_file import write_whole
 
 # In this order: each may use what stands in an earlier one.
 _SCRIPTS = ("data.js", "charts.js", "overview.js", "trace.js", "main.js")
@@ -49,7 +50,7 @@ def write_page(
 
     Args:
         traces: in the order of the list; names are made of anything, but differ. They are read once.
-        path: overwritten.
+        path: replaced when the whole page is written: a full disk leaves the old one.
         title: the page's heading, such as the name of the file that was scored.
         config: what the traces were scored with; lambda, tau and the statistic stand in the heading. None: nobody knows.
         facts: further ones for the heading, by name, such as the model; the date is today's unless it is among them.
@@ -64,6 +65,7 @@ def write_page(
         decimals["incoming"] = _LIFT_DECIMALS
     vocabulary: dict[tuple[int, str], int] = {}
     prompts: dict[str, int] = {}
+    labels: dict[str, int] = {}
     records: dict[str, dict[str, Any]] = {}
     blocks: list[str] = []
     importance: list[np.ndarray] = []
@@ -78,7 +80,10 @@ def write_page(
         block, kinds = _packed(trace, words, decimals)
         blocks.append(block)
         importance.append(np.asarray(trace.importance, dtype=np.float64))
-        records[trace.name] = _record(trace, words, kinds, prompts.setdefault(trace.prompt, len(prompts)))
+        records[trace.name] = {
+            **_record(trace, words, kinds, prompts.setdefault(trace.prompt, len(prompts))),
+            "marked": [(labels.setdefault(mark.label, len(labels)), *mark[1:]) for mark in trace.marked],
+        }
     data = {
         "title": title,
         "facts": [*({"date": time.strftime("%Y-%m-%d")} | dict(facts or {})).items(), *_options(config)],
@@ -88,10 +93,10 @@ def write_page(
         "ids": [token for token, _ in vocabulary],
         "texts": [text for _, text in vocabulary],
         "prompts": list(prompts),
+        "labels": list(labels),
         "traces": list(records.values()),
     }
-    with path.open("w", encoding="ascii") as file:
-        file.writelines(_parts(title, data, blocks))
+    write_whole(path, _parts(title, data, blocks), encoding="ascii")
 
 
 def is_page(path: Path) -> bool:
@@ -167,6 +172,7 @@ def _record(trace: Trace, words: np.ndarray, kinds: str, prompt: int) -> dict[st
         "entropy": trace.scores.entropy,
         "repeated": trace.scores.repeated_share,
         "kinds": kinds,
+        "leftOut": list(trace.left_out),
         "runs": {
             length: [(words[run.first : run.first + length].tolist(), run.times) for run in trace.most_repeated(length, 8)]
             for length in _RUN_LENGTHS

@@ -8,7 +8,7 @@ underlined, so that colour is never all that tells.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rich.segment import Segment
@@ -53,6 +53,8 @@ class TokenText(ScrollView):
         Binding("pagedown", "page(1)", show=False),
         Binding("home", "to(0)", show=False),
         Binding("end", "to(-1)", show=False),
+        Binding("m", "mark(1)", "Mark", key_display="m M"),
+        Binding("M", "mark(-1)", show=False),
         Binding("n", "equal(1)", "Equal", key_display="n N"),
         Binding("N", "equal(-1)", show=False),
     ]
@@ -92,19 +94,23 @@ class TokenText(ScrollView):
     def on_resize(self) -> None:
         width = self.scrollable_content_region.width
         if width > 0 and width != self._width:
-            self._width = width
-            head = [line for text in about(self.trace) for line in Text(text).wrap(self.app.console, width)]
-            self._head = [line.plain for line in head] + [""]
-            self._lines = wrapped(self.trace.pieces, width) if self.trace.pieces else []
-            self._line_of = [0] * len(self.trace.pieces)
-            for number in range(len(self._lines) - 1, -1, -1):
-                for span in self._lines[number]:
-                    self._line_of[span.token] = number
-            self.virtual_size = Size(width, len(self._head) + len(self._lines))
-            if self._lines:  # below a long prompt the completion can be seen, too
-                line = len(self._head) + self._line_of[self.token]
+            self._lay_out(width)
+        if self._lines:  # below a long prompt, and beside charts that have come, the cursor can be seen
+            line = len(self._head) + self._line_of[self.token]
+            if not 0 <= line - self.scroll_offset.y < self.size.height:
                 self.scroll_to(y=max(0, line - self.size.height * 2 // 3), animate=False, force=True)
-            self.refresh()
+
+    def _lay_out(self, width: int) -> None:
+        self._width = width
+        head = [line for text in about(self.trace) for line in Text(text).wrap(self.app.console, width)]
+        self._head = [line.plain for line in head] + [""]
+        self._lines = wrapped(self.trace.pieces, width) if self.trace.pieces else []
+        self._line_of = [0] * len(self.trace.pieces)
+        for number in range(len(self._lines) - 1, -1, -1):
+            for span in self._lines[number]:
+                self._line_of[span.token] = number
+        self.virtual_size = Size(width, len(self._head) + len(self._lines))
+        self.refresh()
 
     def render_line(self, y: int) -> Strip:
         number = self.scroll_offset.y + y
@@ -165,6 +171,14 @@ class TokenText(ScrollView):
                 self.look(token)
                 return
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys for marks are there where marks are."""
+        return action != "mark" or bool(self.trace.marked)
+
+    def action_mark(self, by: int) -> None:
+        starts = [mark.first for mark in self.trace.marked][::by]
+        self.look(next((start for start in starts if (start - self.token) * by > 0), starts[0]))
+
     def look(self, token: int) -> None:
         """Put the cursor on a token and show it."""
         if not self.trace.pieces:
@@ -202,6 +216,23 @@ class TokenText(ScrollView):
             self.look(token)
 
 
+class Drawn(Static):
+    """Lines that are drawn anew for each size that they get."""
+
+    def __init__(self, lines: Callable[[int, int], list[str]], classes: str) -> None:
+        super().__init__(classes=classes)
+        self._lines = lines
+
+    def on_resize(self) -> None:
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw the lines for the width and height that there are."""
+        width, height = self.content_size
+        if width > 0:
+            self.update(Text("\n".join(self._lines(width, height)), no_wrap=True))
+
+
 class TracePane(Vertical):
     """One trace: its name, its tokens, what is known of one of them, its charts."""
 
@@ -210,7 +241,9 @@ class TracePane(Vertical):
     TracePane .name { height: 1; text-style: bold; background: $panel; }
     TracePane .facts { height: 3; background: $panel; }
     TracePane.narrow .facts { height: 5; }
-    TracePane VerticalScroll { height: auto; max-height: 60%; border-top: solid $panel; display: none; }
+    TracePane.marked .facts { height: 4; }
+    TracePane.marked.narrow .facts { height: 6; }
+    TracePane VerticalScroll { height: auto; max-height: 50%; border-top: solid $panel; display: none; overflow-y: scroll; }
     TracePane VerticalScroll:focus { border-top: solid $primary; }
     TracePane VerticalScroll.shown { display: block; }
     TracePane:focus-within .name { background: $primary; color: $text; }
@@ -226,13 +259,14 @@ class TracePane(Vertical):
         yield TokenText(self.trace, self._token)
         yield Static(classes="facts")
         with VerticalScroll():
-            yield Static(classes="charts")
+            yield Drawn(lambda width, _: charts(self.trace, max(20, width)), classes="charts")
 
     def on_mount(self) -> None:
+        self.set_class(bool(self.trace.marked), "marked")
         self.facts(self._token)
 
     def on_resize(self) -> None:
-        self.set_class(self.size.width < 100, "narrow")
+        self.set_class(self.size.width < 80, "narrow")
 
     @on(TokenText.Looked)
     def _looked(self, message: TokenText.Looked) -> None:
@@ -245,13 +279,7 @@ class TracePane(Vertical):
 
     def show_charts(self, shown: bool) -> None:
         """Show the charts, or the text alone."""
-        self.query_one(VerticalScroll).set_class(shown, "shown")
-        if shown and self.trace.error is None:
-            self.call_after_refresh(self._draw)
-
-    def _draw(self) -> None:
-        widget = self.query_one(".charts", Static)
-        widget.update(Text("\n".join(charts(self.trace, max(20, widget.content_size.width))), no_wrap=True))
+        self.query_one(VerticalScroll).set_class(shown and self.trace.error is None, "shown")
 
 
 class TraceScreen(Screen[None]):
@@ -335,7 +363,7 @@ class ListScreen(Screen[None]):
     DEFAULT_CSS = """
     ListScreen .title { height: auto; max-height: 3; background: $panel; }
     ListScreen DataTable { height: 1fr; }
-    ListScreen .chart { height: 14; border-top: solid $panel; display: none; }
+    ListScreen .chart { height: 40%; max-height: 14; border-top: solid $panel; display: none; }
     ListScreen .chart.shown { display: block; }
     """
 
@@ -352,7 +380,7 @@ class ListScreen(Screen[None]):
         yield Static(Text(self._heading), classes="title")
         yield Input(placeholder="filter: words, and reward<0.5 tokens>800 entropy<4 repeated>50 error")
         yield TraceTable(cursor_type="row", zebra_stripes=True)
-        yield Static(classes="chart")
+        yield Drawn(self._chart, classes="chart")
         yield Footer(compact=True)
 
     def on_mount(self) -> None:
@@ -432,24 +460,18 @@ class ListScreen(Screen[None]):
         self._fill()
 
     def action_chart(self) -> None:
-        chart = self.query_one(".chart", Static)
-        chart.toggle_class("shown")
-        self.call_after_refresh(self._draw)
-
-    def on_resize(self) -> None:
-        self.call_after_refresh(self._draw)
+        self.query_one(Drawn).toggle_class("shown")
 
     def _draw(self) -> None:
+        self.query_one(Drawn).draw()
+
+    def _chart(self, width: int, height: int) -> list[str]:
         """Reward against length of the rows in the list."""
-        chart, table = self.query_one(".chart", Static), self.query_one(DataTable)
-        width = chart.content_size.width
-        if not chart.has_class("shown") or width < 20:
-            return
+        table = self.query_one(DataTable)
         good = [i for i in self._order if self._traces[i].reward is not None]
         here = self._order[table.cursor_row] if table.is_valid_row_index(table.cursor_row) else None
         marked = good.index(here) if here in good else None
-        lines = rewards_chart([self._traces[i] for i in good], width, 13, marked)
-        chart.update(Text("\n".join(lines), no_wrap=True))
+        return rewards_chart([self._traces[i] for i in good], width, height, marked)
 
 
 class Inspector(App[None]):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from entra.score import CompletionScores
+from entra.view.marked import Mark
 
 NO_SCORES = CompletionScores(
     reward=None,
@@ -49,6 +50,11 @@ class Trace:
     """The row's other columns, in its order."""
     error: str | None = None
     """What is wrong with the row, as `entra score` says it; such a trace has no tokens."""
+
+    marked: Sequence[Mark] = ()
+    """What the row says of stretches and places of the completion, in the order of their starts (see `marks_of`)."""
+    left_out: Sequence[str] = ()
+    """Why some marks of the row are not among them."""
 
     @property
     def reward(self) -> float | None:

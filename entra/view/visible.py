@@ -30,6 +30,11 @@ def _sign(character: str) -> str:
     return chr(0x2400 + code) if code < 32 else f"<U+{code:04X}>"
 
 
+def has_right_to_left(text: str) -> bool:
+    """Whether some letters are written from right to left."""
+    return not text.isascii() and any(unicodedata.bidirectional(character) in ("R", "AL") for character in text)
+
+
 def quoted(text: str) -> str:
     """A token as it is named: visible, between quotes, so that spaces can be seen."""
     return f"“{visible(text)}”"

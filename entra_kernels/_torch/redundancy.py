@@ -14,10 +14,10 @@ from .._checks import accumulation_dtype
 from .._spans import packed_bounds
 from ..reference import RedundancyOptions
 
-# Logarithms of counts are summed as integers in units of 2**-26: the sum is then exact, so neither the order of the additions
-# (atomics on a GPU) nor the rest of the batch can change it. M * log(M) * 2**26 stays below 2**62 for every M < 2**31, and an
-# error of 2**-27 in each of the two logarithms moves the reward by at most 2**-26 / log 3 = 1.4e-8 (M = 2 gives exactly 0 or
-# 1), less than a float32 near 1 can show.
+# Logarithms of counts are summed as integers in units of 2**-26, so the sum is exact. Neither the order of the additions
+# (atomics on a GPU) nor the rest of the batch can change it. M * log(M) * 2**26 stays below 2**62 for every M < 2**31. An error
+# of 2**-27 in each of the two logarithms moves the reward by at most 2**-26 / log 3 = 1.4e-8, less than a float32 near 1 can
+# show. (M = 2 gives exactly 0 or 1.)
 LOG_UNITS = float(1 << 26)
 
 

@@ -11,8 +11,8 @@ exponentials of the other, so that neither unit waits:
 The order must survive two compilers. Each wait on a barrier that has long completed ends a basic block, and ptxas does not
 move exponentials across it. The shuffles of a sum, or the maximum, keep them from sinking behind the wait for the product.
 
-On an H100 at N = 32,768 with 32 query and 8 kv heads the two passes take 0.78 (D = 128), 0.83 (D = 64) and 0.63 (D = 256) of
-the time of those in `attention.py` (measured in one run, benchmarks/README.md). Tiles, pieces, and what goes in and out are
+An H100 was measured at N = 32,768 with 32 query and 8 kv heads, in one run (benchmarks/README.md). The two passes took 0.78
+(D = 128), 0.83 (D = 64) and 0.63 (D = 256) of the time of those in `attention.py`. Tiles, pieces, and what goes in and out are
 those of `attention.py`, and so is the order of the sums: the results are the same bit for bit. `Views.of` says which tensors
 these kernels take; others, and calls with options, run there.
 """
@@ -55,8 +55,8 @@ class Shape(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """The ring of streamed tiles in shared memory, the log-sum-exp of their tokens, and two barriers for each place of the
-    ring: one says that it is filled, one that it is free."""
+    """The ring of streamed tiles in shared memory, and the log-sum-exp of their tokens. Each place of the ring has two
+    barriers: one says that it is filled, one that it is free."""
 
     tiles: gl.shared_memory_descriptor
     lse: gl.shared_memory_descriptor
@@ -90,7 +90,7 @@ class Path(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """Tiles of queries: first ... diagonal_end - 1 are on the diagonal, those up to full_end see every key, and where the
+    """Tiles of queries: first ... diagonal_end - 1 are on the diagonal, and those up to full_end see every key. Where the
     sequence ends in front of `stop`, the last one is cut short."""
 
     first: gl.tensor
@@ -427,7 +427,7 @@ def _row_lse_kernel(
 
 
 class Rows(NamedTuple):
-    """A tensor [B, H, N, D] as the matrix that a TMA descriptor describes: token (b, h, n) is in row
+    """A tensor [B, H, N, D] as the matrix that a TMA descriptor describes. Token (b, h, n) is in row
     `b * row_batch + h * row_head + n`, from column `h * column_head` on."""
 
     row_batch: int

@@ -113,11 +113,11 @@ LEAST_WORK = 8
 def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *, options: bool) -> AttentionLaunch:
     """The launch size of both attention passes for a head dim, G heads per kv head, bytes per element, and a chip.
 
-    `options` says whether there is a window, a softcap or row weights. What stands behind each choice are static counts: of
-    the compiled inner loop (instructions per score, column pass / row pass, bfloat16, Triton 3.7.1; 3.6 takes a little less
-    and spills nowhere up to D = 128 either) and of the registers and
-    the shared memory that decide how many programs share an SM. benchmarks/README.md has the table, and
-    `python -m benchmarks.static.sass` makes it; `python -m benchmarks.static.tune` times the alternatives on a GPU.
+    `options` says whether there is a window, a softcap or row weights. Static counts stand behind each choice. Some are of the
+    compiled inner loop: instructions per score, column pass / row pass, bfloat16, Triton 3.7.1. (3.6 takes a little less, and
+    spills nowhere up to D = 128 either.) The others are of the registers and the shared memory, which decide how many programs
+    share an SM. benchmarks/README.md has the table, and `python -m benchmarks.static.sass` makes it. On a GPU,
+    `python -m benchmarks.static.tune` times the alternatives.
 
     On sm_90 a warp waits for its product before it takes exponentials. Meanwhile two things can keep the matrix unit busy. One
     is a second program on the same SM, which for 8 warps means 128 registers and 113 KiB each. The other is the product of the

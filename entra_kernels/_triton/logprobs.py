@@ -53,8 +53,8 @@ class Tiling(NamedTuple):
     """Launch size of the fused head: `rows` x `columns` logits at a time, `depth` entries of C per dot.
 
     `band` tiles of rows take a stretch of the vocabulary before the next one starts. With 16 of 128 rows at C = 4,096 the
-    band's hidden states, 16 MiB, stay in an H200's L2 cache (50 MB), 132 programs walk over 8 stretches at once, and the
-    weight comes from memory once per 2,048 rows.
+    band's hidden states, 16 MiB, stay in an H200's L2 cache (50 MB). 132 programs walk over 8 stretches at once. The weight
+    comes from memory once per 2,048 rows.
     """
 
     rows: int
@@ -126,8 +126,8 @@ def _transformed(logits, logit_scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl
 
 @triton.jit
 def _moved(weighted, total, move):
-    """Sum of exp2(y) * y after every y has moved by `move` <= 0, where it was `weighted` and the sum of exp2(y) is `total`.
-    0 where nothing is left of it, so that no 0 meets an infinity."""
+    """Sum of exp2(y) * y after every y has moved by `move` <= 0. Before, it was `weighted`, and the sum of exp2(y) was `total`.
+    It is 0 where nothing is left of it, so that no 0 meets an infinity."""
     decay = tl.exp2(move)
     return tl.where(decay > 0, (weighted + total * move) * decay, 0.0)
 

@@ -189,8 +189,8 @@ def _most_cuts(sequences: int, slots: int, levels: int, size: AttentionLaunch, k
     """The most pieces that there can be beyond one for each tile.
 
     sum of ceil(walk / piece) <= tiles + (sum of walks) / piece, and a piece is at least `least_piece` and at least
-    (sum of walks) * kv_heads / PROGRAMS. So a sequence has at most PROGRAMS / kv_heads of them, and one of t tiles, whose walks
-    add up to t (t + 1) / 2, at most so many that the bound holds for any split of the slots into sequences.
+    (sum of walks) * kv_heads / PROGRAMS. So a sequence has at most PROGRAMS / kv_heads of them. The walks of one of t tiles add
+    up to t (t + 1) / 2, which bounds its pieces too. The most pieces per tile hold for any split of the slots into sequences.
     """
     units = size.resident // size.streamed
     most = PROGRAMS // kv_heads

@@ -1,7 +1,7 @@
 """The log-sum-exp that attention computes anyway: which calls it is taken from, and that it gives what two passes give.
 
-On a CPU the fused kernel behind SDPA runs for real. The CUDA operations and those of flash-attn, which no CPU can run, are
-stood in for by a plain implementation under the same name and schema: what is checked is what the observer makes of them.
+On a CPU the fused kernel behind SDPA runs for real. No CPU can run the CUDA operations and those of flash-attn. A plain
+implementation under the same name and schema stands in for them, so what is checked is what the observer makes of them.
 flash-attn itself was never run. The tests marked `gpu` run PyTorch's CUDA operations.
 """
 
@@ -199,8 +199,8 @@ def test_cuda_operations_are_asked_for_their_lse(
     torch.testing.assert_close(captured.incoming, own, rtol=0, atol=1e-7)
 
 
-# The schemas are those of flash-attn 2 (flash_attn/flash_attn_interface.py) and flash-attn 3 (hopper/flash_api.cpp, hopper/
-# flash_attn_interface.py), read there; the arguments of flash-attn 3 that are passed as None here are left out of its tail.
+# The schemas were read in flash-attn 2 (flash_attn/flash_attn_interface.py) and flash-attn 3 (hopper/flash_api.cpp, hopper/
+# flash_attn_interface.py). The tail of flash-attn 3's is without the arguments that are passed as None here.
 _FLASH_ATTN_SCHEMAS = {
     "flash_attn::_flash_attn_forward": (
         "(Tensor q, Tensor k, Tensor v, float dropout_p, float softmax_scale, bool causal, int window_size_left, "
@@ -409,8 +409,8 @@ def test_one_pass_agrees_with_two(family: str, dtype: torch.dtype, monkeypatch: 
         assert torch.equal(captured.incoming, own)
         return
     # Budget: twice what the same formula loses against float64 on the same q and k, in float32 with probabilities rounded to
-    # this dtype, two roundings of the result, and what the log-sum-exp that is taken is off by. Another processor's SDPA rounds
-    # otherwise; `test_lse_of_the_fused_cpu_kernel` holds that to a budget of its own.
+    # this dtype. Besides, two roundings of the result, and the error of the log-sum-exp that is taken. Another processor's SDPA
+    # rounds otherwise; `test_lse_of_the_fused_cpu_kernel` has a budget for that.
     assert q.dtype == dtype
     exact = incoming_attention(q.double(), k.double(), scale=reusing["scale"], length=reusing["length"])
     scores = masked_scores(q.float(), k.float(), reusing["scale"])

@@ -528,7 +528,9 @@ def test_absurd_sidecar_is_an_error(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("output", "taken", "message"),
     [
-        pytest.param("x", "x.meta.json", "needs x.meta.json beside it, which exists, and entra score did not", id="sidecar"),
+        pytest.param(
+            "x", "x.meta.json", "needs x.meta.json beside it, but there is one that entra score did not write", id="sidecar"
+        ),
         pytest.param("x", "x", "x exists, but x.meta.json beside it", id="output"),
         pytest.param("t.jsonl", "y", "--output t.jsonl is the input", id="input"),
         pytest.param("t", "t.meta.json", "needs t.meta.json beside it, which is the input", id="sidecar-is-the-input"),

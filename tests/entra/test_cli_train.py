@@ -18,7 +18,7 @@ from tiny_tokenizer import build_tokenizer
 
 import entra
 from entra.cli import main
-from entra.cli.train.checkpoints import last_checkpoint
+from entra.cli.train.checkpoints import last_checkpoint, passed_over
 from entra.cli.train.command import RECIPES, TrainOptions, _parse, _summary
 from entra.cli.train.rewards import reward_functions
 from entra.guards import Guards
@@ -166,7 +166,9 @@ def test_killed_and_resumed_gives_the_same_model(model, here, capsys):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (here / "out/checkpoint-3").is_dir()
     assert main(arguments) == 0
-    assert "going on from out/checkpoint-2" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "going on from out/checkpoint-2" in told
+    assert "out/checkpoint-3 was not written to its end (no trainer_state.json that can be read) and is passed over" in told
     whole, resumed = weights("whole"), weights("out")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert [entry["reward"] for entry in log_of("whole")] == [entry["reward"] for entry in log_of("out")]
@@ -179,6 +181,21 @@ def test_killed_and_resumed_gives_the_same_model(model, here, capsys):
     Path("out/entra_train.json").unlink()
     assert main([*arguments, "--max_steps", "6"]) == 2
     assert main([*arguments, "--max_steps", "6", "--resume_from_checkpoint", "true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("whole", "last", "over"),
+    [([], None, [10, 30]), ([10], 10, [30]), ([10, 20], 20, [30]), ([30], 30, [])],
+    ids=["none", "an-earlier-one", "two", "the-last-one"],
+)
+def test_checkpoints_that_are_passed_over_are_those_after_the_last_whole_one(whole, last, over, tmp_path):
+    for steps in {10, 30, *whole}:
+        (tmp_path / f"checkpoint-{steps}").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    for steps in whole:
+        (tmp_path / f"checkpoint-{steps}/trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == (None if last is None else tmp_path / f"checkpoint-{last}")
+    assert passed_over(tmp_path) == [tmp_path / f"checkpoint-{steps}" for steps in over]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Training and scoring on two CPU processes (gloo): DDP, FSDP2, a rank that is killed, and ZeRO-3 with `make test-deepspeed`.
 
-FSDP2 comes in two ways: a model that transformers shards as it loads it (`DistributedConfig`), which needs nothing special on
-a CPU, and accelerate's (`fsdp=True`), which on a CPU is silently DDP, so that the worker tells accelerate to go on. Not run
-here: FSDP1, which torch refuses on a CPU and ENTRA's trainer everywhere; NCCL; mixed precision; a checkpoint of a sharded
-model; and, unless DeepSpeed can be imported, ZeRO-3.
+FSDP2 comes in two ways. transformers shards a model as it loads it (`DistributedConfig`), which needs nothing special on a CPU.
+accelerate's (`fsdp=True`) is silently DDP on a CPU, so the worker tells accelerate to go on. Not run here: FSDP1, which torch
+refuses on a CPU and ENTRA's trainer everywhere; NCCL; mixed precision; a checkpoint of a sharded model; and, unless DeepSpeed
+can be imported, ZeRO-3.
 
 Whatever ranks saw is compared with one process that has the same weights and all rows. Its forwards hold other rows, and so
 round differently: a few float32 roundings of log-probs of up to 10 nats, 1e-5.

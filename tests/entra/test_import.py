@@ -46,7 +46,7 @@ except SystemExit: print([name for name in sys.modules if name.partition(".")[0]
         python("from entra.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass")
         return time.perf_counter() - start
 
-    assert min(seconds() for _ in range(3)) < 1.0  # the best of three: a busy machine can only be slower
+    assert any(seconds() < 1.0 for _ in range(3))  # one of three: a busy machine can only be slower
 
 
 @pytest.mark.parametrize("package", ["entra", "entra_kernels"])
@@ -57,8 +57,8 @@ def test_importing_loads_nothing_heavy(package):
 
 def test_importing_takes_at_most_a_fifth_of_a_second_more_than_torch():
     code = "import time, torch; start = time.perf_counter(); import entra; print(time.perf_counter() - start)"
-    # The best of three: a busy machine can only make an import slower.
-    assert min(float(python(code)) for _ in range(3)) < 0.2
+    # One of three: a busy machine can only make an import slower.
+    assert any(float(python(code)) < 0.2 for _ in range(3))
 
 
 def test_kernels_know_nothing_of_entra():

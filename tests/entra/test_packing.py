@@ -408,7 +408,7 @@ def test_masks_that_bias_scores_are_refused(model_of: Callable[[str], PreTrained
 def test_geometry_that_is_not_that_of_the_call(model_of: Callable[[str], PreTrainedModel]) -> None:
     ids, positions = packed()
     model = model_of("llama")
-    with pytest.raises(RuntimeError, match=r"row 0 packs several sequences .* keeps token 9 apart"):
+    with pytest.raises(RuntimeError, match=r"row 0 packs several sequences, .* keeps token 9 apart"):
         _ = capture(model, ids, positions, length=[TOKENS]).incoming
     assert capture(model, ids, positions, length=[9]).incoming.any()  # what lies outside the span does not matter
     with pytest.raises(RuntimeError, match="keeps token 23 apart from the one before it, but cu_seqlens begins no sequence"):

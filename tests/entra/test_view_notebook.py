@@ -46,6 +46,11 @@ class Spans(HTMLParser):
         self._inside = False
 
 
+def test_each_line_has_the_direction_of_its_first_letter(scores):
+    (style,) = set(re.findall(r'</summary><div style="([^"]*)">', scores.show()._repr_html_()))
+    assert "unicode-bidi: plaintext" in style
+
+
 def test_every_token_with_its_numbers(scores):
     tokens = Spans(scores.show(0)._repr_html_()).tokens
     assert "".join(text for _, _, text in tokens) == TEXT

@@ -354,6 +354,25 @@ def test_pointer_and_keyboard_show_the_numbers_of_a_token(page, traces):
     page.assert_quiet()
 
 
+def test_arrow_keys_work_as_soon_as_a_trace_is_opened(page, traces):
+    from selenium.webdriver.common.keys import Keys
+
+    focused = "document.activeElement.at ?? null"
+    for opened in (lambda: page.load("#trace=1"), lambda: page.find("#next").click()):
+        opened()
+        page.wait("document.activeElement.matches('.pane h2')")
+        page.keys(Keys.ARROW_RIGHT)
+        assert page.js(focused) == 0, "the first key shows where the cursor is"
+        page.keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+        assert page.js(focused) == 2
+    assert page.card()["where"] == "token 3 of 120, id " + str(traces[1].token_ids[2])
+    page.js("document.activeElement.blur()")
+    page.keys(Keys.ARROW_LEFT)
+    assert page.js(focused) == 2, "what has no focus any more gets it back"
+    page.find("#versus").send_keys(Keys.ARROW_LEFT)
+    assert page.js("document.activeElement.id") == "versus", "a control keeps its own keys"
+
+
 def test_the_same_token_elsewhere_is_marked(page, traces):
     page.load("#trace=1&token=5")
     page.wait("document.activeElement === document.querySelectorAll('.text .t')[4]")
@@ -477,6 +496,65 @@ def test_previous_and_next_follow_the_list(page):
 
 
 # What can be wrong with the data
+
+
+def test_ticks_are_at_lengths_rewards_and_positions_that_there_can_be(open_page):
+    page = open_page([trace_of("a", [1], reward=1.0), trace_of("b", [1, 2, 3], reward=0.0)])
+    page.wait("document.querySelector('#scatter .tick')")
+    ticks = "[...document.querySelectorAll(arguments[0] + ' .tick')].map(e => [e.textContent, e.getAttribute('text-anchor')])"
+
+    def at(selector, anchor):
+        return [float(text.replace(MINUS, "-")) for text, own in page.js(ticks, selector) if own == anchor]
+
+    across, up = at("#scatter", "middle"), at("#scatter", "end")
+    assert len(across) >= 2
+    assert min(across) >= 0
+    assert len(up) >= 2
+    assert (min(up), max(up)) == (0, 1)
+    page.load("#trace=1")
+    page.wait("document.querySelector('.positions .tick')")
+    assert at(".positions", "middle") == [1], "a trace of one token has no second one"
+
+
+def test_right_to_left_text_is_laid_out_so(open_page):
+    words = [
+        "\u0645\u0631\u062d\u0628\u0627",
+        " \u0628\u0627\u0644\u0639\u0627\u0644\u0645",
+        ".\n",
+        "left",
+        " to",
+        " right",
+        " \u05e9\u05dc\u05d5\u05dd",
+    ]
+    hebrew = "\u05de\u05d4 \u05d6\u05d4?"
+    traces = [
+        trace_of(hebrew, range(7), words=words, prompt=f"{hebrew}\nWhat?", protected=[True, True, *[False] * 4, True]),
+        trace_of("latin", range(7), words=[f" w{i}" for i in range(7)], prompt="one\ntwo"),
+    ]
+    page = open_page(traces)
+    right = "(e => { const r = document.createRange(); r.selectNodeContents(e); return r.getBoundingClientRect().right; })"
+    ends = f"[...document.querySelectorAll('.row .title')].map(e => [{right}(e), e.getBoundingClientRect().right])"
+    (of_hebrew, edge), (of_latin, _) = page.js(ends)
+    assert abs(of_hebrew - edge) < 1, "a name begins at the right"
+    assert of_latin < edge - 50
+    page.load("#trace=1")
+    page.wait("document.querySelector('.text .t')")
+    boxes = page.js(
+        "[...document.querySelectorAll('.text .t')].map(e => (r => [r.left, r.right, r.top])(e.getClientRects()[0]))"
+    )
+    text = page.js("(r => [r.left, r.right])(document.querySelector('.text .block').getBoundingClientRect())")
+    assert abs(boxes[0][1] - text[1]) < 1, "the first line begins at the right edge"
+    assert boxes[1][1] <= boxes[0][0] + 1, "the next token is to the left of the first"
+    assert boxes[2][0] < boxes[1][0], "and what ends the sentence at the left"
+    assert abs(boxes[3][0] - text[0]) < 1, "the second line begins at the left edge"
+    assert boxes[3][0] < boxes[4][0] < boxes[5][0] < boxes[6][0]
+    border = (
+        "(s => [s.borderLeftStyle, s.borderRightStyle])(getComputedStyle(document.querySelectorAll('.text .t')[arguments[0]]))"
+    )
+    assert page.js(border, 0) == ["none", "solid"], "the outline of a run begins at the right"
+    assert page.js(border, 1) == ["solid", "none"], "and ends at the left"
+    prompt = page.js("getComputedStyle(document.querySelector('.prompt p')).unicodeBidi")
+    assert prompt == "plaintext", "each line of a prompt has its own direction"
 
 
 def test_text_that_is_markup_is_shown_and_never_run(open_page, tmp_path):

@@ -209,7 +209,7 @@ def test_two_traces_of_a_prompt_side_by_side_and_charts():
         await pilot.press("c")
         await pilot.pause()
         for pane in app.screen.query(TracePane):
-            text = text_of(pane.query_one(".charts", Static))
+            text = " ".join(text_of(pane.query_one(".charts", Static)).split())
             assert "importance, log-prob in nats + lambda" in text
             assert "most repeated unprotected tokens, times" in text
             assert "most repeated runs of 2 tokens" in text
@@ -223,6 +223,62 @@ def test_two_traces_of_a_prompt_side_by_side_and_charts():
         assert "missing field: completion is ␛[31mnull" in text_of(pane.query_one(".facts", Static))
 
     drive(steps, size=(80, 24))
+
+
+def assert_charts_fit(widget):
+    """No line is wrapped, and they fill the width that there is."""
+    lines = text_of(widget).split("\n")
+    width = widget.content_size.width
+    assert widget.content_size.height == len(lines)
+    assert width - 2 <= max(map(cell_len, lines)) <= width
+
+
+def test_charts_of_a_trace_fit_80_by_24_beside_its_text_and_survive_a_resize():
+    async def steps(app, pilot):
+        await pilot.press("enter", *["right"] * 40, "c")
+        await pilot.pause()
+        view, charts = app.screen.query_one(TokenText), app.screen.query_one(".charts", Static)
+        for size in ((80, 24), (60, 20), (120, 40), (80, 24)):
+            await pilot.resize_terminal(*size)
+            await pilot.pause()
+            await pilot.pause()
+            assert_charts_fit(charts)
+            assert view.size.height >= size[1] // 5, "the text can still be read"
+            assert any(segment.style.reverse for line in shown(view) for segment in line), "the cursor is on the screen"
+        await pilot.press("v")
+        await pilot.pause()
+        await pilot.pause()
+        for widget in app.screen.query(".charts").results(Static):
+            assert_charts_fit(widget)
+
+    drive(steps, size=(80, 24), traces=[trace("first", 300), trace("second", 400, seed=1)])
+
+
+def test_chart_of_the_list_leaves_room_for_the_list_and_survives_a_resize():
+    async def steps(app, pilot):
+        await pilot.press("c")
+        await pilot.pause()
+        for size in ((80, 24), (60, 20), (120, 40), (80, 24)):
+            await pilot.resize_terminal(*size)
+            await pilot.pause()
+            await pilot.pause()
+            chart = app.screen.query_one(".chart", Static)
+            lines = text_of(chart).split("\n")
+            assert len(lines) == chart.content_size.height
+            assert max(map(cell_len, lines)) <= chart.content_size.width
+            assert "reward against length, tokens" in lines[0]
+            assert app.screen.query_one(DataTable).size.height >= size[1] // 4
+
+    drive(steps, size=(80, 24), traces=[trace(f"{i}", 50 + i, seed=i) for i in range(30)])
+
+
+def test_right_to_left_text_is_named_where_it_cannot_be_laid_out():
+    told = "right-to-left text stands in the order of its letters"
+    hebrew = Trace(name="h", prompt="p", pieces=["\u05e9\u05dc", " \u0645"], scores=scores_of([1, 2]))
+    for traces, times in (([hebrew], 1), ([TRACES[0]], 0)):
+        file = io.StringIO()
+        print_traces(traces, title="t", facts={}, file=file)
+        assert file.getvalue().count(told) == times
 
 
 def test_themes_differ_and_text_is_readable_in_both():

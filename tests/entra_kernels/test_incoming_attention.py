@@ -1,8 +1,8 @@
 """`incoming_attention` on every backend, held to the reference in float64.
 
-Error budget: at most twice the error of eager attention in the inputs' dtype, plus `SLACK` of the largest value, because on a
-handful of tokens eager attention can be exact by luck. 16 float32 roundings are about what a sum of products, a scale, an
-exponential and a sum of probabilities take.
+Error budget: at most twice the error of eager attention in the inputs' dtype, plus `SLACK` of the largest value. `SLACK` is
+there because eager attention can be exact by luck on a handful of tokens. It is 16 float32 roundings, about what a sum of
+products, a scale, an exponential and a sum of probabilities take.
 
 Memory outside the sequences holds NaN in every test of values. Triton runs with small tiles, so that a few dozen tokens have
 tiles on the diagonal, tiles off it and a last one cut short; `test_launch_sizes` takes the real ones.

@@ -1,7 +1,7 @@
 """`token_logprobs` and `linear_token_logprobs`: every backend against float64, and what must hold whatever the numbers are.
 
 Error budget: at most twice what plain PyTorch in the same dtype loses against float64, plus 8 float32 units at the size of the
-logits (the result's own rounding, and exp2 and log2 on a GPU, which are good to about 2 units each).
+logits. These are for the rounding of the result, and for exp2 and log2 on a GPU, which are good to about 2 units each.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """`incoming_attention(sample_rows=m)`: the backends against the specification, and the statistics of the draw.
 
-The statistics are held to what chance allows: with R draws, the mean of an unbiased estimate lies within 5 standard errors of
-the exact value for every token (1 in 1.7 million per token falls outside), and the seeds are fixed.
+The statistics are held to what chance allows. With R draws, the mean of an unbiased estimate lies within 5 standard errors of
+the exact value for every token. 1 in 1.7 million per token falls outside, and the seeds are fixed.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import numpy as np
 from entra import __version__
 from entra.cli import CommandError, say
 from entra.cli.evaluate.outcomes import Outcome, Outcomes, Reading, add_reading_flags, read_outcomes
-from entra.cli.output import check_destination, write_whole
+from entra.cli.output import check_destination
 from entra.cli.scoring import kind_of, listed
 from entra.metrics import (
     Interval,
@@ -39,6 +39,7 @@ from entra.metrics import (
     wilson_interval,
 )
 from entra.view.visible import visible
+from entra.whole_file import write_whole
 
 _DESCRIPTION = """\
 Compare the completions of two files, problem by problem: accuracy, tokens, length reduction, share truncated and compression
@@ -48,8 +49,8 @@ column is found, or named with the options, and the output says what was used. B
 
 _CE = (
     "min(1, accuracy / base accuracy) - tokens / base tokens. This formula is ours: the paper's was not available to us. It is "
-    "the length reduction less the share of accuracy lost; at most 1; 0 for the base itself and for a base that leaves any "
-    "share of the problems blank"
+    "the length reduction less the share of accuracy lost. It is at most 1. It is 0 for the base itself, and for a base that "
+    "leaves any share of the problems blank"
 )
 
 

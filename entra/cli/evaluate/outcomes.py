@@ -85,8 +85,8 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--correct-column",
         metavar="COLUMN",
-        help="right where it is true or at least 1 (default: correct; else reward, where it is 0 or 1 everywhere; else "
-        "reasoning-gym's scorer for the column entry; else a comparison with the column answer)",
+        help="right where it is true or at least 1 (default: correct; else reward, where it is 0 or 1 everywhere). "
+        "Without either: reasoning-gym's scorer for the column entry; else a comparison with the column answer",
     )
     parser.add_argument(
         "--tokens-column",
@@ -103,7 +103,7 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run-answers-as-code",
         action="store_true",
-        help="score tasks of reasoning-gym whose scorers run the answer as Python code, too: who wrote the file then chooses "
+        help="score also tasks of reasoning-gym whose scorers run the answer as Python code. Who wrote the file then chooses "
         "what runs here, in a child process with limits that are no sandbox (default: such rows are bad rows)",
     )
 

@@ -24,16 +24,17 @@ from entra import __version__
 from entra.cli import CommandError, say
 from entra.cli.columns import SCORE_COLUMNS, key_of
 from entra.cli.formats import part_of
-from entra.cli.output import Stream, check_destination, json_value, write_whole
+from entra.cli.output import Stream, check_destination, json_value
 from entra.cli.select.completions import OWN, Completion, Input, look, open_scores, read
 from entra.source import PIPE, SIDECAR
+from entra.whole_file import write_whole
 
 _DESCRIPTION = """\
 Of several completions of a prompt, keep the right and least redundant one, for SFT or rejection sampling (columns prompt and
-completion), or with --pairs write it beside a more redundant one, for DPO (prompt, chosen, rejected). The input is what entra
-score wrote, with the record beside it. A column, correct by default, says which completions are right: true or at least 1; null
+completion). With --pairs, write it beside a more redundant one, for DPO (prompt, chosen, rejected). The input is what entra
+score wrote, with the record beside it. A column, correct by default, says which completions are right: true or at least 1. Null
 is unknown and stays out. So do rows with an error, and those whose column complete is false, truncated is true, or
-finish_reason is length. Nothing is scored again. OUTPUT.meta.json records what was kept and what was not; the columns
+finish_reason is length. Nothing is scored again. OUTPUT.meta.json records what was kept and what was not. The columns
 select_... say why a row is there."""
 
 
@@ -82,7 +83,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `entra select` to the subparsers of the command line."""
     parser: argparse.ArgumentParser = commands.add_parser("select", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("scores", type=Path, help="what entra score wrote, or - for stdin")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="as of entra score: by its name; - is stdout")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="the output, in the formats of entra score; - is stdout"
+    )
     parser.add_argument(
         "--by",
         choices=tuple(_MEASURES),
@@ -93,8 +96,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--length-adjusted",
         type=int,
         metavar="N",
-        help="for --by r: of so many unprotected tokens, drawn at random (default: as it was scored; else the fewest of a "
-        "prompt's completions, which needs the columns of entra score --details, as does any other number)",
+        help="for --by r: of so many unprotected tokens, drawn at random (default: as it was scored, else the fewest of a "
+        "prompt's completions). A number other than that of the scoring needs the columns of entra score --details",
     )
     parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="at most N rows a prompt (default: %(default)s)")
     parser.add_argument("--pairs", action="store_true", help="write pairs: the best completion, and one that is rejected")
@@ -118,7 +121,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         default="correct",
         help="right where it is true or at least 1, unknown where it is null (default: %(default)s)",
     )
-    parser.add_argument("--all-right", action="store_true", help="take every completion for right; no column says so")
+    parser.add_argument("--all-right", action="store_true", help="take every completion for right, without such a column")
     parser.add_argument("--prompt-column", metavar="COLUMN", help="text or chat messages (default: as it was scored)")
     parser.add_argument("--completion-column", metavar="COLUMN", help="the same (default: as it was scored)")
     parser.add_argument("--prefix", help="what stands before the names of entra score's columns (default: found)")
@@ -130,7 +133,7 @@ def run(options: argparse.Namespace) -> None:
     """`entra select` with parsed options.
 
     Raises:
-        CommandError: what stops it, and nothing to write; rows that cannot be used do not stop it.
+        CommandError: something stops it, or there is nothing to write. Rows that cannot be used do not stop it.
     """
     _check_options(options)
     source, scored = open_scores(options)
@@ -234,7 +237,7 @@ def _carried(options: argparse.Namespace, found: Input, picked: Sequence[_Picked
     """The columns of the input that the output has, and those that would mislead TRL."""
     if len({isinstance(one.best.prompt, str) for one in picked}) > 1:
         raise CommandError(
-            "some prompts are text and some are messages, but TRL reads a file as one of them; select them apart"
+            "some prompts are text and some are messages, but TRL takes only one of the two in a file; select them apart"
         )
     names = list(dict.fromkeys(name for one in picked for name in one.best.columns))
     if options.pairs:
@@ -302,8 +305,8 @@ def _averages(options: argparse.Namespace, prompts: Sequence[list[Completion]], 
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]], record: Mapping[str, Any]) -> list[str]:
-    """Write rows and record, and return what there is to say about it. The record comes first: without it, nothing would tell
-    that the output may be replaced."""
+    """Write rows and record, and return what there is to say about it. The record comes first, because it alone says that the
+    output may be replaced."""
     if path != PIPE:
         try:
             write_whole(_sidecar(path), json.dumps(record, indent=1, default=json_value) + "\n")

@@ -3,10 +3,9 @@
 Decisions taken here:
 
 - Completions belong together where their prompts are equal.
-- What is cut off, what has an error, and what nobody knows to be right stays out. So does a text that stands under the same
-  prompt before.
-- r falls with the length by itself, so it counts only at a fixed length: that of the scoring, that of `--length-adjusted`, or
-  the fewest unprotected tokens of a prompt's completions.
+- What is cut off, what has an error, and what nobody knows to be right stays out. So does a text that its prompt had before.
+- r falls with the length by itself, so it counts only at a fixed length. That is the length of the scoring, that of
+  `--length-adjusted`, or the fewest unprotected tokens of a prompt's completions.
 - A completion with at most one unprotected token has neither r nor D. It stays out, or a one-token answer would be the best.
 - Prompt and completion come as TRL needs them: both text, or both messages. The text is the one that was scored.
 """
@@ -30,7 +29,7 @@ from entra.rows import Row, is_finite
 from entra.source import Source
 
 OWN = "select_"
-"""What the names of the columns start with that say why a row was selected."""
+"""How the names of the columns begin that say why a row was selected."""
 
 
 class Completion(NamedTuple):
@@ -47,7 +46,7 @@ class Completion(NamedTuple):
     positions: int | None
     """Unprotected tokens that r was computed for; None where the value is no r."""
     unprotected: array[int]
-    """Token ids that r is yet to be computed from; else empty."""
+    """Token ids from which r is still to be computed; else empty."""
     columns: dict[str, Any]
     """All others of the row."""
 
@@ -89,7 +88,7 @@ def look(options: argparse.Namespace, source: Source, record: dict[str, Any]) ->
     """How the file is read.
 
     Raises:
-        CommandError: a column that is needed and not there, or an r that says nothing at a fixed length.
+        CommandError: a column is missing, or r is not known at a fixed length.
     """
     scores: Path = options.scores
     columns = source.columns
@@ -132,8 +131,8 @@ def _check_correct_column(options: argparse.Namespace, columns: Sequence[str], p
         return
     if options.correct_column not in columns:
         raise CommandError(
-            f"no row has a column {options.correct_column!r}, which says what is right; there are {', '.join(columns)}: use "
-            "--correct-column, or --all-right where nothing is wrong"
+            f"no row has a column {options.correct_column!r} that says what is right; there are {', '.join(columns)}: use "
+            "--correct-column, or --all-right if no completion is wrong"
         )
     if options.correct_column == prefix + "reward":
         raise CommandError(
@@ -148,7 +147,7 @@ def _check_rewards(options: argparse.Namespace, adjusted: int | None) -> None:
     if options.by == "redundant_tokens" and adjusted is not None:
         raise CommandError(
             f"{scores} was scored with --length-adjusted {adjusted}, so it does not tell the redundant tokens; use --by r, or "
-            "score without it, or with --details"
+            "score without --length-adjusted, or with --details"
         )
     if options.by == "r" and adjusted is None:
         raise CommandError(
@@ -157,8 +156,8 @@ def _check_rewards(options: argparse.Namespace, adjusted: int | None) -> None:
         )
     if options.length_adjusted not in (None, adjusted):
         raise CommandError(
-            f"{scores} was scored with --length-adjusted {adjusted} and holds no more, so --length-adjusted "
-            f"{options.length_adjusted} cannot be told; score with --details, or leave the option out"
+            f"{scores} holds r for --length-adjusted {adjusted} alone, so it does not tell r for --length-adjusted "
+            f"{options.length_adjusted}; score with --details, or leave the option out"
         )
 
 
@@ -228,7 +227,7 @@ def _flag(columns: Mapping[str, Any], name: str) -> bool | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not is_finite(value):
-        raise _LeftOutError(f"malformed: {name} is no number, true or false")
+        raise _LeftOutError(f"malformed: {name} is neither a number nor true or false")
     return bool(value >= 1)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from entra.cli import CommandError
-from entra.cli.output import flat, json_value, write_whole
+from entra.cli.output import flat, json_value
+from entra.whole_file import write_whole
 
 _RECORD = "entra_train.json"
 _STATE = "trainer_state.json"  # which the trainer writes last
@@ -39,9 +40,28 @@ _FREE = (
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the most steps that was written to its end; a run that was killed while writing leaves half of one."""
+    return next(filter(_is_whole, reversed(_checkpoints(folder))), None)
+
+
+def passed_over(folder: Path) -> list[Path]:
+    """The checkpoints after the last whole one: none of them was written to its end."""
+    last = last_checkpoint(folder)
+    return [path for path in _checkpoints(folder) if last is None or _steps(path) > _steps(last)]
+
+
+def told(path: Path) -> str:
+    """What there is to say about a checkpoint that is passed over."""
+    return f"{path} was not written to its end (no {_STATE} that can be read) and is passed over"
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All that are there, whole or not, in the order of their steps."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    whole = [path for path in found if _is_whole(path)]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    return sorted(found, key=_steps)
+
+
+def _steps(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def checkpoint_to_resume(folder: Path, wish: str | bool | None, settings: Mapping[str, Any]) -> Path | None:
@@ -49,8 +69,8 @@ def checkpoint_to_resume(folder: Path, wish: str | bool | None, settings: Mappin
 
     Args:
         folder: of the checkpoints.
-        wish: `--resume_from_checkpoint`: None: the last one, if the settings are still the same; true: the last one anyway;
-            false: begin, which a folder with checkpoints refuses; else the checkpoint's folder.
+        wish: `--resume_from_checkpoint`. None: the last one, if the settings are still the same. "true": the last one anyway.
+            "false": begin; a folder with checkpoints is then refused. Anything else is the checkpoint's folder.
         settings: of this run.
 
     Raises:

@@ -27,9 +27,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from entra.cli import CommandError, Parser, one_line, refuse, say
-from entra.cli.train.checkpoints import check_folder, checkpoint_to_resume, is_finished, last_checkpoint, record
+from entra.cli.train.checkpoints import (
+    check_folder,
+    checkpoint_to_resume,
+    is_finished,
+    last_checkpoint,
+    passed_over,
+    record,
+    told,
+)
 from entra.cli.train.data import Problems, check_entries, load_data
 from entra.cli.train.rewards import reward_functions
+from entra.commands import ending_at_once
 from entra.config import ScoreConfig, nearest_of
 from entra.flags import add_flags
 from entra.guards import Guards
@@ -42,8 +51,8 @@ _USAGE = "entra train --model_name_or_path MODEL --dataset_name DATA --output_di
 _DESCRIPTION = """\
 Train with GRPO or RLOO and ENTRA rewards, scored by the policy itself. Options come from a YAML file (--config) and from flags,
 which win. By default right answers are rewarded, and more so when they do not repeat themselves (reward functions: the gate and
-"entra"). Checkpoints go to --output_dir every --save_steps; a run that was stopped, in whatever way, goes on from
-the last one when the same command is given again, and a command with other settings is refused. Several processes:
+"entra"). Checkpoints go to --output_dir every --save_steps. A run that was stopped, in whatever way, goes on from the last one
+when you give the same command again. A command with other settings is refused. Several processes:
 accelerate launch -m entra.cli train ..., or torchrun -m entra.cli train ..."""
 
 
@@ -55,9 +64,10 @@ class TrainOptions:
     """The algorithm: EntraGRPOTrainer with the options of trl.GRPOConfig, or EntraRLOOTrainer with those of trl.RLOOConfig."""
 
     reward_funcs: list[str] | None = None
-    """Reward functions: "entra" (with the guards below), "reasoning_gym" (checks the answer by the task's scorer),
-    "answer" (compares with the column `answer`, as entra eval does), TRL's accuracy_reward, reasoning_accuracy_reward,
-    think_format_reward, get_soft_overlong_punishment, or a path: package.module.function. Default: the gate and entra."""
+    """Reward functions: "entra" (with the guards below), "reasoning_gym" (checks the answer by the task's scorer), or
+    "answer" (compares with the column `answer`, as entra eval does). TRL's are accuracy_reward, reasoning_accuracy_reward,
+    think_format_reward and get_soft_overlong_punishment. Others by path: package.module.function. Default: the gate and
+    entra."""
 
     gate: str | None = None
     """The reward function that "entra" is multiplied by, so that only right answers are paid for being concise: a name or path
@@ -129,7 +139,8 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"training needs {', '.join(missing)}: pip install 'entra-reward[train]'")
     # Of transformers about TRL: nothing that a user of either could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    command = _parse(options.rest)
+    with ending_at_once():
+        command = _parse(options.rest)
     arguments, settings = command.arguments, command.settings()
     folder = Path(arguments.output_dir)
     checkpoint = checkpoint_to_resume(folder, arguments.resume_from_checkpoint, settings)
@@ -138,8 +149,10 @@ def run(options: argparse.Namespace) -> None:
     if checkpoint is not None and is_finished(checkpoint, arguments.max_steps, arguments.num_train_epochs):
         say(f"{folder} is finished: all steps are done, the model is in {checkpoint}")
         return
+    over = passed_over(folder)
     trainer = _trainer(command)
     if trainer.accelerator.is_main_process:
+        say(*map(told, over))
         if checkpoint is None:
             record(folder, settings)
         else:

@@ -40,9 +40,9 @@ def reward_functions(
     """The reward functions of a run.
 
     Args:
-        names: as on the command line; None: the gate, if there is one, and "entra".
-        gate: name of the gate of "entra", "none", or None: what fits the dataset.
-        columns: of the dataset; None: not known (streamed).
+        names: as on the command line. None: the gate, if there is one, and "entra".
+        gate: name of the gate of "entra", or "none". None: what fits the dataset.
+        columns: of the dataset. None: not known (streamed).
         config: of "entra".
         guards: of "entra".
         run_answers_as_code: whether "reasoning_gym" scores tasks that do.
@@ -78,9 +78,9 @@ def _default_gate(columns: Sequence[str] | None) -> str:
     if checked is not None:
         return {"entry": "reasoning_gym", "solution": "accuracy_reward", "answer": "answer"}[checked]
     raise CommandError(
-        "no gate fits the dataset, and concise wrong answers must not be paid for: name a reward function that says which "
-        "completions are right with --gate package.module.function, or add a column 'answer' with what is right; "
-        "--gate none pays without asking"
+        "no gate fits the dataset, and concise wrong answers must not be paid for. With --gate package.module.function, name a "
+        "reward function that says which completions are right. Or add a column 'answer' with what is right. "
+        "--gate none pays for wrong answers, too"
     )
 
 

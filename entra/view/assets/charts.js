@@ -1,25 +1,26 @@
 // Charts as SVG, drawn at the width that there is, so that text keeps its size.
 
-function ticks(low, high, count, least) {
+function ticks(low, high, count, least, [first, last] = [-Infinity, Infinity]) {
   const span = high - low || 1;
   const power = 10 ** Math.floor(Math.log10(span / count));
   const step = Math.max(least, [1, 2, 5, 10].map((factor) => factor * power).find((size) => span / size <= count * 1.001));
   const marks = [];
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) marks.push(k * step);
-  return { marks, decimals: Math.max(0, Math.min(6, -Math.floor(Math.log10(step) + 1e-9))) };
+  return { marks: marks.filter((mark) => mark >= first - step * 1e-9 && mark <= last + step * 1e-9), decimals: Math.max(0, Math.min(6, -Math.floor(Math.log10(step) + 1e-9))) };
 }
 
 const tickText = (value, decimals) => (Math.abs(value) >= 1e6 ? value.toExponential(0).replace("e+", "e") : decimals ? fixed(value, decimals) : whole(value).replace("-", "\u2212"));
 
-// Axes with labels, whole numbers across; returns the drawing and the functions from numbers to places on it.
+// Axes with labels, whole numbers across; returns the drawing and the functions from numbers to places on it. A range has some
+// room at its ends; what lies outside of `possible`, such as a length of -1 token, has no tick there.
 function axes({ width, height, x, y, label }) {
   const left = 54, right = 22, top = 12, bottom = 44;
   const scale = ([low, high], from, to) => (value) => from + ((value - low) / (high - low || 1)) * (to - from);
   const toX = scale(x.range, left, width - right);
   const toY = scale(y.range, height - bottom, top);
   const picture = draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-label": label });
-  const across = ticks(...x.range, Math.max(2, Math.floor(width / 70)), 1);
-  const up = ticks(...y.range, Math.max(2, Math.floor(height / 45)), 0);
+  const across = ticks(...x.range, Math.max(2, Math.floor(width / 70)), 1, x.possible);
+  const up = ticks(...y.range, Math.max(2, Math.floor(height / 45)), 0, y.possible);
   for (const mark of up.marks) {
     picture.append(
       draw("line", { class: "grid", x1: left, x2: width - right, y1: toY(mark), y2: toY(mark) }),
@@ -68,7 +69,7 @@ function scatter(figure, open) {
     circles.get(chosen)?.classList.remove("chosen");
     chosen = trace ? trace.index : null;
     circles.get(chosen)?.classList.add("chosen");
-    reading.textContent = trace ? `${trace.name}: reward ${fixed(trace.reward, 3)}, ${plural(trace.tokens, "token")}` : "";
+    reading.replaceChildren(...(trace ? [make("bdi", {}, trace.name), `: reward ${fixed(trace.reward, 3)}, ${plural(trace.tokens, "token")}`] : []));
   };
   const nearest = (event) => {
     const box = frame.picture.getBoundingClientRect();
@@ -94,8 +95,8 @@ function scatter(figure, open) {
     frame = axes({
       width,
       height: Math.max(240, Math.min(300, width * 0.5)),
-      x: { label: "completion length (tokens)", range: padded(Math.min(...lengths), Math.max(...lengths), 2) },
-      y: { label: "reward (0 to 1)", range: padded(Math.min(...rewards), Math.max(...rewards), 0.005) },
+      x: { label: "completion length (tokens)", range: padded(Math.min(...lengths), Math.max(...lengths), 2), possible: [0, Infinity] },
+      y: { label: "reward (0 to 1)", range: padded(Math.min(...rewards), Math.max(...rewards), 0.005), possible: [0, 1] },
       label: "Reward against completion length, one point per trace; arrow keys move from point to point, Enter opens the trace",
     });
     for (const trace of points) {
@@ -159,7 +160,7 @@ function overPosition(trace, tokens, jump) {
     frame = axes({
       width,
       height: 230,
-      x: { label: "position (tokens from the start)", range: [1, Math.max(2, trace.tokens)] },
+      x: { label: "position (tokens from the start)", range: [1, Math.max(2, trace.tokens)], possible: [1, trace.tokens] },
       y: { label: `importance (nats)`, range: y },
       label: `Importance over position in ${trace.name}; arrow keys choose a position, Enter goes there`,
     });

@@ -33,9 +33,10 @@ function lights() {
 
 function views() {
   const list = overview((index) => (location.hash = address(index)));
-  let scrolled = 0, last = null;
+  let scrolled = 0, last = null, shown = null;
   const show = async () => {
     const { first, second, token } = place();
+    shown = null;
     if (first === null) {
       viewing++;
       byId("trace").hidden = true;
@@ -52,6 +53,7 @@ function views() {
     last = first;
     const drawn = await view(first, second, list);
     if (!drawn) return;
+    shown = drawn;
     byId("overview").hidden = true;
     byId("trace").hidden = false;
     document.body.classList.add("inside");
@@ -68,6 +70,13 @@ function views() {
   });
   byId("versus").addEventListener("change", (event) => {
     location.hash = address(place().first, event.target.value === "" ? null : Number(event.target.value));
+  });
+  // Arrow keys work as soon as a trace is opened, when its heading has the focus, or nothing has.
+  addEventListener("keydown", (event) => {
+    if (!shown?.focus || !event.key.startsWith("Arrow") || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target !== document.body && event.target.tagName !== "H2") return;
+    shown.focus();
+    event.preventDefault();
   });
   addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || ["INPUT", "SELECT"].includes(event.target.tagName)) return;

@@ -18,8 +18,8 @@ def test_eager_attention_by_hand_gives_what_entra_gives(method):
     measured = overhead.functions(model, eager, ids)
     scores = measured[overhead.ENTRA]()
     logprobs, incoming = measured[method]()
-    # q and k are normalised to length 8, so scores are sums of 64 products of at most 64 / 8 in all: an error of at most
-    # 64 eps * 8 in a score is that relative error of a probability.
+    # q and k are normalised to length 8, so a score is a sum of 64 products and at most 64 / 8. Its error is at most
+    # 64 eps * 8, and that is the relative error of a probability.
     torch.testing.assert_close(scores.incoming[0], incoming, rtol=2 * 64 * EPS * 8, atol=0)
     # Logits are sums of 128 products of a hidden state of length sqrt(128) and a row of some 0.02 * sqrt(128).
     torch.testing.assert_close(scores.logprobs[0], logprobs, rtol=0, atol=2 * 128 * EPS * 0.02 * 128)
