@@ -49,7 +49,7 @@ COUNTERS = 16
 
 
 @triton.jit
-def _bounds(cu_seqlens, sequence, tokens):
+def bounds(cu_seqlens, sequence, tokens):
     """First token, int64, and number of tokens of a sequence, cut to `tokens`."""
     first = tl.load(cu_seqlens + sequence).to(tl.int64)
     end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
@@ -90,19 +90,42 @@ def _sort_key(value):
     return bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000)
 
 
+@triton.jit
+def _candidates(protect_last, token, inside, among):
+    """The tokens that are inside, of which `protect_last`, where there is one, is `among`."""
+    if protect_last is not None:
+        inside &= tl.load(protect_last + token, mask=inside, other=0).to(tl.int32) == among
+    return inside
+
+
 @triton.jit(do_not_specialize=["tokens", "fraction_bits"])
-def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fraction_bits, BLOCK: tl.constexpr):
-    """Protected tokens of one sequence. A sequence with NaN or inf protects nothing."""
+def _select_kernel(
+    importance, protect_last, cu_seqlens, protected_out, broken_out, tokens, fraction_bits, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Protected tokens of one sequence. A sequence with NaN or inf protects nothing.
+
+    With `protect_last`, importance decides among the others of its tokens. Where fewer of these are left than are to be
+    protected, all of them are, and it decides among its tokens.
+    """
     sequence = tl.program_id(0)
-    first, length = _bounds(cu_seqlens, sequence, tokens)
+    first, length = bounds(cu_seqlens, sequence, tokens)
     wanted = _protected_count(length, fraction_bits)
     lane = tl.arange(0, BLOCK)
     digit = tl.arange(0, 256)
 
+    left = wanted
+    among = tl.full([], 0, tl.int32)  # importance decides among the tokens whose `protect_last` is this
+    if protect_last is not None:
+        others = tl.full([], 0, tl.int32)
+        for begin in range(0, length, BLOCK):
+            other = _candidates(protect_last, first + begin + lane, begin + lane < length, among)
+            others += tl.sum(other.to(tl.int32), axis=0)
+        among = (wanted > others).to(tl.int32)
+        left -= others * among
+
     # After the pass for bits shift ... shift + 7, `threshold` holds the upper bits of the k-th highest key, and `wanted` how
     # many of the keys that share them are protected.
     threshold = tl.full([], 0, tl.uint32)
-    left = wanted
     broken = tl.full([], 0, tl.int32)
     for step in tl.static_range(4):
         shift = 24 - 8 * step
@@ -111,12 +134,12 @@ def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fr
             inside = begin + lane < length
             value = tl.load(importance + first + begin + lane, mask=inside, other=0.0)
             key = _sort_key(value)
+            candidate = _candidates(protect_last, first + begin + lane, inside, among)
             if step == 0:
-                candidate = inside
                 # inf - inf and NaN - NaN are not 0; padding lanes hold 0.
                 broken += tl.sum((value - value != 0.0).to(tl.int32), axis=0)
             else:
-                candidate = inside & (key >> (shift + 8) == threshold >> (shift + 8))
+                candidate &= key >> (shift + 8) == threshold >> (shift + 8)
             histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=candidate)
         above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)  # keys with a higher digit
         chosen = (above < left) & (above + histogram >= left)  # one digit, or none when k is 0
@@ -129,10 +152,14 @@ def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fr
         inside = begin + lane < length
         token = first + begin + lane
         key = _sort_key(tl.load(importance + token, mask=inside, other=0.0))
-        tie = (inside & (key == threshold)).to(tl.int32)
+        candidate = _candidates(protect_last, token, inside, among)
+        tie = (candidate & (key == threshold)).to(tl.int32)
         rank = ties + tl.cumsum(tie, axis=0)  # counted from 1
         ties += tl.sum(tie, axis=0)
-        protected = select & ((key > threshold) | ((tie == 1) & (rank <= left)))
+        over = key > threshold
+        if protect_last is not None:
+            over = tl.where(candidate, over, among == 1)
+        protected = select & (over | ((tie == 1) & (rank <= left)))
         tl.store(protected_out + token, protected, mask=inside)
     tl.store(broken_out + sequence, broken)
 
@@ -141,7 +168,7 @@ def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fr
 def _count_kernel(token_ids, stride, protected, cu_seqlens, keys, counts, tokens, BLOCK: tl.constexpr, COUNTERS: tl.constexpr):
     """Counts the unprotected tokens of one sequence in its part of the hash table, 2 * first to 2 * (first + length)."""
     sequence = tl.program_id(0)
-    first, length = _bounds(cu_seqlens, sequence, tokens)
+    first, length = bounds(cu_seqlens, sequence, tokens)
     size = 2 * length.to(tl.int64)
     lane = tl.arange(0, BLOCK)
     for begin in range(tl.program_id(1) * BLOCK, length, BLOCK * COUNTERS):
@@ -169,7 +196,7 @@ def _count_kernel(token_ids, stride, protected, cu_seqlens, keys, counts, tokens
 def _reward_kernel(counts, cu_seqlens, broken, reward, tokens, fraction_bits, degenerate_reward, BLOCK: tl.constexpr):
     """r = 1 - sum(c * log c) / (M log M) over the counts c of one sequence's tokens."""
     sequence = tl.program_id(0)
-    first, length = _bounds(cu_seqlens, sequence, tokens)
+    first, length = bounds(cu_seqlens, sequence, tokens)
     lane = tl.arange(0, BLOCK)
     repeated = tl.zeros([BLOCK], tl.int64)
     for begin in range(0, 2 * length, BLOCK):
@@ -194,6 +221,7 @@ def redundancy(
     incoming: Tensor,
     token_ids: Tensor,
     cu_seqlens: Tensor,
+    protect_last: Tensor | None,
     *,
     attention_weight: float,
     protect_fraction: float,
@@ -209,6 +237,7 @@ def redundancy(
     keys = torch.empty(2 * tokens, dtype=torch.int64, device=device)
     counts = torch.empty(2 * tokens, dtype=torch.int32, device=device)
     cu_seqlens = cu_seqlens.contiguous()
+    protect_last = None if protect_last is None else protect_last.contiguous()
     (fraction_bits,) = struct.unpack("<q", struct.pack("<d", protect_fraction))
     # Without fusion: the two operations of I, and of k, are rounded separately, as other backends do.
     unfused = {"enable_fp_fusion": False}
@@ -220,8 +249,9 @@ def redundancy(
             )  # fmt: skip
         if sequences:
             _select_kernel[(sequences,)](
-                importance, cu_seqlens, protected, broken, tokens, fraction_bits, BLOCK=BLOCK, num_warps=WARPS, **unfused
-            )
+                importance, protect_last, cu_seqlens, protected, broken, tokens, fraction_bits,
+                BLOCK=BLOCK, num_warps=WARPS, **unfused,
+            )  # fmt: skip
             _count_kernel[(sequences, COUNTERS)](
                 token_ids, token_ids.stride(0), protected, cu_seqlens, keys, counts, tokens,
                 BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8, **FUSED,
