@@ -48,7 +48,7 @@ class CompletionScores:
     importance: Tensor
     """float32, log P + lambda * mu."""
     protected: Tensor
-    """bool, the tokens of highest importance, which the reward does not look at."""
+    """bool, the tokens of highest importance (copies last with `copy_ngram`), which the reward does not look at."""
 
     def __eq__(self, other: object) -> bool:
         """Whether reward and every element are equal."""
@@ -103,7 +103,7 @@ class Scores(Sequence[CompletionScores]):
     importance: list[Tensor]
     """float32, log P + lambda * mu."""
     protected: list[Tensor]
-    """bool, the tokens of highest importance, which the reward does not look at."""
+    """bool, the tokens of highest importance (copies last with `copy_ngram`), which the reward does not look at."""
     config: ScoreConfig
     """The options that produced all this."""
     tokenizer: Any = field(default=None, repr=False, compare=False)

@@ -6,7 +6,8 @@ together.
 
 1. `_importance_kernel` computes I and clears marks and the hash table.
 2. `_select_kernel` finds each sequence's k-th highest importance with four passes over 8 bits of an order-preserving integer,
-   then marks the tokens above it and, of those equal to it, the first ones.
+   then marks the tokens above it and, of those equal to it, the first ones. With `protect_last` one pass before these counts
+   the other tokens: it decides whether the k-th is one of them.
 3. `_count_kernel` counts the tokens that are left in an open-addressing hash table, twice as large as the sequence.
 4. `_reward_kernel` sums log(count) over the table.
 
@@ -35,7 +36,7 @@ FREE = tl.constexpr(-(2**63))
 BLOCK, WARPS = 4096, 16
 """Tokens that the one program of a sequence takes at a time, 8 to a thread. A batch of 64 sequences leaves half the SMs of an
 H200 idle, so what counts is how often a program goes round. A sequence of 16,384 tokens takes 20 rounds (4 digits, then the
-marks); 1,024 tokens at a time would take 80. A round waits for memory and for several barriers."""
+marks; 24 with `protect_last`); 1,024 tokens at a time would take 80. A round waits for memory and for several barriers."""
 
 CLEARED = 1024
 """Tokens per program of `_importance_kernel`."""
@@ -104,8 +105,8 @@ def _select_kernel(
 ):  # fmt: skip
     """Protected tokens of one sequence. A sequence with NaN or inf protects nothing.
 
-    With `protect_last`, importance decides among the others of its tokens. Where fewer of these are left than are to be
-    protected, all of them are, and it decides among its tokens.
+    Importance decides among the tokens that are not in `protect_last`. Where there are fewer of them than are to be protected,
+    all of them are protected, and importance decides among those in `protect_last`.
     """
     sequence = tl.program_id(0)
     first, length = bounds(cu_seqlens, sequence, tokens)
