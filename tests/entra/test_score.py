@@ -236,6 +236,72 @@ def test_sequence_scope_ranks_the_prompt_too(rows, llama):
         torch.testing.assert_close(scores.logprobs[i], plain.logprobs[i], rtol=0, atol=2e-5)
 
 
+def copies_of(prompt, completion, ngram):
+    """Of each of the completion's tokens whether the n-gram that ends at it was there before."""
+    ids = prompt + completion
+    grams = [tuple(ids[end - ngram : end]) if end >= ngram else None for end in range(1, len(ids) + 1)]
+    return [gram is not None and gram in grams[:i] for i, gram in enumerate(grams)][len(prompt) :]
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 50])
+@pytest.mark.parametrize("fraction", [0.2, 0.7, 1.0])
+def test_copies_are_protected_last(ngram, fraction, rows, llama):
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    plain = entra.score_batch(prompts, completions, model=llama, details=True)
+    config = entra.ScoreConfig(copy_ngram=ngram, protect_fraction=fraction)
+    scores = entra.score_batch(prompts, completions, model=llama, config=config, details=True)
+    found = 0
+    for i, (prompt, completion) in enumerate(rows):
+        copied, importance = copies_of(prompt, completion, ngram), plain.importance[i].tolist()
+        k = math.floor(fraction * len(completion) + 1e-9)
+        expected = sorted(range(len(completion)), key=lambda j: (copied[j], -importance[j], j))[:k]
+        assert scores.protected[i].nonzero()[:, 0].tolist() == sorted(expected)
+        assert torch.equal(scores.importance[i], plain.importance[i])
+        left = [token for j, token in enumerate(completion) if j not in expected]
+        shares = [c / len(left) for c in Counter(left).values()]
+        reward = -sum(s * math.log(s) for s in shares) / math.log(len(left)) if len(left) > 1 else 0.0
+        assert scores.rewards[i] == pytest.approx(reward, abs=1e-6)
+        found += sum(copied)
+    assert (found > 0) == (ngram < 50)
+
+
+def test_an_ngram_that_is_copied_may_stand_in_the_prompt(llama):
+    """6 and 7 end 5 6 and 6 7, which the prompt had; the last 7 ends 8 7, which is new."""
+    signals = {"logprobs": [[-3.0, -2.0, -1.0, -4.0, -5.0]], "incoming": [[0.0] * 5], "details": True}
+    completion = [5, 6, 7, 8, 7]
+    config = entra.ScoreConfig(copy_ngram=2, protect_fraction=0.6)
+    for prompt, places in (([5, 6, 7], [0, 3, 4]), ([6, 7, 1, 5], [0, 1, 3]), ([9], [0, 1, 2])):
+        scores = entra.score_batch([prompt], None, [completion], config=config, **signals)
+        assert scores.protected[0].nonzero()[:, 0].tolist() == places
+    with pytest.raises(ValueError, match="row 0: tokenizer=None, but text must be tokenised"):
+        entra.score_batch(["text"], None, [completion], config=config, **signals)
+
+
+@pytest.mark.parametrize("ngram", [1, 2])
+def test_sequence_scope_protects_copies_in_the_prompt_last_too(ngram, rows, llama):
+    """As a completion that begins after the prompt's first token: the row says the same."""
+    config = entra.ScoreConfig(copy_ngram=ngram, protect_fraction=0.5)
+    sequence = entra.ScoreConfig(copy_ngram=ngram, protect_fraction=0.5, ranking_scope="sequence")
+    repeating = [(p + 2 * p[:3], c) for p, c in rows]
+    for prompt, completion in repeating:
+        scores = entra.score_batch([prompt], [completion], model=llama, config=sequence, details=True)
+        everything = entra.score_batch([prompt[:1]], [prompt[1:] + completion], model=llama, config=config, details=True)
+        assert any(copies_of(prompt[:1], prompt[1:], ngram))
+        assert scores.rewards == everything.rewards
+        assert torch.equal(scores.protected[0], everything.protected[0][-len(completion) :])
+    together = entra.score_batch([p for p, _ in repeating], [c for _, c in repeating], model=llama, config=sequence)
+    assert together == [entra.score_batch([p], [c], model=llama, config=sequence)[0] for p, c in repeating]
+
+
+@pytest.mark.parametrize("scope", ["completion", "sequence"])
+def test_copies_of_an_empty_completion(scope, llama):
+    config = entra.ScoreConfig(copy_ngram=2, ranking_scope=scope)
+    assert entra.score_batch([], [], config=config) == []
+    rewards = entra.score_batch([[5, 5], [5]], [[], [6, 7, 6, 7, 8, 6]], model=llama, config=config)
+    assert rewards[0] == 0.0
+    assert rewards[1] > 0
+
+
 def test_length_adjusted_reward(rows, llama):
     prompts, completions = [p for p, _ in rows], [c for _, c in rows]
     config = entra.ScoreConfig(length_adjusted=5)
@@ -694,6 +760,8 @@ def test_bad_input(arguments, error, message, llama):
         ({"backend": "cuda"}, ValueError, r"backend='cuda' must be one of"),
         ({"length_adjusted": 1}, ValueError, r"length_adjusted=1 must be at least 2"),
         ({"length_adjusted": 2.5}, TypeError, r"length_adjusted=2.5 must be a whole number"),
+        ({"copy_ngram": 0}, ValueError, r"copy_ngram=0 must be at least 1"),
+        ({"copy_ngram": 4.0}, TypeError, r"copy_ngram=4.0 must be a whole number of tokens"),
         ({"token_budget": 0}, ValueError, r"token_budget=0 must be at least 1"),
         ({"token_budget": "5"}, TypeError, r"token_budget='5' must be a whole number"),
         ({"degenerate_reward": math.inf}, ValueError, r"degenerate_reward=inf must be finite"),
