@@ -96,7 +96,8 @@ def test_log_p_counts_as_much_as_it_is_weighted(weight, scope, rows, llama):
     plain = entra.score_batch(prompts, completions, model=llama, config=entra.ScoreConfig(ranking_scope=scope), details=True)
     weighted = entra.score_batch(prompts, completions, model=llama, config=config, details=True)
     for before, after in zip(plain, weighted, strict=True):
-        assert torch.equal(before.logprobs, after.logprobs) and torch.equal(before.incoming, after.incoming)
+        assert torch.equal(before.logprobs, after.logprobs)
+        assert torch.equal(before.incoming, after.incoming)
         torch.testing.assert_close(after.importance, weight * after.logprobs + 2 * after.incoming, rtol=1e-6, atol=1e-6)
     if scope == "completion":
         for after in weighted:
