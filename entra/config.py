@@ -100,6 +100,11 @@ class ScoreConfig:
     attention_weight: float = 2.0
     """lambda in I = log P + lambda * mu. The paper used 2 for MATH and 1e-4 elsewhere. 0 ranks by log P alone."""
 
+    logprob_weight: float = 1.0
+    """What log P counts for in I = logprob_weight * log P + lambda * mu. 1 is the paper's: predictable tokens are protected. -1
+    ranks by surprisal: what the model did not expect is protected. docs/real-traces.md compares the two on real traces. Our
+    option."""
+
     protect_fraction: float = 0.2
     """tau: the share of the completion's tokens that is protected, in [0, 1]. They are those of highest importance, and the
     reward does not look at them."""
@@ -142,6 +147,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         check_number("attention_weight", self.attention_weight, "finite; the paper used 2.0 and 1e-4")
+        check_number("logprob_weight", self.logprob_weight, "finite; 1 is the paper's, -1 ranks by surprisal")
         check_number("protect_fraction", self.protect_fraction, "in [0, 1]; 0.2 protects the top 20 %", low=0.0, high=1.0)
         check_number("degenerate_reward", self.degenerate_reward, "finite; rewards lie in 0 to 1")
         check_integer("copy_ngram", self.copy_ngram, 1, "tokens, or None for no difference")

@@ -402,8 +402,9 @@ def _assemble(
             rewards=[], token_ids=[], logprobs=[], incoming=[], importance=[], protected=[], config=config, tokenizer=tokenizer
         )
     device = _device(signals)
+    logprobs = torch.cat([signal.logprobs.to(device) for signal in signals])
     result = redundancy(
-        torch.cat([signal.logprobs.to(device) for signal in signals]),
+        logprobs if config.logprob_weight == 1 else config.logprob_weight * logprobs,
         torch.cat([signal.incoming.to(device) for signal in signals]),
         torch.cat(ranked).to(device),
         torch.tensor([0, *lengths]).cumsum(0).to(device),

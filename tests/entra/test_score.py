@@ -87,6 +87,47 @@ def test_options_of_the_method_reach_the_kernel(options, rows, llama):
         assert reward == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("scope", ["completion", "sequence"])
+@pytest.mark.parametrize("weight", [-1.0, 0.0, -0.25])
+def test_log_p_counts_as_much_as_it_is_weighted(weight, scope, rows, llama):
+    """Against importance, protected tokens and entropy that are made by hand of the recorded signals."""
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    config = entra.ScoreConfig(logprob_weight=weight, ranking_scope=scope)
+    plain = entra.score_batch(prompts, completions, model=llama, config=entra.ScoreConfig(ranking_scope=scope), details=True)
+    weighted = entra.score_batch(prompts, completions, model=llama, config=config, details=True)
+    for before, after in zip(plain, weighted, strict=True):
+        assert torch.equal(before.logprobs, after.logprobs)
+        assert torch.equal(before.incoming, after.incoming)
+        torch.testing.assert_close(after.importance, weight * after.logprobs + 2 * after.incoming, rtol=1e-6, atol=1e-6)
+    if scope == "completion":
+        for after in weighted:
+            order = sorted(range(len(after.importance)), key=lambda i: (-float(after.importance[i]), i))
+            kept = set(order[: math.floor(0.2 * len(order) + 1e-9)])
+            assert set(after.protected.nonzero()[:, 0].tolist()) == kept
+            counts = Counter(int(token) for i, token in enumerate(after.token_ids) if i not in kept)
+            total = counts.total()
+            entropy = -sum(c / total * math.log(c / total) for c in counts.values())
+            assert after.reward == pytest.approx(entropy / math.log(total) if total > 1 else 0.0, abs=1e-6)
+    assert any(before.protected.tolist() != after.protected.tolist() for before, after in zip(plain, weighted, strict=True))
+
+
+def test_surprisal_turns_the_order_of_log_p_around(llama, rows):
+    """Without attention, what is protected first by log P is protected last by surprisal."""
+    prompt, completion = max(rows, key=lambda row: len(row[1]))
+    first, last = (
+        entra.score_batch(
+            [prompt],
+            [completion],
+            model=llama,
+            config=entra.ScoreConfig(logprob_weight=weight, attention_weight=0, protect_fraction=0.5),
+            details=True,
+        )[0]
+        for weight in (1, -1)
+    )
+    assert not (first.protected & last.protected).any()
+    assert first.protected.sum() == last.protected.sum() == len(completion) // 2
+
+
 @pytest.mark.parametrize("budget", [1, 40, 64, 10_000])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
 def test_the_split_into_forwards_changes_nothing(family, budget, rows):
@@ -750,6 +791,12 @@ def test_bad_input(arguments, error, message, llama):
     ("options", "error", "message"),
     [
         ({"attention_weight": math.nan}, ValueError, r"attention_weight=nan must be finite"),
+        (
+            {"logprob_weight": math.inf},
+            ValueError,
+            r"logprob_weight=inf must be finite; 1 is the paper's, -1 ranks by surprisal",
+        ),
+        ({"logprob_weight": True}, TypeError, r"logprob_weight=True must be a number"),
         ({"attention_weight": 1e300}, ValueError, r"attention_weight=1e\+300 must be finite"),
         ({"attention_weight": "2"}, TypeError, r"attention_weight='2' must be a number, not str"),
         ({"protect_fraction": 1.5}, ValueError, r"protect_fraction=1.5 must be in \[0, 1\]"),
