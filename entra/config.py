@@ -100,6 +100,11 @@ class ScoreConfig:
     attention_weight: float = 2.0
     """lambda in I = log P + lambda * mu. The paper used 2 for MATH and 1e-4 elsewhere. 0 ranks by log P alone."""
 
+    logprob_weight: float = 1.0
+    """What log P counts for in I = logprob_weight * log P + lambda * mu. 1 is the paper's: predictable tokens are protected. -1
+    ranks by surprisal: what the model did not expect is protected. docs/real-traces.md compares the two on real traces. Our
+    option."""
+
     protect_fraction: float = 0.2
     """tau: the share of the completion's tokens that is protected, in [0, 1]. They are those of highest importance, and the
     reward does not look at them."""
@@ -115,6 +120,12 @@ class ScoreConfig:
     """"completion": prompt tokens attend and are attended to, but only completion tokens are ranked and counted. "sequence":
     the prompt's tokens are ranked and counted too, except the first, which has no log P. Our choice; the paper's summary does
     not fix it."""
+
+    copy_ngram: int | None = None
+    """n, tokens, at least 1: a copy is protected last. A token is a copy when the n tokens that end at it stood before in the
+    same row, in the prompt or the completion, maybe overlapping. First all other tokens are protected, by importance. Only
+    where fewer of them are left than are to be protected, the copies follow, by importance. Importance itself stays as it is.
+    None: importance alone decides. Our option."""
 
     degenerate_reward: float = 0.0
     """The reward when at most one token is unprotected. Entropy over log M is undefined there. 0 is the worst reward: a
@@ -136,8 +147,10 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         check_number("attention_weight", self.attention_weight, "finite; the paper used 2.0 and 1e-4")
+        check_number("logprob_weight", self.logprob_weight, "finite; 1 is the paper's, -1 ranks by surprisal")
         check_number("protect_fraction", self.protect_fraction, "in [0, 1]; 0.2 protects the top 20 %", low=0.0, high=1.0)
         check_number("degenerate_reward", self.degenerate_reward, "finite; rewards lie in 0 to 1")
+        check_integer("copy_ngram", self.copy_ngram, 1, "tokens, or None for no difference")
         check_integer("length_adjusted", self.length_adjusted, 2, "positions, or None for no adjustment")
         check_integer("token_budget", self.token_budget, 1, "tokens, or None")
         for name, kind in (

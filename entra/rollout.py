@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from entra.config import ScoreConfig
+from entra.copies import copied_tokens
 from entra.encode import EncodedRow, Encoder, prompt_value
 from entra.forward import TokenSignals, forwards_are_collective, token_signals, unwrapped
 from entra.rope import RopeGroups, has_seen_longer, sees_left_pads
@@ -157,6 +158,11 @@ class Rollout:
             self._computed[key] = self._without_tools(self._complete(config))
         return self._computed[key]
 
+    def copied(self, config: ScoreConfig, device: torch.device) -> list[Tensor] | None:
+        """As `copied_tokens`, of the ranked tokens of `rows()`. A copy of what a tool wrote is one, too."""
+        found = copied_tokens(self._sequences, config, device)
+        return found if found is None else [self._of_the_policy(r, copied) for r, copied in enumerate(found)]
+
     def _complete(self, config: ScoreConfig) -> list[TokenSignals]:
         found: list[TokenSignals | None] = [None] * len(self._sequences)
         if config.ranking_scope == "completion":
@@ -171,11 +177,12 @@ class Rollout:
         return [signal for signal in found if signal is not None]
 
     def _without_tools(self, signals: list[TokenSignals]) -> list[TokenSignals]:
+        return [TokenSignals(*(self._of_the_policy(r, values) for values in signal)) for r, signal in enumerate(signals)]
+
+    def _of_the_policy(self, r: int, values: Tensor) -> Tensor:
+        """The values of row r's ranked tokens, without those of tokens that a tool wrote."""
         if self._own is None:
-            return signals
-        kept = []
-        for signal, own in zip(signals, self._own, strict=True):
-            ranked_prompt = torch.full((signal.logprobs.numel() - own.numel(),), bool(own.any()))
-            mask = torch.cat([ranked_prompt, own]).to(signal.logprobs.device)
-            kept.append(TokenSignals(signal.logprobs[mask], signal.incoming[mask]))
-        return kept
+            return values
+        own = self._own[r]
+        ranked_prompt = torch.full((values.numel() - own.numel(),), bool(own.any()))
+        return values[torch.cat([ranked_prompt, own]).to(values.device)]

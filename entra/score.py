@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from entra.config import ScoreConfig, nearest_of, options_elsewhere
+from entra.copies import copied_tokens
 from entra.encode import EncodedRow, Encoder, as_ids, short
 from entra.forward import TokenSignals, token_signals, unwrapped
 from entra.policy import Policy, bound_rollout, resolve_policy
@@ -47,7 +48,7 @@ class CompletionScores:
     importance: Tensor
     """float32, log P + lambda * mu."""
     protected: Tensor
-    """bool, the tokens of highest importance, which the reward does not look at."""
+    """bool, the tokens of highest importance (copies last with `copy_ngram`), which the reward does not look at."""
 
     def __eq__(self, other: object) -> bool:
         """Whether reward and every element are equal."""
@@ -102,7 +103,7 @@ class Scores(Sequence[CompletionScores]):
     importance: list[Tensor]
     """float32, log P + lambda * mu."""
     protected: list[Tensor]
-    """bool, the tokens of highest importance, which the reward does not look at."""
+    """bool, the tokens of highest importance (copies last with `copy_ngram`), which the reward does not look at."""
     config: ScoreConfig
     """The options that produced all this."""
     tokenizer: Any = field(default=None, repr=False, compare=False)
@@ -258,10 +259,13 @@ def score_batch(
     rollout = bound_rollout() if model is None and logprobs is None and incoming is None else None
     if rollout is not None and rollout.holds(prompts, completion_ids):
         rows, signals = rollout.rows(), rollout.signals(config)
+        copied = rollout.copied(config, _device(signals))
     else:
-        rows = _encode(prompts, given, policy, tokenizer, config, forward=logprobs is None or incoming is None)
+        with_prompts = logprobs is None or incoming is None or config.copy_ngram is not None
+        rows = _encode(prompts, given, policy, tokenizer, config, with_prompts)
         signals = _signals(rows, policy, logprobs, incoming, config, given)
-    scores = _assemble(rows, signals, config, tokenizer if policy is None else policy.tokenizer)
+        copied = copied_tokens(rows, config, _device(signals))
+    scores = _assemble(rows, signals, copied, config, tokenizer if policy is None else policy.tokenizer)
     return scores if details else scores.rewards
 
 
@@ -292,16 +296,16 @@ def _encode(
     policy: Policy | None,
     tokenizer: Any | None,
     config: ScoreConfig,
-    forward: bool,
+    with_prompts: bool,
 ) -> list[EncodedRow]:
-    """Token ids of every row; of the completions alone when no forward will run."""
+    """Token ids of every row; of the completions alone when neither a forward nor an option looks at the prompts."""
     model = None if policy is None else unwrapped(policy.model)
     encoder = Encoder(tokenizer if policy is None else policy.tokenizer, model, config.chat_template_kwargs)
     rows = []
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         try:
             rows.append(
-                encoder.encode(prompt, completion) if forward else EncodedRow([], encoder.encode_completion(completion))
+                encoder.encode(prompt, completion) if with_prompts else EncodedRow([], encoder.encode_completion(completion))
             )
         except (TypeError, ValueError) as error:
             raise type(error)(f"row {i}: {error}") from error
@@ -383,22 +387,31 @@ def _check_range(name: str, i: int, values: Tensor, config: ScoreConfig) -> None
         raise ValueError(f"row {i}: {name} holds {float(values[token]):g} at token {token}; {rule}")
 
 
-def _assemble(rows: list[EncodedRow], signals: list[TokenSignals], config: ScoreConfig, tokenizer: Any) -> Scores:
+def _device(signals: list[TokenSignals]) -> torch.device:
+    """Where the rewards are computed: where most of a row's signals are."""
+    return max((signal.logprobs for signal in signals), key=Tensor.numel, default=torch.empty(0)).device
+
+
+def _assemble(
+    rows: list[EncodedRow], signals: list[TokenSignals], copied: list[Tensor] | None, config: ScoreConfig, tokenizer: Any
+) -> Scores:
     ranked = [torch.tensor(row.ranked(config.ranking_scope), dtype=torch.int64) for row in rows]
     lengths = [ids.numel() for ids in ranked]
     if not rows:
         return Scores(
             rewards=[], token_ids=[], logprobs=[], incoming=[], importance=[], protected=[], config=config, tokenizer=tokenizer
         )
-    device = max(signals, key=lambda signal: signal.logprobs.numel()).logprobs.device
+    device = _device(signals)
+    logprobs = torch.cat([signal.logprobs.to(device) for signal in signals])
     result = redundancy(
-        torch.cat([signal.logprobs.to(device) for signal in signals]),
+        logprobs if config.logprob_weight == 1 else config.logprob_weight * logprobs,
         torch.cat([signal.incoming.to(device) for signal in signals]),
         torch.cat(ranked).to(device),
         torch.tensor([0, *lengths]).cumsum(0).to(device),
         attention_weight=config.attention_weight,
         protect_fraction=config.protect_fraction,
         degenerate_reward=config.degenerate_reward,
+        protect_last=None if copied is None else torch.cat(copied),
         backend=config.backend,
     )
     protected = list(result.protected.cpu().split(lengths))

@@ -19,7 +19,8 @@ def write_whole(path: Path, text: str | Iterable[str], encoding: str = "utf-8") 
     Raises:
         OSError: it cannot be written.
     """
-    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     for attempt in count():
         unfinished = path.with_name(f"{path.name}.{os.getpid()}-{attempt}.tmp")
         try:

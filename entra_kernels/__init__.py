@@ -5,6 +5,7 @@
 | `incoming_attention` | the mean attention that each token receives from future tokens, without N x N memory |
 | `token_logprobs` | log P of given tokens, from logits |
 | `linear_token_logprobs` | log P of given tokens and the entropy, from hidden states, without `[tokens, vocabulary]` memory |
+| `copies` | which tokens end an n-gram that their sequence had before |
 | `redundancy` | importance, protected tokens and the ENTRA reward of each sequence |
 
 Each runs on three backends: `reference` (the specification), `torch` (CPU, CUDA) and `triton` (CUDA, ROCm).
@@ -12,6 +13,7 @@ Each runs on three backends: `reference` (the specification), `torch` (CPU, CUDA
 """
 
 from ._attention import SampledAttention, incoming_attention
+from ._copies import copies
 from ._logprobs import LogprobsAndEntropy, linear_token_logprobs, token_logprobs
 from ._redundancy import Redundancy, redundancy
 
@@ -19,6 +21,7 @@ __all__ = [
     "LogprobsAndEntropy",
     "Redundancy",
     "SampledAttention",
+    "copies",
     "incoming_attention",
     "linear_token_logprobs",
     "redundancy",

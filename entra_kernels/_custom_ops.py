@@ -26,7 +26,7 @@ _MODULES = {"reference": ".reference", "torch": "._torch", "triton": "._triton"}
 
 
 def _implementation(backend: str, tensor: Tensor) -> ModuleType:
-    """The backend's module; each has the same four functions.
+    """The backend's module; each has the same functions.
 
     Raises:
         RuntimeError: for Triton without Triton, or without a GPU and outside its interpreter.
@@ -199,12 +199,32 @@ def _(hidden, weight, targets, rows, bias, logit_scale, softcap, temperature, en
     return [hidden.new_empty(count, dtype=dtype) for _ in range(2 if entropy else 1)]
 
 
+@torch.library.custom_op("entra_kernels::copies", mutates_args=())
+def copies(token_ids: Tensor, cu_seqlens: Tensor, ngram: int, backend: str) -> Tensor:
+    """Packed, [T] and [S + 1]. Returns bool [T]."""
+    module = _implementation(backend, token_ids)
+    _check_packed(cu_seqlens, token_ids)
+    return module.copies(token_ids, cu_seqlens, ngram=ngram)
+
+
+@copies.register_fake
+def _(token_ids, cu_seqlens, ngram, backend):  # type: ignore[no-untyped-def]
+    return token_ids.new_empty(token_ids.shape, dtype=torch.bool)
+
+
+def _check_packed(cu_seqlens: Tensor, packed: Tensor) -> None:
+    """Raises a ValueError for a sequence that leaves the tokens [T] of `packed`. On a CPU only."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    Spans(starts, ends, starts.shape[0], tokens=packed.shape[0], batch=1).check(packed.device)
+
+
 @torch.library.custom_op("entra_kernels::redundancy", mutates_args=())
 def redundancy(
     logprobs: Tensor,
     incoming: Tensor,
     token_ids: Tensor,
     cu_seqlens: Tensor,
+    protect_last: Optional[Tensor],  # noqa: UP045
     attention_weight: float,
     protect_fraction: float,
     degenerate_reward: float,
@@ -212,14 +232,13 @@ def redundancy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All packed, [T] and [S + 1]. Returns reward [S], importance [T], protected [T]."""
     module = _implementation(backend, logprobs)
-    tokens = logprobs.shape[0]
-    Spans(cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.shape[0] - 1, tokens=tokens, batch=1).check(logprobs.device)
+    _check_packed(cu_seqlens, logprobs)
     options = RedundancyOptions(attention_weight, protect_fraction, degenerate_reward)
-    return module.redundancy(logprobs, incoming, token_ids, cu_seqlens, options)
+    return module.redundancy(logprobs, incoming, token_ids, cu_seqlens, protect_last, options)
 
 
 @redundancy.register_fake
-def _(logprobs, incoming, token_ids, cu_seqlens, attention_weight, protect_fraction, degenerate_reward, backend):  # type: ignore[no-untyped-def]
+def _(logprobs, incoming, token_ids, cu_seqlens, *options):  # type: ignore[no-untyped-def]
     dtype = accumulation_dtype(torch.promote_types(logprobs.dtype, incoming.dtype))
     return (
         logprobs.new_empty(cu_seqlens.shape[0] - 1, dtype=dtype),

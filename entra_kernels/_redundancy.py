@@ -40,6 +40,7 @@ def redundancy(
     attention_weight: float = 2.0,
     protect_fraction: float = 0.2,
     degenerate_reward: float = 0.0,
+    protect_last: Tensor | None = None,
     backend: str = "auto",
 ) -> Redundancy:
     """`entropy(bincount(token_ids[~protected])) / log(M)` with `protected = topk(logprobs + attention_weight * incoming)`.
@@ -61,6 +62,8 @@ def redundancy(
         attention_weight: lambda, finite.
         protect_fraction: tau, in [0, 1].
         degenerate_reward: finite, the reward when M <= 1, where entropy over log M is undefined.
+        protect_last: bool [T], tokens that are protected only after all others of their sequence, by importance as these are:
+            for example `copies(...)`. k and the importance stay as they are. None: importance alone decides.
         backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
 
     Returns:
@@ -79,12 +82,16 @@ def redundancy(
     """
     check_dtype(FLOATS, logprobs=logprobs, incoming=incoming)
     check_dtype(INTEGERS, token_ids=token_ids, cu_seqlens=cu_seqlens)
-    check_same_device(logprobs=logprobs, incoming=incoming, token_ids=token_ids, cu_seqlens=cu_seqlens)
+    check_dtype((torch.bool,), protect_last=protect_last)
+    check_same_device(
+        logprobs=logprobs, incoming=incoming, token_ids=token_ids, cu_seqlens=cu_seqlens, protect_last=protect_last
+    )
     check_scoring_only(logprobs=logprobs, incoming=incoming)
     if logprobs.ndim != 1:
         raise ValueError(f"logprobs has shape {list(logprobs.shape)}; it must be packed, [T]")
     check_shape("incoming", incoming, tuple(logprobs.shape), "[T]")
     check_shape("token_ids", token_ids, tuple(logprobs.shape), "[T]")
+    check_shape("protect_last", protect_last, tuple(logprobs.shape), "[T]")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1]")
     return Redundancy(
@@ -93,6 +100,7 @@ def redundancy(
             incoming,
             token_ids,
             cu_seqlens,
+            protect_last,
             check_number("attention_weight", attention_weight, "finite; 2.0 is the default"),
             check_number("protect_fraction", protect_fraction, "in [0, 1]; 0.2 protects the top 20 %", low=0.0, high=1.0),
             check_number("degenerate_reward", degenerate_reward, "finite; 0.0 is the default"),

@@ -206,8 +206,27 @@ class RedundancyOptions(NamedTuple):
     """The reward where at most one token is left."""
 
 
+def copies(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int) -> Tensor:
+    """Whether each token ends an n-gram that its sequence had before (docs/method.md, "Copies")."""
+    copied = torch.zeros_like(token_ids, dtype=torch.bool)
+    starts, lengths = packed_bounds(cu_seqlens, token_ids.shape[0])
+    for first, count in zip(starts.tolist(), lengths.tolist(), strict=True):
+        ids = token_ids[first : first + count].tolist()
+        seen: set[tuple[int, ...]] = set()
+        for end in range(ngram, count + 1):
+            gram = tuple(ids[end - ngram : end])
+            copied[first + end - 1] = gram in seen
+            seen.add(gram)
+    return copied
+
+
 def redundancy(
-    logprobs: Tensor, incoming: Tensor, token_ids: Tensor, cu_seqlens: Tensor, options: RedundancyOptions
+    logprobs: Tensor,
+    incoming: Tensor,
+    token_ids: Tensor,
+    cu_seqlens: Tensor,
+    protect_last: Tensor | None,
+    options: RedundancyOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """I = l + lambda * mu, the top k protected, r = H / log M over the rest (docs/method.md, "Reward")."""
     dtype = accumulation_dtype(torch.promote_types(logprobs.dtype, incoming.dtype))
@@ -222,8 +241,11 @@ def redundancy(
             continue
         k = protected_count(count, options.protect_fraction)
         # A stable sort leaves equal importances in the order of their index, so ties go to the lower one.
-        top = importance[span].sort(descending=True, stable=True).indices[:k]
-        protected[first + top] = True
+        order = importance[span].sort(descending=True, stable=True).indices
+        if protect_last is not None:
+            last = protect_last[span][order]
+            order = torch.cat([order[~last], order[last]])
+        protected[first + order[:k]] = True
         remaining = token_ids[span][~protected[span]]
         m = remaining.numel()
         if m <= 1:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entra_kernels import incoming_attention, linear_token_logprobs, redundancy, token_logprobs
+from entra_kernels import copies, incoming_attention, linear_token_logprobs, redundancy, token_logprobs
 from entra_kernels._triton.logprobs import linear_token_logprobs as triton_logprobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,6 +142,12 @@ def rewards(tokens: int) -> Iterator[Check]:
         return result.reward[2:], result.protected.float()  # the first two have no or few tokens
 
     yield Check("redundancy", lambda: reduced("triton"), lambda: reduced("reference"), 1e-6)
+
+    def copies_last(backend: str) -> tuple[Tensor, Tensor]:
+        last = copies(ids, bounds, ngram=2, backend=backend)
+        return last.float(), redundancy(*inputs, protect_last=last, backend=backend).protected.float()
+
+    yield Check("copies", lambda: copies_last("triton"), lambda: copies_last("reference"), 1e-6)
 
 
 def several(result: Any) -> Sequence[Tensor]:

@@ -68,6 +68,7 @@ SECTIONS = {
     "token_logprobs": "Log-probs from logits",
     "redundancy": "Epilogue, by device events on a GPU",
     "redundancy, host clock": "Epilogue, by the host's clock",
+    "copies": "Which tokens are copies",
     "score_batch": "score_batch and the forward that it rides on",
     "training step": "A GRPO step (generation, and the optimiser steps on it)",
     "test": "Tests that were not run",

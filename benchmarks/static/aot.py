@@ -34,7 +34,7 @@ from benchmarks.static import disassembly
 from benchmarks.static.launches import Case, record, target_of
 from entra_kernels._triton.launch import Chip
 
-MODULES = ("plan", "attention", "hopper", "sampled", "logprobs", "redundancy")
+MODULES = ("plan", "attention", "hopper", "sampled", "logprobs", "redundancy", "copies")
 """Those with kernels, in the order of the output."""
 
 CHIPS = (
@@ -276,17 +276,18 @@ SUBSET = Selection(
         r"|sm_90 \w+ sampled .* d=(64|128)"
         r"|(sm_80|sm_100|gfx942) bf16 sampled .* d=128$"
         r"|sm_90 \w+ logprobs|bf16 logprobs head$"
-        r"|(sm_90|gfx942) \w+ (plan .* d=(64|128)|redundancy)"
+        r"|(sm_90|gfx942) \w+ (plan .* d=(64|128)|redundancy|copies)"
     ),
     calls=re.compile(
         r"bf16 (d=128)?$|fp32 d=16$|sm_90 bf16 d=(64|80|256)$|(sm_86|gfx942) bf16 d=512$"
         r"|sm_90 bf16 d=128 (sinks per head packed|window|window softcap)$"
         r"|sm_90 (bf16 d=64 window softcap|fp32 d=(64|128)( window softcap)?)$"
-        r"|sm_90 \w+ (with entropy|with all options( uneven channels)?)?$|gfx942 fp32 $"
+        r"|sm_90 \w+ (with entropy|with all options( uneven channels)?|protect last)?$|gfx942 (fp32|i64) $"
     ),
 )
 """What is compiled without `--all`, by name. On sm_90 every kernel and option. On every chip the attention passes (D = 128 in
-bfloat16, D = 16 in float32) and the fused head. The tightest fits into shared memory. On gfx942 the redundancy kernels, too."""
+bfloat16, D = 16 in float32) and the fused head. The tightest fits into shared memory. On gfx942 the kernels of
+redundancy and copies, too."""
 
 
 def main() -> int:

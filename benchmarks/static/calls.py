@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.static.launches import DEVICE, Call
-from entra_kernels import incoming_attention, linear_token_logprobs, redundancy, token_logprobs
+from entra_kernels import copies, incoming_attention, linear_token_logprobs, redundancy, token_logprobs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128, 192, 256, 512)
@@ -47,6 +47,7 @@ def calls() -> Iterator[Call]:
         yield from _head(dtype)
         yield from _token_logprobs(dtype)
     yield from _redundancy()
+    yield from _copies()
 
 
 def _attend(
@@ -241,7 +242,9 @@ def _token_logprobs(dtype: str) -> Iterator[Call]:
 
 
 def _redundancy() -> Iterator[Call]:
-    def reward(label: str, tokens: int = 4000, sequences: int = 4, **inputs: Any) -> Call:
+    def reward(
+        label: str, tokens: int = 4000, sequences: int = 4, last: Callable[[], Tensor] | None = None, **inputs: Any
+    ) -> Call:
         def run() -> None:
             given = {
                 "logprobs": empty(tokens),
@@ -249,7 +252,8 @@ def _redundancy() -> Iterator[Call]:
                 "token_ids": empty(tokens, dtype=torch.int64),
                 "cu_seqlens": empty(sequences + 1, dtype=torch.int64),
             }
-            redundancy(*(given | {name: made() for name, made in inputs.items()}).values())
+            given |= {name: made() for name, made in inputs.items()}
+            redundancy(*given.values(), protect_last=None if last is None else last())
 
         return Call(label, "fp32", run)
 
@@ -262,3 +266,34 @@ def _redundancy() -> Iterator[Call]:
     yield reward("bf16", logprobs=lambda: empty(4000, dtype=torch.bfloat16), incoming=lambda: empty(4000, dtype=torch.bfloat16))
     yield reward("every second", logprobs=lambda: empty(8000)[::2], token_ids=lambda: empty(8000, dtype=torch.int64)[::2])
     yield reward("not aligned", incoming=lambda: empty(4001)[1:], token_ids=lambda: empty(4001, dtype=torch.int64)[1:])
+    for name, last in (
+        ("", lambda: empty(4000, dtype=torch.bool)),
+        ("every second", lambda: empty(8000, dtype=torch.bool)[::2]),
+        ("not aligned", lambda: empty(4001, dtype=torch.bool)[1:]),
+    ):
+        yield reward(f"protect last {name}".strip(), last=last)
+
+
+def _copies() -> Iterator[Call]:
+    def find(
+        label: str,
+        ids: Callable[[], Tensor] = lambda: empty(4000, dtype=torch.int64),
+        sequences: int = 4,
+        bounds: torch.dtype = torch.int64,
+        ngram: int = 4,
+    ) -> Call:
+        def run() -> None:
+            copies(ids(), empty(sequences + 1, dtype=bounds), ngram=ngram)
+
+        return Call(label, "i64", run)
+
+    yield find("")
+    yield find("one token", lambda: empty(1, dtype=torch.int64), 1)
+    yield find("no token", lambda: empty(0, dtype=torch.int64), 1)
+    yield find("2**28 tokens", lambda: empty(2**28, dtype=torch.int64), 3)
+    yield find("int32 ids", lambda: empty(4000, dtype=torch.int32))
+    yield find("int32 bounds", bounds=torch.int32)
+    yield find("1-grams", ngram=1)
+    yield find("16-grams", ngram=16)
+    yield find("every second", lambda: empty(8000, dtype=torch.int64)[::2])
+    yield find("not aligned", lambda: empty(4001, dtype=torch.int64)[1:])

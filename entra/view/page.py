@@ -152,7 +152,7 @@ def _options(config: ScoreConfig | None) -> list[tuple[str, str]]:
         return [("lambda", "not recorded"), ("tau", "not recorded")]
     options = [("lambda", f"{config.attention_weight:g}"), ("tau", f"{config.protect_fraction:g}")]
     defaults = ScoreConfig()
-    for name in ("attention_statistic", "head_reduction", "ranking_scope", "length_adjusted"):
+    for name in ("logprob_weight", "attention_statistic", "head_reduction", "ranking_scope", "copy_ngram", "length_adjusted"):
         if getattr(config, name) != getattr(defaults, name):
             options.append((name.replace("_", " "), str(getattr(config, name))))
     return options

@@ -1,10 +1,18 @@
 """The torch backend: blocked PyTorch with bounded memory, for CPU and CUDA, with or without Triton.
 
-The first three run on any device of torch's; `redundancy` needs one with float64, which MPS is not.
+`redundancy` needs a device with float64, which MPS is not; the others run on any device of torch's.
 """
 
 from .._torch.attention import incoming_attention, sampled_incoming_attention
+from .._torch.copies import copies
 from .._torch.logprobs import linear_token_logprobs, token_logprobs
 from .._torch.redundancy import redundancy
 
-__all__ = ["incoming_attention", "linear_token_logprobs", "redundancy", "sampled_incoming_attention", "token_logprobs"]
+__all__ = [
+    "copies",
+    "incoming_attention",
+    "linear_token_logprobs",
+    "redundancy",
+    "sampled_incoming_attention",
+    "token_logprobs",
+]

@@ -22,7 +22,12 @@ LOG_UNITS = float(1 << 26)
 
 
 def redundancy(
-    logprobs: Tensor, incoming: Tensor, token_ids: Tensor, cu_seqlens: Tensor, options: RedundancyOptions
+    logprobs: Tensor,
+    incoming: Tensor,
+    token_ids: Tensor,
+    cu_seqlens: Tensor,
+    protect_last: Tensor | None,
+    options: RedundancyOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """I = l + lambda * mu, the top k protected, r = H / log M over the rest.
 
@@ -34,14 +39,17 @@ def redundancy(
     starts, lengths = packed_bounds(cu_seqlens, importance.shape[0])
     sequences = starts.shape[0]
     position = torch.arange(importance.shape[0], device=importance.device)
-    owner = _owner(position, starts, lengths)
+    owner = owner_of(position, starts, lengths)
 
     # One group more than there are sequences: the tokens outside all spans, which are never protected.
     broken = importance.new_zeros(sequences + 1, dtype=torch.int64)
     broken = broken.index_add_(0, owner, (~importance.isfinite()).long())[:-1] > 0
     k = protected_counts(lengths, options.protect_fraction).masked_fill_(broken, 0)
 
-    order = _grouped(importance.sort(descending=True, stable=True).indices, owner)
+    order = importance.sort(descending=True, stable=True).indices
+    if protect_last is not None:
+        order = grouped(order, protect_last.int())
+    order = grouped(order, owner)
     before = torch.nn.functional.pad(lengths.long().cumsum(0), (1, 0))
     group = owner[order]
     rank = position - before[group]
@@ -68,7 +76,7 @@ def log_units(count: Tensor) -> Tensor:
     return (count.double().log() * LOG_UNITS).round().long()
 
 
-def _owner(position: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+def owner_of(position: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     """[T] int64: the sequence that each position belongs to; S, one past the last, where it is none."""
     if starts.shape[0] == 0:
         return torch.zeros_like(position)
@@ -77,14 +85,14 @@ def _owner(position: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(position >= torch.nn.functional.pad(starts, (0, 1))[owner], owner, starts.shape[0])
 
 
-def _grouped(order: Tensor, group: Tensor) -> Tensor:
+def grouped(order: Tensor, group: Tensor) -> Tensor:
     """The permutation `order`, brought to ascending groups without changing the order inside a group."""
     return order[group[order].sort(stable=True).indices]
 
 
 def _counts(token_ids: Tensor, group: Tensor) -> Tensor:
     """[T] int64: how often each position's token occurs in its group."""
-    order = _grouped(token_ids.sort(stable=True).indices, group)
+    order = grouped(token_ids.sort(stable=True).indices, group)
     token, group = token_ids[order], group[order]
     first = torch.ones_like(token, dtype=torch.bool)
     first[1:] = (token[1:] != token[:-1]) | (group[1:] != group[:-1])

@@ -1,8 +1,16 @@
 """The Triton backend: fused kernels for CUDA and ROCm; on a CPU they run in Triton's interpreter, for tests."""
 
 from .attention import incoming_attention
+from .copies import copies
 from .logprobs import linear_token_logprobs, token_logprobs
 from .redundancy import redundancy
 from .sampled import sampled_incoming_attention
 
-__all__ = ["incoming_attention", "linear_token_logprobs", "redundancy", "sampled_incoming_attention", "token_logprobs"]
+__all__ = [
+    "copies",
+    "incoming_attention",
+    "linear_token_logprobs",
+    "redundancy",
+    "sampled_incoming_attention",
+    "token_logprobs",
+]

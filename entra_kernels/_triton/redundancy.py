@@ -6,7 +6,8 @@ together.
 
 1. `_importance_kernel` computes I and clears marks and the hash table.
 2. `_select_kernel` finds each sequence's k-th highest importance with four passes over 8 bits of an order-preserving integer,
-   then marks the tokens above it and, of those equal to it, the first ones.
+   then marks the tokens above it and, of those equal to it, the first ones. With `protect_last` one pass before these counts
+   the other tokens: it decides whether the k-th is one of them.
 3. `_count_kernel` counts the tokens that are left in an open-addressing hash table, twice as large as the sequence.
 4. `_reward_kernel` sums log(count) over the table.
 
@@ -36,7 +37,7 @@ FREE = tl.constexpr(-(2**63))
 BLOCK, WARPS = 4096, 16
 """Tokens that the one program of a sequence takes at a time, 8 to a thread. A batch of 64 sequences leaves half the SMs of an
 H200 idle, so what counts is how often a program goes round. A sequence of 16,384 tokens takes 20 rounds (4 digits, then the
-marks); 1,024 tokens at a time would take 80. A round waits for memory and for several barriers."""
+marks; 24 with `protect_last`); 1,024 tokens at a time would take 80. A round waits for memory and for several barriers."""
 
 CLEARED = 1024
 """Tokens per program of `_importance_kernel`."""
@@ -50,7 +51,7 @@ COUNTERS = 16
 
 
 @triton.jit
-def _bounds(cu_seqlens, sequence, tokens):
+def bounds(cu_seqlens, sequence, tokens):
     """First token, int64, and number of tokens of a sequence, cut to `tokens`."""
     first = tl.load(cu_seqlens + sequence).to(tl.int64)
     end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
@@ -91,19 +92,42 @@ def _sort_key(value):
     return bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000)
 
 
+@triton.jit
+def _candidates(protect_last, token, inside, among):
+    """The tokens that are inside, of which `protect_last`, where there is one, is `among`."""
+    if protect_last is not None:
+        inside &= tl.load(protect_last + token, mask=inside, other=0).to(tl.int32) == among
+    return inside
+
+
 @triton.jit(do_not_specialize=["tokens", "fraction_bits"])
-def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fraction_bits, BLOCK: tl.constexpr):
-    """Protected tokens of one sequence. A sequence with NaN or inf protects nothing."""
+def _select_kernel(
+    importance, protect_last, cu_seqlens, protected_out, broken_out, tokens, fraction_bits, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Protected tokens of one sequence. A sequence with NaN or inf protects nothing.
+
+    Importance decides among the tokens that are not in `protect_last`. Where there are fewer of them than are to be protected,
+    all of them are protected, and importance decides among those in `protect_last`.
+    """
     sequence = tl.program_id(0)
-    first, length = _bounds(cu_seqlens, sequence, tokens)
+    first, length = bounds(cu_seqlens, sequence, tokens)
     wanted = _protected_count(length, fraction_bits)
     lane = tl.arange(0, BLOCK)
     digit = tl.arange(0, 256)
 
+    left = wanted
+    among = tl.full([], 0, tl.int32)  # importance decides among the tokens whose `protect_last` is this
+    if protect_last is not None:
+        others = tl.full([], 0, tl.int32)
+        for begin in range(0, length, BLOCK):
+            other = _candidates(protect_last, first + begin + lane, begin + lane < length, among)
+            others += tl.sum(other.to(tl.int32), axis=0)
+        among = (wanted > others).to(tl.int32)
+        left -= others * among
+
     # After the pass for bits shift ... shift + 7, `threshold` holds the upper bits of the k-th highest key, and `wanted` how
     # many of the keys that share them are protected.
     threshold = tl.full([], 0, tl.uint32)
-    left = wanted
     broken = tl.full([], 0, tl.int32)
     for step in tl.static_range(4):
         shift = 24 - 8 * step
@@ -112,12 +136,12 @@ def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fr
             inside = begin + lane < length
             value = tl.load(importance + first + begin + lane, mask=inside, other=0.0)
             key = _sort_key(value)
+            candidate = _candidates(protect_last, first + begin + lane, inside, among)
             if step == 0:
-                candidate = inside
                 # inf - inf and NaN - NaN are not 0; padding lanes hold 0.
                 broken += tl.sum((value - value != 0.0).to(tl.int32), axis=0)
             else:
-                candidate = inside & (key >> (shift + 8) == threshold >> (shift + 8))
+                candidate &= key >> (shift + 8) == threshold >> (shift + 8)
             histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=candidate)
         above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)  # keys with a higher digit
         chosen = (above < left) & (above + histogram >= left)  # one digit, or none when k is 0
@@ -130,10 +154,14 @@ def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fr
         inside = begin + lane < length
         token = first + begin + lane
         key = _sort_key(tl.load(importance + token, mask=inside, other=0.0))
-        tie = (inside & (key == threshold)).to(tl.int32)
+        candidate = _candidates(protect_last, token, inside, among)
+        tie = (candidate & (key == threshold)).to(tl.int32)
         rank = ties + tl.cumsum(tie, axis=0)  # counted from 1
         ties += tl.sum(tie, axis=0)
-        protected = select & ((key > threshold) | ((tie == 1) & (rank <= left)))
+        over = key > threshold
+        if protect_last is not None:
+            over = tl.where(candidate, over, among == 1)
+        protected = select & (over | ((tie == 1) & (rank <= left)))
         tl.store(protected_out + token, protected, mask=inside)
     tl.store(broken_out + sequence, broken)
 
@@ -142,7 +170,7 @@ def _select_kernel(importance, cu_seqlens, protected_out, broken_out, tokens, fr
 def _count_kernel(token_ids, stride, protected, cu_seqlens, keys, counts, tokens, BLOCK: tl.constexpr, COUNTERS: tl.constexpr):
     """Counts the unprotected tokens of one sequence in its part of the hash table, 2 * first to 2 * (first + length)."""
     sequence = tl.program_id(0)
-    first, length = _bounds(cu_seqlens, sequence, tokens)
+    first, length = bounds(cu_seqlens, sequence, tokens)
     size = 2 * length.to(tl.int64)
     lane = tl.arange(0, BLOCK)
     for begin in range(tl.program_id(1) * BLOCK, length, BLOCK * COUNTERS):
@@ -170,7 +198,7 @@ def _count_kernel(token_ids, stride, protected, cu_seqlens, keys, counts, tokens
 def _reward_kernel(counts, cu_seqlens, broken, reward, tokens, fraction_bits, degenerate_reward, BLOCK: tl.constexpr):
     """r = 1 - sum(c * log c) / (M log M) over the counts c of one sequence's tokens."""
     sequence = tl.program_id(0)
-    first, length = _bounds(cu_seqlens, sequence, tokens)
+    first, length = bounds(cu_seqlens, sequence, tokens)
     lane = tl.arange(0, BLOCK)
     repeated = tl.zeros([BLOCK], tl.int64)
     for begin in range(0, 2 * length, BLOCK):
@@ -191,7 +219,12 @@ def _log_units(count):
 
 
 def redundancy(
-    logprobs: Tensor, incoming: Tensor, token_ids: Tensor, cu_seqlens: Tensor, options: RedundancyOptions
+    logprobs: Tensor,
+    incoming: Tensor,
+    token_ids: Tensor,
+    cu_seqlens: Tensor,
+    protect_last: Tensor | None,
+    options: RedundancyOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """I = l + lambda * mu, the top k protected, r = H / log M over the rest."""
     tokens, sequences = logprobs.shape[0], cu_seqlens.shape[0] - 1
@@ -203,6 +236,7 @@ def redundancy(
     keys = torch.empty(2 * tokens, dtype=torch.int64, device=device)
     counts = torch.empty(2 * tokens, dtype=torch.int32, device=device)
     cu_seqlens = cu_seqlens.contiguous()
+    protect_last = None if protect_last is None else protect_last.contiguous()
     (fraction_bits,) = struct.unpack("<q", struct.pack("<d", options.protect_fraction))
     # Without fusion: the two operations of I, and of k, are rounded separately, as other backends do.
     unfused = {"enable_fp_fusion": False}
@@ -214,8 +248,9 @@ def redundancy(
             )  # fmt: skip
         if sequences:
             _select_kernel[(sequences,)](
-                importance, cu_seqlens, protected, broken, tokens, fraction_bits, BLOCK=BLOCK, num_warps=WARPS, **unfused
-            )
+                importance, protect_last, cu_seqlens, protected, broken, tokens, fraction_bits,
+                BLOCK=BLOCK, num_warps=WARPS, **unfused,
+            )  # fmt: skip
             _count_kernel[(sequences, COUNTERS)](
                 token_ids, token_ids.stride(0), protected, cu_seqlens, keys, counts, tokens,
                 BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8, **FUSED,

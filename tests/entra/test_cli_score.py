@@ -311,13 +311,21 @@ def test_details_and_prefix(model, tmp_path):
 
 def test_options_reach_the_config(model, tmp_path):
     traces = write_rows(tmp_path / "t.jsonl", [GOOD])
-    options = ("--protect-fraction", "0.5", "--attention-statistic", "lift", "--length-adjusted", "5")
+    chosen = {
+        "protect_fraction": 0.5,
+        "attention_statistic": "lift",
+        "length_adjusted": 5,
+        "copy_ngram": 2,
+        "logprob_weight": -1,
+    }
+    options = (word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value)))
     assert score(traces, model, tmp_path / "s.jsonl", *options) == 0
-    config = entra.ScoreConfig(protect_fraction=0.5, attention_statistic="lift", length_adjusted=5)
+    config = entra.ScoreConfig(**chosen)
     scores = entra.score_batch([GOOD["prompt"]], [GOOD["completion"]], model=str(model), config=config, details=True)
     (row,) = rows_of(tmp_path / "s.jsonl")
     assert row["reward"] == scores.rewards[0]
     assert row["protected_tokens"] == int(scores.protected[0].sum())
+    assert json.loads((tmp_path / "s.jsonl.meta.json").read_text())["config"].items() >= chosen.items()
 
 
 def test_output_of_something_else_is_refused(model, tmp_path, capsys):

@@ -377,6 +377,15 @@ def test_the_total_is_of_the_completion_as_it_is(option):
         entra.EntraReward(halve_at=5.0, config=entra.ScoreConfig(**option))
 
 
+def test_copies_reach_a_reward_as_they_reach_score_batch(model, tokenizer):
+    config = entra.ScoreConfig(copy_ngram=1, protect_fraction=0.5)
+    reward = entra.EntraReward(model=model, tokenizer=tokenizer, config=config)
+    expected = entra.score_batch(PROMPTS, COMPLETIONS, model=model, tokenizer=tokenizer, config=config)
+    assert reward(PROMPTS, COMPLETIONS) == expected
+    plain = entra.ScoreConfig(protect_fraction=0.5)
+    assert expected != entra.score_batch(PROMPTS, COMPLETIONS, model=model, tokenizer=tokenizer, config=plain)
+
+
 def test_a_frozen_scorer_reads_text_with_its_own_tokenizer(model, tokenizer):
     """The ids that a trainer hands over are the policy's: under another tokenizer they mean something else."""
     ids_of_another = [[90, 91, 92, 93]] * 3

@@ -87,6 +87,47 @@ def test_options_of_the_method_reach_the_kernel(options, rows, llama):
         assert reward == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("scope", ["completion", "sequence"])
+@pytest.mark.parametrize("weight", [-1.0, 0.0, -0.25])
+def test_log_p_counts_as_much_as_it_is_weighted(weight, scope, rows, llama):
+    """Against importance, protected tokens and entropy that are made by hand of the recorded signals."""
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    config = entra.ScoreConfig(logprob_weight=weight, ranking_scope=scope)
+    plain = entra.score_batch(prompts, completions, model=llama, config=entra.ScoreConfig(ranking_scope=scope), details=True)
+    weighted = entra.score_batch(prompts, completions, model=llama, config=config, details=True)
+    for before, after in zip(plain, weighted, strict=True):
+        assert torch.equal(before.logprobs, after.logprobs)
+        assert torch.equal(before.incoming, after.incoming)
+        torch.testing.assert_close(after.importance, weight * after.logprobs + 2 * after.incoming, rtol=1e-6, atol=1e-6)
+    if scope == "completion":
+        for after in weighted:
+            order = sorted(range(len(after.importance)), key=lambda i: (-float(after.importance[i]), i))
+            kept = set(order[: math.floor(0.2 * len(order) + 1e-9)])
+            assert set(after.protected.nonzero()[:, 0].tolist()) == kept
+            counts = Counter(int(token) for i, token in enumerate(after.token_ids) if i not in kept)
+            total = counts.total()
+            entropy = -sum(c / total * math.log(c / total) for c in counts.values())
+            assert after.reward == pytest.approx(entropy / math.log(total) if total > 1 else 0.0, abs=1e-6)
+    assert any(before.protected.tolist() != after.protected.tolist() for before, after in zip(plain, weighted, strict=True))
+
+
+def test_surprisal_turns_the_order_of_log_p_around(llama, rows):
+    """Without attention, what is protected first by log P is protected last by surprisal."""
+    prompt, completion = max(rows, key=lambda row: len(row[1]))
+    first, last = (
+        entra.score_batch(
+            [prompt],
+            [completion],
+            model=llama,
+            config=entra.ScoreConfig(logprob_weight=weight, attention_weight=0, protect_fraction=0.5),
+            details=True,
+        )[0]
+        for weight in (1, -1)
+    )
+    assert not (first.protected & last.protected).any()
+    assert first.protected.sum() == last.protected.sum() == len(completion) // 2
+
+
 @pytest.mark.parametrize("budget", [1, 40, 64, 10_000])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
 def test_the_split_into_forwards_changes_nothing(family, budget, rows):
@@ -234,6 +275,72 @@ def test_sequence_scope_ranks_the_prompt_too(rows, llama):
         assert scores.rewards[i] == everything[0]
         assert scores.token_ids[i].tolist() == completion
         torch.testing.assert_close(scores.logprobs[i], plain.logprobs[i], rtol=0, atol=2e-5)
+
+
+def copies_of(prompt, completion, ngram):
+    """Of each of the completion's tokens whether the n-gram that ends at it was there before."""
+    ids = prompt + completion
+    grams = [tuple(ids[end - ngram : end]) if end >= ngram else None for end in range(1, len(ids) + 1)]
+    return [gram is not None and gram in grams[:i] for i, gram in enumerate(grams)][len(prompt) :]
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 50])
+@pytest.mark.parametrize("fraction", [0.2, 0.7, 1.0])
+def test_copies_are_protected_last(ngram, fraction, rows, llama):
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    plain = entra.score_batch(prompts, completions, model=llama, details=True)
+    config = entra.ScoreConfig(copy_ngram=ngram, protect_fraction=fraction)
+    scores = entra.score_batch(prompts, completions, model=llama, config=config, details=True)
+    found = 0
+    for i, (prompt, completion) in enumerate(rows):
+        copied, importance = copies_of(prompt, completion, ngram), plain.importance[i].tolist()
+        k = math.floor(fraction * len(completion) + 1e-9)
+        expected = sorted(range(len(completion)), key=lambda j: (copied[j], -importance[j], j))[:k]
+        assert scores.protected[i].nonzero()[:, 0].tolist() == sorted(expected)
+        assert torch.equal(scores.importance[i], plain.importance[i])
+        left = [token for j, token in enumerate(completion) if j not in expected]
+        shares = [c / len(left) for c in Counter(left).values()]
+        reward = -sum(s * math.log(s) for s in shares) / math.log(len(left)) if len(left) > 1 else 0.0
+        assert scores.rewards[i] == pytest.approx(reward, abs=1e-6)
+        found += sum(copied)
+    assert (found > 0) == (ngram < 50)
+
+
+def test_an_ngram_that_is_copied_may_stand_in_the_prompt(llama):
+    """6 and 7 end 5 6 and 6 7, which the prompt had; the last 7 ends 8 7, which is new."""
+    signals = {"logprobs": [[-3.0, -2.0, -1.0, -4.0, -5.0]], "incoming": [[0.0] * 5], "details": True}
+    completion = [5, 6, 7, 8, 7]
+    config = entra.ScoreConfig(copy_ngram=2, protect_fraction=0.6)
+    for prompt, places in (([5, 6, 7], [0, 3, 4]), ([6, 7, 1, 5], [0, 1, 3]), ([9], [0, 1, 2])):
+        scores = entra.score_batch([prompt], None, [completion], config=config, **signals)
+        assert scores.protected[0].nonzero()[:, 0].tolist() == places
+    with pytest.raises(ValueError, match="row 0: tokenizer=None, but text must be tokenised"):
+        entra.score_batch(["text"], None, [completion], config=config, **signals)
+
+
+@pytest.mark.parametrize("ngram", [1, 2])
+def test_sequence_scope_protects_copies_in_the_prompt_last_too(ngram, rows, llama):
+    """As a completion that begins after the prompt's first token: the row says the same."""
+    config = entra.ScoreConfig(copy_ngram=ngram, protect_fraction=0.5)
+    sequence = entra.ScoreConfig(copy_ngram=ngram, protect_fraction=0.5, ranking_scope="sequence")
+    repeating = [(p + 2 * p[:3], c) for p, c in rows]
+    for prompt, completion in repeating:
+        scores = entra.score_batch([prompt], [completion], model=llama, config=sequence, details=True)
+        everything = entra.score_batch([prompt[:1]], [prompt[1:] + completion], model=llama, config=config, details=True)
+        assert any(copies_of(prompt[:1], prompt[1:], ngram))
+        assert scores.rewards == everything.rewards
+        assert torch.equal(scores.protected[0], everything.protected[0][-len(completion) :])
+    together = entra.score_batch([p for p, _ in repeating], [c for _, c in repeating], model=llama, config=sequence)
+    assert together == [entra.score_batch([p], [c], model=llama, config=sequence)[0] for p, c in repeating]
+
+
+@pytest.mark.parametrize("scope", ["completion", "sequence"])
+def test_copies_of_an_empty_completion(scope, llama):
+    config = entra.ScoreConfig(copy_ngram=2, ranking_scope=scope)
+    assert entra.score_batch([], [], config=config) == []
+    rewards = entra.score_batch([[5, 5], [5]], [[], [6, 7, 6, 7, 8, 6]], model=llama, config=config)
+    assert rewards[0] == 0.0
+    assert rewards[1] > 0
 
 
 def test_length_adjusted_reward(rows, llama):
@@ -684,6 +791,12 @@ def test_bad_input(arguments, error, message, llama):
     ("options", "error", "message"),
     [
         ({"attention_weight": math.nan}, ValueError, r"attention_weight=nan must be finite"),
+        (
+            {"logprob_weight": math.inf},
+            ValueError,
+            r"logprob_weight=inf must be finite; 1 is the paper's, -1 ranks by surprisal",
+        ),
+        ({"logprob_weight": True}, TypeError, r"logprob_weight=True must be a number"),
         ({"attention_weight": 1e300}, ValueError, r"attention_weight=1e\+300 must be finite"),
         ({"attention_weight": "2"}, TypeError, r"attention_weight='2' must be a number, not str"),
         ({"protect_fraction": 1.5}, ValueError, r"protect_fraction=1.5 must be in \[0, 1\]"),
@@ -694,6 +807,8 @@ def test_bad_input(arguments, error, message, llama):
         ({"backend": "cuda"}, ValueError, r"backend='cuda' must be one of"),
         ({"length_adjusted": 1}, ValueError, r"length_adjusted=1 must be at least 2"),
         ({"length_adjusted": 2.5}, TypeError, r"length_adjusted=2.5 must be a whole number"),
+        ({"copy_ngram": 0}, ValueError, r"copy_ngram=0 must be at least 1"),
+        ({"copy_ngram": 4.0}, TypeError, r"copy_ngram=4.0 must be a whole number of tokens"),
         ({"token_budget": 0}, ValueError, r"token_budget=0 must be at least 1"),
         ({"token_budget": "5"}, TypeError, r"token_budget='5' must be a whole number"),
         ({"degenerate_reward": math.inf}, ValueError, r"degenerate_reward=inf must be finite"),

@@ -504,6 +504,21 @@ def test_tokens_of_tools_are_neither_ranked_nor_counted(tmp_path, own_forwards, 
             torch.testing.assert_close(getattr(seen["own"], name)[i], whole[places], rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("scope", ["completion", "sequence"])
+def test_what_a_tool_wrote_is_copied_from(scope):
+    """50 51 is the tool's. The policy's 51 repeats it; its 52 follows a token of the tool's, and 11 52 was never there."""
+    own = [1, 1, 0, 0, 1, 1, 1]
+    rollout = entra.rollout.Rollout(
+        build("qwen3"), tokenizer(), ["p"] * 2, [[10, 11, 12]] * 2, [[10, 11, 50, 51, 52, 50, 51]] * 2, [own, [0] * 7]
+    )
+    config = entra.ScoreConfig(copy_ngram=2, ranking_scope=scope)
+    copied, none = rollout.copied(config, torch.device("cpu"))
+    assert copied.tolist()[-5:] == [False, True, False, False, True]
+    assert copied.numel() == len(rollout.rows()[0].ranked(scope)) == {"completion": 5, "sequence": 7}[scope]
+    assert none.numel() == 0
+    assert rollout.copied(entra.ScoreConfig(), torch.device("cpu")) is None
+
+
 def test_a_wrapper_of_score_batch_with_other_prompts_gets_its_own_forward(tmp_path):
     def blind(prompts, completions, completion_ids, **columns):
         return entra.score_batch(["?"] * len(prompts), completions, completion_ids)

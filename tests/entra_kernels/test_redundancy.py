@@ -106,6 +106,14 @@ class TestByHand:
         assert ours.importance.signbit().tolist() == [False, True, False, True, False]
         assert ours.protected.tolist() == [True, True, False, False, False]
 
+    def test_last_are_those_that_are_told(self, backend):
+        """Of 5 tokens 2 come last. 60 % are 3, which the others fill; 80 % are 4, the more important of the last included."""
+        importance, last = [5.0, 1.0, 4.0, 3.0, 2.0], torch.tensor([True, False, True, False, False])
+        for fraction, places in ((0.2, [3]), (0.4, [3, 4]), (0.6, [1, 3, 4]), (0.8, [0, 1, 3, 4]), (1.0, [0, 1, 2, 3, 4])):
+            ours = _one(importance, range(5), backend, protect_fraction=fraction, protect_last=last)
+            assert ours.importance.tolist() == importance
+            assert ours.protected.nonzero()[:, 0].tolist() == places
+
     def test_order_of_signs_and_subnormals(self, backend):
         values = [-1e38, 1e-42, -1e-42, 3.0, 0.0, 1e38, -2.0, 2e-42]
         ours = _one(values, range(8), backend, protect_fraction=0.5)
@@ -211,6 +219,61 @@ class TestAgainstTheReference:
 
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("backend", BACKENDS)
+class TestProtectLast:
+    @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 0.9, 1.0])
+    @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0], ids=["none", "few", "most", "all"])
+    def test_any_share(self, backend, fraction, share):
+        """Ties begin in one block and end in another, and at 0.5 of which 0.6 come last the others are all protected."""
+        arguments = _tokens([2500, 1, 1024, 0, 1025], levels=5)
+        last = _random(torch.rand, 4550) < share
+        ours = _check(arguments, backend, protect_fraction=fraction, protect_last=last)
+        first = 0
+        for length in (2500, 1, 1024, 0, 1025):
+            span = slice(first, first + length)
+            assert ours.protected[span].sum() == reference.protected_count(length, fraction)
+            if (ours.protected & last)[span].any():
+                assert ours.protected[span][~last[span]].all()
+            first += length
+
+    @pytest.mark.parametrize("value", [False, True])
+    def test_the_same_for_all_changes_nothing(self, backend, value):
+        arguments = _tokens([300, 70], levels=7)
+        ours = redundancy(*arguments, protect_last=torch.full((370,), value), backend=backend)
+        _assert_same(ours, redundancy(*arguments, backend=backend))
+
+    def test_any_strides(self, backend):
+        arguments = _tokens([300, 70])
+        last = _random(torch.rand, 370) < 0.5
+        spread = torch.stack([last, ~last], dim=1)[:, 0]
+        expected = redundancy(*arguments, protect_last=last, backend=backend)
+        _assert_same(redundancy(*arguments, protect_last=spread, backend=backend), expected)
+
+    @pytest.mark.parametrize("last", [False, True])
+    def test_not_finite_stays_in_its_sequence(self, backend, last):
+        """Also where the token that is not finite is none that importance decides among."""
+        arguments = _tokens([70, 200, 33])
+        arguments[0][100] = math.nan
+        mask = _random(torch.rand, 303) < 0.5
+        mask[100] = last
+        ours = _check(arguments, backend, protect_last=mask)
+        assert ours.reward.isnan().tolist() == [False, True, False]
+        assert not ours.protected[70:270].any()
+
+    @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        lengths=st.lists(st.integers(0, 60), max_size=6),
+        seed=st.integers(0, 2**31),
+        levels=st.sampled_from([1, 3, 640]),
+        fraction=st.floats(0, 1),
+        share=st.floats(0, 1),
+    )
+    def test_any_batch(self, backend, lengths, seed, levels, fraction, share):
+        last = _random(torch.rand, sum(lengths), seed=seed) < share
+        _check(_tokens(lengths, seed, levels=levels), backend, protect_fraction=fraction, protect_last=last)
+
+
+@ON_EVERY_DEVICE
+@pytest.mark.parametrize("backend", BACKENDS)
 class TestTokenIds:
     """Ids are names: what they are called must not matter, whatever table holds them."""
 
@@ -301,7 +364,7 @@ def test_float64_stays_float64(backend, double):
     assert ours.reward.dtype == ours.importance.dtype == torch.float64
     assert torch.equal(ours.importance, logprobs.double() + 2.0 * incoming.double())
     options = reference.RedundancyOptions(attention_weight=2.0, protect_fraction=0.2, degenerate_reward=0.0)
-    expected = reference.redundancy(logprobs.double(), incoming.double(), ids, bounds, options)
+    expected = reference.redundancy(logprobs.double(), incoming.double(), ids, bounds, None, options)
     assert torch.equal(ours.protected, expected[2])
     assert (ours.reward - expected[0]).abs().max() <= 1.4e-8
     with pytest.raises(TypeError, match="'triton' has no float64"):
@@ -312,7 +375,9 @@ def test_float64_stays_float64(backend, double):
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 class TestAsCustomOp:
     def test_opcheck(self, backend):
-        torch.library.opcheck(torch.ops.entra_kernels.redundancy, (*_tokens([9, 0, 5]), 2.0, 0.2, 0.0, backend))
+        torch.library.opcheck(torch.ops.entra_kernels.redundancy, (*_tokens([9, 0, 5]), None, 2.0, 0.2, 0.0, backend))
+        last = torch.arange(14) % 3 == 0
+        torch.library.opcheck(torch.ops.entra_kernels.redundancy, (*_tokens([9, 0, 5]), last, 2.0, 0.2, 0.0, backend))
 
     def test_compiles_into_one_graph(self, backend):
         arguments = _tokens([9, 0, 5])
@@ -341,6 +406,12 @@ BOUNDS = torch.tensor([0, 4])
         (ValueError, r"incoming has shape \[3\]; it must be \[T\] = \[4\]", lambda: redundancy(ROW, ROW[:3], IDS, BOUNDS)),
         (ValueError, r"token_ids has shape \[3\]; it must be \[T\]", lambda: redundancy(ROW, ROW, IDS[:3], BOUNDS)),
         (ValueError, r"cu_seqlens has shape \[0\]; it must be \[S \+ 1\]", lambda: redundancy(ROW, ROW, IDS, BOUNDS[:0])),
+        (TypeError, "protect_last has dtype int64", lambda: redundancy(ROW, ROW, IDS, BOUNDS, protect_last=IDS)),
+        (
+            ValueError,
+            r"protect_last has shape \[3\]; it must be \[T\] = \[4\]",
+            lambda: redundancy(ROW, ROW, IDS, BOUNDS, protect_last=IDS[:3] == 0),
+        ),
         (ValueError, r"protect_fraction=1.2", lambda: redundancy(ROW, ROW, IDS, BOUNDS, protect_fraction=1.2)),
         (ValueError, r"protect_fraction=nan", lambda: redundancy(ROW, ROW, IDS, BOUNDS, protect_fraction=math.nan)),
         (ValueError, r"attention_weight=inf", lambda: redundancy(ROW, ROW, IDS, BOUNDS, attention_weight=math.inf)),
