@@ -141,8 +141,8 @@ def run(options: argparse.Namespace) -> Result:
         *(_whole_row(one) for one in measured),
         *(row for one in long for row in _sentence_rows(one)),
         *(row for one in long for row in _category_rows(one)),
-        *(row for one in long for row in _settled_rows(one, "as written")),
-        *(row for one in of_mixed for row in _settled_rows(one, "shuffled")),
+        *(_rounded(row) for one in long for row in _settled_rows(one, "as written")),
+        *(_rounded(row) for one in of_mixed for row in _settled_rows(one, "shuffled")),
         *(row for k, one in of_steps for row in _scale_rows(one, k)),
         *_loo_rows(encoder),
     ]
@@ -261,31 +261,29 @@ def _importances(one: Measured) -> Iterable[tuple[str, Any]]:
 
 
 def _sentence_rows(one: Measured) -> Iterable[dict[str, Any]]:
+    """For each importance and each way to make a sentence's of its tokens': correlations with every measured importance."""
     trace, logprobs = one.trace, one.signals.logprobs
-    for target in TARGETS:
-        sentences = [s for s in trace.sentences if target in s.importance]
-        parts = [slice(s.first, s.last + 1) for s in sentences]
-        truth = [s.importance[target] for s in sentences]
-        place = [[float(s.first) for s in sentences], [float(s.last - s.first) for s in sentences]]
-        given = {"alone": [], "place": place, "place and log P": [*place, [float(logprobs[part].mean()) for part in parts]]}
-        for name, values in _importances(one):
-            kept = protected(values)
-            for how, of in (
-                ("mean", [float(values[part].mean()) for part in parts]),
-                ("maximum", [float(values[part].max()) for part in parts]),
-                ("protected share", [float(kept[part].mean()) for part in parts]),
-            ):
-                yield {
-                    "part": "sentences",
-                    "problem": trace.problem,
-                    "model": trace.model,
-                    "kind": trace.kind,
-                    "importance": name,
-                    "how": how,
-                    "target": target,
-                    "sentences": len(sentences),
-                    **{controls: round(spearman(of, truth, columns), 5) for controls, columns in given.items()},
+    for name, values in _importances(one):
+        kept = protected(values)
+        ways: dict[str, Callable[[slice], float]] = {
+            "mean": lambda part, values=values: float(values[part].mean()),  # type: ignore[misc]
+            "maximum": lambda part, values=values: float(values[part].max()),  # type: ignore[misc]
+            "protected share": lambda part, kept=kept: float(kept[part].mean()),  # type: ignore[misc]
+        }
+        for how, of in ways.items():
+            row: dict[str, Any] = {"part": "sentences", "problem": trace.problem, "model": trace.model, "kind": trace.kind}
+            row |= {"importance": name, "how": how}
+            for target in TARGETS:
+                sentences = [s for s in trace.sentences if target in s.importance]
+                parts = [slice(s.first, s.last + 1) for s in sentences]
+                truth = [s.importance[target] for s in sentences]
+                place = [[float(s.first) for s in sentences], [float(s.last - s.first) for s in sentences]]
+                given = {"alone": [], "place": place, "place and log P": [*place, [float(logprobs[p].mean()) for p in parts]]}
+                mine = [of(part) for part in parts]
+                row |= {
+                    f"{target}, {controls}": round(spearman(mine, truth, columns), 5) for controls, columns in given.items()
                 }
+            yield row
 
 
 def _category_rows(one: Measured) -> Iterable[dict[str, Any]]:
@@ -377,6 +375,10 @@ def _loo_rows(encoder: Encoder) -> Iterable[dict[str, Any]]:
                     "alone": round(spearman(values.tolist(), truth), 5),
                     "place": round(spearman(values.tolist(), truth, [place]), 5),
                 }
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
 def _scale_rows(one: Measured, k: int) -> Iterable[dict[str, Any]]:
@@ -486,13 +488,13 @@ def _sentences(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found = _of(rows, part="sentences")
     for target in TARGETS:
         for how in ("mean", "maximum", "protected share"):
-            inside = _of(found, target=target, how=how)
+            inside = _of(found, how=how)
             paper = _of(inside, importance=PAPER)
             result.setdefault(target, {})[how] = {
                 name: {
                     controls: {
-                        "value": _interval(_problem_means(mine, controls).values()),
-                        "gain": _paired(mine, paper, controls),
+                        "value": _interval(_problem_means(mine, f"{target}, {controls}").values()),
+                        "gain": _paired(mine, paper, f"{target}, {controls}"),
                     }
                     for controls in ("alone", "place", "place and log P")
                 }
