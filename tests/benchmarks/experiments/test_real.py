@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("traces")
     short, long = "The sum is 9, so we are done with it. " * 2, " ".join(STEPS) + " "
     files = {
-        "thought_anchors": [annotated(f"p{i}", kind, 10 * i + len(kind)) for i in range(3) for kind in ("correct", "incorrect")],
+        "thought_anchors": [annotated(f"p{i}", kind, 9 * i + len(kind)) for i in range(3) for kind in ("correct", "incorrect")],
         "thinkonoff": [
             row(f"q{i}", "Qwen3-8B (somewhere)", kind, text, task="arith")
             for i in range(4)
@@ -184,7 +184,9 @@ def test_sentences_hold_their_tokens_and_settling_has_its_token(traces):
 def test_a_larger_limit_adds_problems_to_a_smaller_one():
     names = [f"problem {i}" for i in range(30)]
     few, more = (real_traces.chosen(names, limit) for limit in (5, 12))
-    assert len(few) == 5 and len(more) == 12 and few < more
+    assert len(few) == 5
+    assert len(more) == 12
+    assert few < more
     assert real_traces.chosen(names, None) == set(names)
 
 
@@ -208,7 +210,8 @@ def test_a_run_goes_on_from_its_cache_and_can_be_drawn_again(policy, folder, tmp
     result = real.run(options(folder, tmp_path / "cache"))
     assert {r["part"] for r in result.rows} >= {"pair", "whole", "sentences", "category", "settled"}
     pairs = result.summary["pairs"]["QwQ-32B or Qwen2.5-32B-Instruct"]["whole"]
-    assert pairs["problems"] == 2 and pairs["ordered"]["length"][0] == 1
+    assert pairs["problems"] == 2
+    assert pairs["ordered"]["length"][0] == 1
     assert result.summary["sentences"]["resampling_importance_kl"]["mean"]["gradient"]["alone"]["value"] is not None
     assert {r["text"] for r in result.rows if r["part"] == "settled"} == {"as written", "shuffled"}
 
@@ -217,7 +220,8 @@ def test_a_run_goes_on_from_its_cache_and_can_be_drawn_again(policy, folder, tmp
 
     monkeypatch.setattr(real_signals, "signals", never)
     again = real.run(options(folder, tmp_path / "cache"))
-    assert again.rows == result.rows and again.summary == result.summary
+    assert again.rows == result.rows
+    assert again.summary == result.summary
     results.write(result, tmp_path, real.tables(result), real.figures(result))
     drawn = (tmp_path / "real.md").read_text()
     assert main(["real", "--output", str(tmp_path / "again"), "--redraw", str(tmp_path / "real.json")]) == 0
@@ -229,5 +233,5 @@ def test_what_is_missing_is_named(tmp_path, policy, monkeypatch):
     monkeypatch.setattr(measuring, "load_model", lambda options: policy)
     with pytest.raises(ValueError, match="--folder None"):
         real.run(options(None, tmp_path))
-    with pytest.raises(FileNotFoundError, match="thought_anchors.jsonl; python -m benchmarks.traces.real_traces makes it"):
+    with pytest.raises(FileNotFoundError, match=r"thought_anchors\.jsonl; python -m benchmarks\.traces\.real_traces makes it"):
         real.run(options(tmp_path, tmp_path))
