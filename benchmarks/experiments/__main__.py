@@ -48,8 +48,11 @@ def run(options: argparse.Namespace) -> None:
     module = EXPERIMENTS[options.experiment].module()
     if getattr(options, "traces", None) is not None and not options.redraw:
         options.rows = (
-            ({**row.columns, "prompt": row.prompt, "completion": row.completion}, row.malformed or row.fault)
-            for row in Source([options.traces]).read()
+            (
+                {**row.columns, "prompt": row.prompt, "completion": row.completion},
+                row.malformed or (row.fault and f"row {number}: {row.fault}"),
+            )
+            for number, row in enumerate(Source([options.traces]).read(), start=1)
         )
     try:
         results.check_folder(options.output, options.experiment)

@@ -34,7 +34,17 @@ import numpy as np
 from benchmarks.experiments import measuring
 from benchmarks.experiments.copies import continues
 from benchmarks.experiments.ranks import spearman
-from benchmarks.experiments.real_measures import IMPORTANCES, NGRAMS, PAPER, REWARDS, SHRINK, Measured, Passage, protected
+from benchmarks.experiments.real_measures import (
+    IMPORTANCES,
+    NGRAMS,
+    PAPER,
+    REWARDS,
+    SHARED,
+    SHRINK,
+    Measured,
+    Passage,
+    protected,
+)
 from benchmarks.experiments.real_report import figures, tables
 from benchmarks.experiments.real_signals import cached
 from benchmarks.experiments.real_traces import RealTrace, read, shuffled
@@ -254,10 +264,12 @@ def _compared(pair: str, view: str, one: Measured, first: Passage, second: Passa
 
 
 def _importances(one: Measured) -> Iterable[tuple[str, Any]]:
+    """Those that can be had: of what was measured, and of sentences only where these are known."""
     for name, importance in IMPORTANCES.items():
-        values = importance(one)
-        if not np.isnan(values).any():
-            yield name, values
+        if name != SHARED or one.trace.sentences:
+            values = importance(one)
+            if not np.isnan(values).any():
+                yield name, values
 
 
 def _sentence_rows(one: Measured) -> Iterable[dict[str, Any]]:

@@ -30,6 +30,7 @@ from entra.rarefaction import rarefied_redundancy
 Array = NDArray[np.float64]
 
 PAPER = "log P + 2 mu"
+SHARED = "shared by a sentence"
 NGRAMS = (2, 3, 4, 5, 6)
 POSITIONS = 100
 """Unprotected positions of the rarefied r."""
@@ -107,7 +108,7 @@ IMPORTANCES: dict[str, Callable[[Measured], Array]] = {
     "mu without the nearest 32": lambda m: m.signals.far,
     "value-weighted": lambda m: m.signals.value,
     "log P + value-weighted": lambda m: m.signals.logprobs + _scaled(m.signals.value),
-    "shared by a sentence": _shared,
+    SHARED: _shared,
     "gradient": lambda m: m.signals.gradient,
     "position (early first)": lambda m: m.later,
 }

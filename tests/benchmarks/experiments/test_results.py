@@ -27,8 +27,10 @@ def test_a_result_records_the_version_of_this_project():
 @pytest.mark.parametrize("name", NAMES)
 def test_report_says_what_was_left_out(name, folder):
     text = (folder(name) / f"{name}.md").read_text()
-    assert "Left out: 1 rows that cannot be scored, the first: row 10 has no completion." in text
-    assert results.read(folder(name) / f"{name}.json").summary["left_out_rows"] == ["row 10 has no completion"]
+    assert "Left out: 1 rows that cannot be scored, the first: row 10: missing field: completion is not there." in text
+    assert results.read(folder(name) / f"{name}.json").summary["left_out_rows"] == [
+        "row 10: missing field: completion is not there"
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
