@@ -10,7 +10,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+import entra_kernels
 
 SHORTEST = 3
 """Tokens of the shortest copy that `copied` finds: an address is worth two tokens, so a copy of two saves nothing."""
@@ -20,18 +23,10 @@ _LATEST = 64  # earlier places of one 3-gram that are tried
 
 
 def continues(prompt_ids: Sequence[int], token_ids: Sequence[int], n: int) -> NDArray[np.bool_]:
-    """Which of the completion's tokens end an n-gram that prompt or completion had before; bool [len(token_ids)].
-
-    An n-gram may start in the prompt. It may overlap the one that it repeats.
-    """
-    ids = [*prompt_ids, *token_ids]
-    seen: set[tuple[int, ...]] = set()
-    result = np.zeros(len(ids), dtype=bool)
-    for end in range(n, len(ids) + 1):
-        gram = tuple(ids[end - n : end])
-        result[end - 1] = gram in seen
-        seen.add(gram)
-    return result[len(prompt_ids) :]
+    """Which of the completion's tokens are `entra_kernels.copies` of prompt or completion; bool [len(token_ids)]."""
+    ids = torch.tensor([*prompt_ids, *token_ids])
+    copied: NDArray[np.bool_] = entra_kernels.copies(ids, torch.tensor([0, len(ids)]), ngram=n).numpy()
+    return copied[len(prompt_ids) :]
 
 
 def entropy(token_ids: Sequence[int], counted: NDArray[np.bool_], n: int) -> float:

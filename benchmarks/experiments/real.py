@@ -45,7 +45,7 @@ from benchmarks.experiments.real_measures import (
     Passage,
     protected,
 )
-from benchmarks.experiments.real_report import figures, tables
+from benchmarks.experiments.real_report import CATEGORIES, figures, tables
 from benchmarks.experiments.real_signals import cached
 from benchmarks.experiments.real_traces import RealTrace, read, shuffled
 from benchmarks.experiments.results import Result
@@ -150,7 +150,7 @@ def run(options: argparse.Namespace) -> Result:
         *_pair_rows(measured),
         *(_whole_row(one) for one in measured),
         *(row for one in long for row in _sentence_rows(one)),
-        *(row for one in long for row in _category_rows(one)),
+        *(_rounded(row) for one in long for row in _category_rows(one)),
         *(_rounded(row) for one in long for row in _settled_rows(one, "as written")),
         *(_rounded(row) for one in of_mixed for row in _settled_rows(one, "shuffled")),
         *(row for k, one in of_steps for row in _scale_rows(one, k)),
@@ -299,23 +299,14 @@ def _sentence_rows(one: Measured) -> Iterable[dict[str, Any]]:
 
 
 def _category_rows(one: Measured) -> Iterable[dict[str, Any]]:
+    """For each importance, the protected share of the tokens of each category."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for sentence in one.trace.sentences:
+        places[sentence.label] += range(sentence.first, sentence.last + 1)
+    about = {"part": "category", "problem": one.trace.problem, "model": one.trace.model, "kind": one.trace.kind}
     for name, values in _importances(one):
         kept = protected(values)
-        tokens: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-        for sentence in one.trace.sentences:
-            tokens[sentence.label][0] += int(kept[sentence.first : sentence.last + 1].sum())
-            tokens[sentence.label][1] += sentence.last + 1 - sentence.first
-        for label, (count, of) in tokens.items():
-            yield {
-                "part": "category",
-                "problem": one.trace.problem,
-                "model": one.trace.model,
-                "kind": one.trace.kind,
-                "importance": name,
-                "label": label,
-                "protected": count,
-                "tokens": of,
-            }
+        yield {**about, "importance": name, **{label: float(kept[tokens].mean()) for label, tokens in places.items()}}
 
 
 def _settled_rows(one: Measured, text: str) -> Iterable[dict[str, Any]]:
@@ -524,18 +515,16 @@ def _paired(mine: Sequence[dict[str, Any]], paper: Sequence[dict[str, Any]], col
 
 def _categories(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """By importance and category, the protected share of tokens."""
-    found = [row for row in _of(rows, part="category") if row["tokens"]]
-    labels = list(dict.fromkeys(row["label"] for row in found))
-    return {
-        name: {
-            label: _interval(
-                _problem_means(_of(found, importance=name, label=label), lambda row: row["protected"] / row["tokens"]).values()
-            )
-            for label in labels
-        }
-        for name in IMPORTANCES
-        if _of(found, importance=name)
-    }
+    found = _of(rows, part="category")
+    result: dict[str, Any] = {}
+    for name in IMPORTANCES:
+        mine = _of(found, importance=name)
+        labels = [label for label in CATEGORIES if any(label in row for row in mine)]
+        if labels:
+            result[name] = {
+                label: _interval(_problem_means([row for row in mine if label in row], label).values()) for label in labels
+            }
+    return result
 
 
 def _settled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

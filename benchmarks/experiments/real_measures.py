@@ -26,6 +26,7 @@ from benchmarks.experiments.real_signals import Signals
 from benchmarks.experiments.real_traces import RealTrace
 from entra.config import ScoreConfig
 from entra.rarefaction import rarefied_redundancy
+from entra_kernels import redundancy
 
 Array = NDArray[np.float64]
 
@@ -116,11 +117,14 @@ IMPORTANCES: dict[str, Callable[[Measured], Array]] = {
 
 
 def protected(importance: Array, share: float = _CONFIG.protect_fraction) -> NDArray[np.bool_]:
-    """The `floor(share * n + 1e-9)` tokens of highest importance, ties to the lower index; bool [n]."""
-    count = int(share * len(importance) + 1e-9)
-    result = np.zeros(len(importance), dtype=bool)
-    result[np.argsort(-importance, kind="stable")[:count]] = True
-    return result
+    """The tokens that `entra_kernels.redundancy` protects of this importance, in float64; bool [n]."""
+    values = torch.from_numpy(importance)
+    bounds = torch.tensor([0, len(values)])
+    ids = torch.zeros_like(values, dtype=torch.int64)
+    kept: NDArray[np.bool_] = redundancy(
+        values, torch.zeros_like(values), ids, bounds, protect_fraction=share
+    ).protected.numpy()
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.experiments.drawing import COLOURS, REFERENCE, dots
@@ -198,53 +198,75 @@ def tables(result: Result) -> list[Table]:
 
 def figures(result: Result) -> list[Figure]:
     """Pairs, settling, categories, sentences, scale."""
+    summary = result.summary
     of = f"{result.settings['completions']} completions of real models, read by {result.settings['model']}"
     intervals = "Bars are 95 % intervals over problems."
+    categories, scale = summary["categories"], summary["scale"]
+    sentences = summary["sentences"][_TARGET]["protected share"]
     return [
         Figure(
             name="real-pairs",
             title="How often the longer-winded one of two right answers is called the more redundant",
             caption="One dot for each pair of kinds. Left: whole completions. Then the longer one is cut to the length of the "
-            "shorter one, from its head and from its tail. Right: completions of other problems whose length "
-            "differs by at most "
-            f"10 %. The dashed line is chance. {intervals} {of}.",
+            "shorter one, from its head and from its tail. Right: completions of other problems whose length differs by at "
+            f"most 10 %. The dashed line is chance. {intervals} {of}.",
             draw=lambda canvas: _draw_pairs(canvas, result),
             size=(13.0, 6.0),
         ),
         Figure(
             name="real-settled",
             title="What is protected before and after the answer has settled",
-            caption="Share of the tokens that each importance protects, before (open) and after (filled) the "
-            "place from which the "
-            f"model's answer no longer changes. The dashed line is chance. Means over problems. {of}.",
+            caption="Share of the tokens that each importance protects, before (open) and after (filled) the place from which "
+            f"the model's answer no longer changes. The dashed line is chance. Means over problems. {of}.",
             draw=lambda canvas: _draw_settled(canvas, result),
             size=(8.5, 6.0),
         ),
         Figure(
             name="real-categories",
             title="Which sentences are protected",
-            caption="Share of the tokens of each category of sentence that is protected, for four importances. "
-            "The dashed line is "
-            f"chance. {intervals} {of}.",
-            draw=lambda canvas: _draw_categories(canvas, result),
+            caption="Share of the tokens of each category of sentence that is protected, for four importances. The dashed line "
+            f"is chance. {intervals} {of}.",
+            draw=lambda canvas: _draw_dots(
+                canvas,
+                list(CATEGORIES.values()),
+                {
+                    name: [categories[name].get(label) for label in CATEGORIES]
+                    for name in _SHOWN_IMPORTANCES
+                    if name in categories
+                },
+                chance=0.2,
+                xlabel="share of tokens that is protected",
+            ),
             size=(8.5, 6.5),
         ),
         Figure(
             name="real-sentences",
             title="Sentences that are protected against sentences that change the answer",
-            caption="Rank correlation, within a trace, of the protected share of a sentence with its "
-            "counterfactual importance (KL): "
-            f"alone, given position and length, and given mean log P too. The dashed line is no relation. {intervals} {of}.",
-            draw=lambda canvas: _draw_sentences(canvas, result),
+            caption="Rank correlation, within a trace, of the protected share of a sentence with its counterfactual importance "
+            "(KL): alone, given position and length, and given mean log P too. The dashed line is no relation. "
+            f"{intervals} {of}.",
+            draw=lambda canvas: _draw_dots(
+                canvas,
+                list(sentences),
+                {shown: [row[control]["value"] for row in sentences.values()] for control, shown in CONTROLS.items()},
+                chance=0.0,
+                xlabel="rank correlation with counterfactual importance",
+            ),
             size=(9.0, 7.5),
         ),
         Figure(
             name="real-scale",
             title="Does one more verification of a step show, at equal length?",
-            caption="How often a reward rises when one step of a real trace is verified once more and as many "
-            "tokens are dropped at "
-            f"the end. The dashed line is chance. {intervals} {of}.",
-            draw=lambda canvas: _draw_scale(canvas, result),
+            caption="How often a reward rises when one step of a real trace is verified once more and as many tokens are "
+            f"dropped at the end. The dashed line is chance. {intervals} {of}.",
+            draw=lambda canvas: _draw_dots(
+                canvas,
+                list(scale),
+                {"one more verification": [row["raised"] for row in scale.values()]},
+                chance=0.5,
+                xlabel="share of steps at which it rises",
+                legend=False,
+            ),
             size=(8.5, 6.0),
         ),
     ]
@@ -280,31 +302,12 @@ def _draw_settled(canvas: Any, result: Result) -> None:
     axes.legend(loc="best")
 
 
-def _draw_categories(canvas: Any, result: Result) -> None:
+def _draw_dots(
+    canvas: Any, labels: Sequence[str], series: Mapping[str, Sequence[Any]], *, chance: float, xlabel: str, legend: bool = True
+) -> None:
     axes = canvas.subplots()
-    found = result.summary["categories"]
-    dots(
-        axes,
-        list(CATEGORIES.values()),
-        {name: [found[name].get(label) for label in CATEGORIES] for name in _SHOWN_IMPORTANCES if name in found},
-    )
-    axes.axvline(0.2, **REFERENCE)
-    axes.set_xlabel("share of tokens that is protected")
-    axes.legend(loc="best")
-
-
-def _draw_sentences(canvas: Any, result: Result) -> None:
-    axes = canvas.subplots()
-    found = result.summary["sentences"][_TARGET]["protected share"]
-    dots(axes, list(found), {shown: [row[control]["value"] for row in found.values()] for control, shown in CONTROLS.items()})
-    axes.axvline(0.0, **REFERENCE)
-    axes.set_xlabel("rank correlation with counterfactual importance")
-    axes.legend(loc="best")
-
-
-def _draw_scale(canvas: Any, result: Result) -> None:
-    axes = canvas.subplots()
-    found = result.summary["scale"]
-    dots(axes, list(found), {"one more verification": [row["raised"] for row in found.values()]})
-    axes.axvline(0.5, **REFERENCE)
-    axes.set(xlabel="share of steps at which it rises", xlim=(-0.05, 1.05))
+    dots(axes, labels, series)
+    axes.axvline(chance, **REFERENCE)
+    axes.set_xlabel(xlabel)
+    if legend:
+        axes.legend(loc="best")

@@ -7,21 +7,6 @@ import pytest
 from benchmarks.experiments import copies
 
 
-def naive(prompt, tokens, n):
-    ids = prompt + tokens
-    return [
-        end >= n and any(ids[i : i + n] == ids[end - n : end] for i in range(end - n))
-        for end in range(len(prompt) + 1, len(ids) + 1)
-    ]
-
-
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_a_token_continues_what_was_said(n):
-    ids = np.random.default_rng(0).integers(0, 4, 60).tolist()
-    assert copies.continues(ids[:9], ids[9:], n).tolist() == naive(ids[:9], ids[9:], n)
-    assert copies.continues([], ids, n).tolist() == naive([], ids, n)
-
-
 def test_a_copy_may_start_in_the_prompt_and_overlap_itself():
     assert copies.continues([1, 2], [3, 1, 2, 3], 3).tolist() == [False, False, False, True]
     assert copies.continues([], [7, 7, 7, 7], 2).tolist() == [False, False, True, True]
