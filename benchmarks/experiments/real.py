@@ -9,10 +9,10 @@ Decisions taken here:
 - *Length is controlled twice.* Cut: the longer one is cut to the length of the shorter one, from its head and from its tail.
   Matched: the first one meets completions of the second kind, by any model, of other problems, whose length differs by at
   most 10 %.
-- *Settled*: a trace's tokens before and after the place from which the answer no longer changes; the same cut of the same trace
-  with its sentences shuffled says what the position alone does.
-- *Sentences* are ranked within a trace, by the mean, the maximum and the protected share of their tokens, and compared with
-  their measured importance: alone, given position and length, and given their mean log P too.
+- *Settled*: a trace's tokens before and after the place from which the answer no longer changes. The same trace with its
+  sentences shuffled is cut at the same place, which says what the position alone does.
+- *Sentences* are ranked within a trace, by the mean, the maximum and the protected share of their tokens. The ranks are
+  compared with their measured importance: alone, given position and length, and given their mean log P too.
 - *Scale*: a trace's head, in which one step is verified again k times in its own words; as many tokens are dropped at the end.
 - An interval is over problems, each the mean of its traces. A choice within a family (the n of an n-gram) is judged on the
   problem that was left out when it was made.

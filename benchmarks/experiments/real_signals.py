@@ -1,7 +1,7 @@
 """What one model says of every token of a real trace: log P, and what each token receives from later ones, in several ways.
 
-One forward gives everything but the gradient: an attention function of ours computes the layer's output by SDPA, as the model
-would have, and besides, a block of queries at a time, the column sums of the probabilities. The gradient takes one backward.
+One forward gives everything but the gradient. An attention function of ours computes the layer's output by SDPA, as the model
+would. Besides, it sums the columns of the probabilities, a block of queries at a time. The gradient takes one backward.
 
 Decisions taken here:
 
