@@ -48,7 +48,7 @@ def load_smollm2() -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _parsed_once():
+    with _parsed_once(), _bar_as_asked():
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
         return model.eval(), _tokenizer(folder)
 
@@ -85,3 +85,17 @@ def _parsed_once() -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(gguf, name, original)
+
+
+@contextmanager
+def _bar_as_asked() -> Iterator[None]:
+    """Inside, the bar of transformers' GGUF reader obeys `transformers.utils.logging.disable_progress_bar`, as others do."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    original = reader.tqdm
+    reader.tqdm = functools.partial(original, disable=not logging.is_progress_bar_enabled())
+    try:
+        yield
+    finally:
+        reader.tqdm = original

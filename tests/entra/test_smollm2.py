@@ -7,6 +7,7 @@ import torch
 
 import entra
 from entra.policy import load_policy
+from entra.smollm2 import load_smollm2
 
 pytestmark = [
     pytest.mark.smollm2,
@@ -45,6 +46,17 @@ def test_parity_with_eager(scores):
             torch.testing.assert_close(scores.incoming[i].double(), mu, rtol=0, atol=1e-6)
     finally:
         model.set_attn_implementation(implementation)
+
+
+def test_no_bar_where_transformers_shows_none(capfd):
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        load_smollm2()
+    finally:
+        logging.enable_progress_bar()
+    assert capfd.readouterr().err == ""
 
 
 def test_text_survives_the_round_trip(scores):
