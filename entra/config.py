@@ -98,7 +98,8 @@ class ScoreConfig:
     """
 
     attention_weight: float = 2.0
-    """lambda in I = log P + lambda * mu. The paper used 2 for MATH and 1e-4 elsewhere. 0 ranks by log P alone."""
+    """lambda in I = logprob_weight * log P + lambda * mu. The paper used 2 for MATH and 1e-4 elsewhere. With 0, log P alone
+    ranks."""
 
     logprob_weight: float = 1.0
     """What log P counts for in I = logprob_weight * log P + lambda * mu. 1 is the paper's: predictable tokens are protected. -1

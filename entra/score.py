@@ -46,7 +46,7 @@ class CompletionScores:
     incoming: Tensor
     """float32, mu: mean attention from future tokens (or lift)."""
     importance: Tensor
-    """float32, log P + lambda * mu."""
+    """float32, logprob_weight * log P + lambda * mu: log P + lambda * mu by default."""
     protected: Tensor
     """bool, the tokens of highest importance (copies last with `copy_ngram`), which the reward does not look at."""
 
@@ -101,7 +101,7 @@ class Scores(Sequence[CompletionScores]):
     incoming: list[Tensor]
     """float32, mu: mean attention from future tokens (or lift)."""
     importance: list[Tensor]
-    """float32, log P + lambda * mu."""
+    """float32, logprob_weight * log P + lambda * mu: log P + lambda * mu by default."""
     protected: list[Tensor]
     """bool, the tokens of highest importance (copies last with `copy_ngram`), which the reward does not look at."""
     config: ScoreConfig

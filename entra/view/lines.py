@@ -143,7 +143,7 @@ def with_marks(trace: Trace) -> list[str]:
 
 def charts(trace: Trace, width: int) -> list[str]:
     """Importance over position and what comes most often, in lines."""
-    lines = column_chart(trace.importance, width, 8, label="importance, log-prob in nats + lambda x attention", axis="token")
+    lines = column_chart(trace.importance, width, 8, label="importance, in nats", axis="token")
     for length in RUN_LENGTHS:
         what = "unprotected tokens" if length == 1 else f"runs of {length} tokens, protected or not"
         found = trace.most_repeated(length, limit=8 if length == 1 else 5)

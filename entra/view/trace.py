@@ -78,7 +78,7 @@ class Trace:
 
     @property
     def importance(self) -> Sequence[float]:
-        """log P + lambda * mu."""
+        """logprob_weight * log P + lambda * mu."""
         return _numbers(self.scores.importance)
 
     @property

@@ -210,7 +210,7 @@ def test_two_traces_of_a_prompt_side_by_side_and_charts():
         await pilot.pause()
         for pane in app.screen.query(TracePane):
             text = " ".join(text_of(pane.query_one(".charts", Static)).split())
-            assert "importance, log-prob in nats + lambda" in text
+            assert "importance, in nats" in text
             assert "most repeated unprotected tokens, times" in text
             assert "most repeated runs of 2 tokens" in text
         await pilot.press("v")
@@ -339,7 +339,7 @@ def test_plain_text_has_everything_and_no_escapes():
         "error: missing field: completion is ␛[31mnull",
         "│ What is 3 + 4?",
         "task: sum",
-        "importance, log-prob in nats + lambda x attention",
+        "importance, in nats",
         "most repeated unprotected tokens, times",
         "reward against length, tokens",
         f"reward 0.500 · 100 tokens, 20 protected · entropy {TRACES[0].scores.entropy:.2f} nats",

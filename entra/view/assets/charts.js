@@ -203,7 +203,7 @@ function overPosition(trace, tokens, jump) {
     (stretch > 1
       ? `Line: median importance of each ${stretch} neighbouring tokens of the ${whole(trace.tokens)} in this trace; band: from their 10th to their 90th percentile.`
       : `Importance of each of the ${plural(trace.tokens, "token")} in this trace.`) +
-    " Importance is log-probability + \u03bb \u00d7 attention from later tokens. Ticks: where the marked token occurs. Click to go there, or choose a position with the arrow keys and press Enter.";
+    " Importance is log-probability (times its weight, where the heading names one) + \u03bb \u00d7 attention from later tokens. Ticks: where the marked token occurs. Click to go there, or choose a position with the arrow keys and press Enter.";
   return {
     figure,
     mark(at, all) {
