@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,15 +171,33 @@ def cached(
     all_layers: bool = False,
     gradient: bool = False,
 ) -> Signals:
-    """`signals`, kept in `folder` under a hash of the model's name and the tokens, so that a run that was stopped goes on."""
-    asked = json.dumps([name, prompt_ids, token_ids, all_layers, gradient, NEAREST])
-    path = folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.npz"
+    """`signals`, kept in `folder` under a hash of the model's name and the tokens, so that a run that was stopped goes on.
+
+    The gradient has a file of its own: a run that asks for it later measures nothing else again.
+    """
+
+    asked = [name, prompt_ids, token_ids, all_layers]
+    found = _kept(
+        folder, [*asked, False, NEAREST], lambda: signals(model, prompt_ids, token_ids, all_layers=all_layers)._asdict()
+    )
+    if gradient:
+        ids = torch.tensor([prompt_ids + token_ids], device=model.device)
+        count = len(token_ids)
+        found |= _kept(
+            folder, [*asked, "gradient"], lambda: {"gradient": _gradient(model, ids, count)[-count:].double().numpy()}
+        )
+    return Signals(**found)
+
+
+def _kept(folder: Path, asked: list[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The arrays of `measure`, or those of an earlier run that asked the same."""
+    path = folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.npz"
     if path.is_file():
         with np.load(path) as stored:
-            return Signals(**{field: stored[field] for field in Signals._fields})
-    found = signals(model, prompt_ids, token_ids, all_layers=all_layers, gradient=gradient)
+            return dict(stored)
+    found = measure()
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **found._asdict())
+    np.savez(partial, **found)
     partial.rename(path)
     return found

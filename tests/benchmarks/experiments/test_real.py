@@ -121,6 +121,18 @@ def test_signals_are_those_of_score_batch_and_of_eager_attention(policy, one):
     assert np.abs(layers[-len(one.trace.token_ids) :].numpy() - one.signals.mean_all).max() < 1e-6
 
 
+def test_a_run_that_asks_for_the_gradient_later_measures_nothing_else_again(policy, one, tmp_path, monkeypatch):
+    asked = (tmp_path, "a model", policy.model, one.trace.prompt_ids, one.trace.token_ids)
+    first = real_signals.cached(*asked, all_layers=True)
+    assert np.isnan(first.gradient).all()
+    monkeypatch.delattr(real_signals, "signals")
+    second = real_signals.cached(*asked, all_layers=True, gradient=True)
+    assert np.array_equal(first.logprobs, second.logprobs)
+    assert np.array_equal(second.gradient, one.signals.gradient)
+    monkeypatch.delattr(real_signals, "_gradient")
+    assert np.array_equal(real_signals.cached(*asked, all_layers=True, gradient=True).gradient, second.gradient)
+
+
 def test_blocks_and_the_nearest_queries(monkeypatch):
     """Against the whole matrix, with blocks that do not divide the number of tokens."""
     monkeypatch.setattr(real_signals, "_BLOCK", 7)
