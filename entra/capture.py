@@ -49,6 +49,7 @@ from entra.packing import (
 )
 from entra.rope import RopeGroups, transformers_version
 from entra_kernels import incoming_attention
+from entra_kernels._checks import shown
 
 _PREFIX = "entra_capture|"
 
@@ -519,7 +520,7 @@ def capture_incoming_attention(
         ("head_reduction", head_reduction, ("mean", "max")),
     ):
         if value not in allowed:
-            raise ValueError(f"{option}={value!r} must be one of {', '.join(map(repr, allowed))}")
+            raise ValueError(f"{option}={shown(value)} must be one of {', '.join(map(repr, allowed))}")
 
     first, count = _whole_numbers("start", start), _whole_numbers("length", length)
     packed = _whole_numbers("cu_seqlens", cu_seqlens)
@@ -563,7 +564,7 @@ def _whole_numbers(name: str, value: Tensor | Sequence[int] | None) -> Tensor | 
         return None
     tensor = torch.as_tensor(value)
     if tensor.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}={value!r} must hold whole numbers of tokens (int32 or int64); convert it with .long()")
+        raise TypeError(f"{name}={shown(value)} must hold whole numbers of tokens (int32 or int64); convert it with .long()")
     return tensor
 
 

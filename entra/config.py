@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
-from entra_kernels._checks import check_number
+from entra_kernels._checks import check_number, shown
 
 Class = TypeVar("Class", bound=type)
 
@@ -162,7 +162,7 @@ class ScoreConfig:
         ):
             value = getattr(self, name)
             if value not in get_args(kind):
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, get_args(kind)))}")
+                raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(repr, get_args(kind)))}")
         if not isinstance(self.chat_template_kwargs, Mapping):
             raise TypeError(f"chat_template_kwargs={self.chat_template_kwargs!r} must be a mapping of names to values")
         reserved = _TEMPLATE_ARGUMENTS & set(self.chat_template_kwargs)
@@ -175,6 +175,6 @@ def check_integer(name: str, value: Any, low: int, unit: str) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be a whole number of {unit}, not {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)} must be a whole number of {unit}, not {type(value).__name__}")
     if value < low:
         raise ValueError(f"{name}={value} must be at least {low} {unit}")

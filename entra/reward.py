@@ -28,6 +28,7 @@ from entra.gates import called_once
 from entra.guards import Guards, Judged, correlation, group_std
 from entra.policy import bound_rollout, check_scorer, resolve_policy
 from entra.score import Scores, score_batch
+from entra_kernels._checks import shown
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -73,9 +74,9 @@ class EntraReward:
         **guards: Any,
     ) -> None:
         if gate is not None and (not callable(gate) or isinstance(gate, torch.nn.Module) or inspect.isclass(gate)):
-            raise TypeError(f"gate={gate!r} must be a reward function: called with prompts, completions and columns")
+            raise TypeError(f"gate={shown(gate)} must be a reward function: called with prompts, completions and columns")
         if config is not None and not isinstance(config, ScoreConfig):
-            raise TypeError(f"config={config!r} must be an entra.ScoreConfig, not {type(config).__name__}")
+            raise TypeError(f"config={shown(config)} must be an entra.ScoreConfig, not {type(config).__name__}")
         if not isinstance(name, str):
             raise TypeError(f"name={name!r} must be text, under which the trainer logs the reward")
         self.model = model
@@ -240,7 +241,7 @@ def _checked_gate(values: Any, count: int) -> list[float | None]:
     """The gate's values, one finite number or None for each completion: a list, an array or a tensor."""
     rule = "it must return a list with one number or None for each"
     if isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
-        raise ValueError(f"gate returned {values!r} for {count} completions; {rule}")
+        raise ValueError(f"gate returned {shown(values)} for {count} completions; {rule}")
     if len(values) != count:
         raise ValueError(f"gate returned {len(values)} values for {count} completions; {rule}")
     checked: list[float | None] = []
@@ -250,7 +251,7 @@ def _checked_gate(values: Any, count: int) -> list[float | None]:
         except (TypeError, ValueError):
             number = math.nan
         if number is not None and not math.isfinite(number):
-            raise ValueError(f"gate returned {value!r} for row {i}; it must be a finite number, or None for not scored")
+            raise ValueError(f"gate returned {shown(value)} for row {i}; it must be a finite number, or None for not scored")
         checked.append(number)
     return checked
 

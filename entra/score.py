@@ -15,11 +15,12 @@ from torch import Tensor
 
 from entra.config import ScoreConfig, nearest_of, options_elsewhere
 from entra.copies import copied_tokens
-from entra.encode import EncodedRow, Encoder, as_ids, short
+from entra.encode import EncodedRow, Encoder, as_ids
 from entra.forward import TokenSignals, token_signals, unwrapped
 from entra.policy import Policy, bound_rollout, resolve_policy
 from entra.rarefaction import rarefied_redundancy
 from entra_kernels import redundancy
+from entra_kernels._checks import shown
 
 if TYPE_CHECKING:
     from entra.view.notebook import NotebookView
@@ -240,7 +241,7 @@ def score_batch(
         raise TypeError(f"score_batch() got an unknown keyword {name!r}; {nearest_of(name, _OPTIONS, options_elsewhere())}")
     config = ScoreConfig() if config is None else config
     if not isinstance(config, ScoreConfig):
-        raise TypeError(f"config={config!r} must be an entra.ScoreConfig, not {type(config).__name__}")
+        raise TypeError(f"config={shown(config)} must be an entra.ScoreConfig, not {type(config).__name__}")
     prompts = _listed("prompts", prompts)
     count = len(prompts)
     completions, completion_ids = _listed("completions", completions, count), _listed("completion_ids", completion_ids, count)
@@ -282,7 +283,7 @@ def _listed(name: str, rows: Any, count: int | None = None) -> list[Any] | None:
         raise TypeError(f"{name}={rows[:40]!r} must be a list with one entry per completion, not a single text; use [{name}]")
     if isinstance(rows, Mapping | Set) or not hasattr(rows, "__len__") or getattr(rows, "ndim", 1) == 0:
         raise TypeError(
-            f"{name}={short(rows)} must be a list with one entry per completion (or an array, a tensor or a Series), not "
+            f"{name}={shown(rows)} must be a list with one entry per completion (or an array, a tensor or a Series), not "
             f"{type(rows).__name__}"
         )
     if count is not None and len(rows) != count:

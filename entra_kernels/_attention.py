@@ -10,12 +10,13 @@ from . import _custom_ops
 from ._checks import (
     FLOATS,
     INTEGERS,
+    check_backend,
     check_dtype,
     check_same_device,
     check_sample,
     check_scoring_only,
     check_shape,
-    choose_backend,
+    under_autocast,
 )
 from .reference import AttentionOptions
 
@@ -110,7 +111,8 @@ def incoming_attention(
 
     Args:
         q: queries after RoPE; bfloat16, float16, float32 or (not with Triton) float64. D is 1 to 512.
-        k: keys after RoPE, same dtype. H must be a multiple of Hkv (GQA, MQA); keys are not repeated.
+        k: keys after RoPE, same dtype. H must be a multiple of Hkv (GQA, MQA); keys are not repeated. Under
+            autocast, q and k of two dtypes become autocast's.
         start: int [B], padded layout only. None: 0.
         length: int [B], padded layout only. None: up to the last token.
         cu_seqlens: int [S + 1], packed layout only: 0, then the running sums of the sequence lengths. On a CPU, sequences that
@@ -150,6 +152,7 @@ def incoming_attention(
     check_dtype(INTEGERS, start=start, length=length, cu_seqlens=cu_seqlens)
     check_same_device(**floats, start=start, length=length, cu_seqlens=cu_seqlens)
     check_scoring_only(**floats)
+    q, k = under_autocast(q, k)
     if q.dtype != k.dtype:
         raise TypeError(f"k has dtype {k.dtype} but q has {q.dtype}; they must be the same: use k.to(q.dtype)")
 
@@ -185,6 +188,7 @@ def incoming_attention(
     batch, q_heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     if not packed:
+        _check_layout(q, k)
         check_shape("k", k, (batch, kv_heads, tokens, head_dim), "[B, Hkv, N, D]")
         check_shape("lse", lse, (batch, q_heads, tokens), "[B, H, N]")
         check_shape("row_weights", row_weights, (batch, tokens), "[B, N]")
@@ -209,7 +213,7 @@ def incoming_attention(
         normalize=normalize,
     )
     flat = [getattr(options, name) for name in _custom_ops.OPTIONS]
-    backend = choose_backend(backend, q)
+    backend = check_backend(backend, q)
     if sample_rows is None:
         out = _custom_ops.incoming_attention(q, k, starts, ends, sequences, backend, *flat)
         return out.squeeze(0) if packed else out
@@ -221,6 +225,17 @@ def incoming_attention(
         q, k, starts, ends, sequences, backend, sample_rows, int(seed), *flat
     )  # fmt: skip
     return SampledAttention(*(out.squeeze(0) if packed else out for out in sampled))
+
+
+def _check_layout(q: Tensor, k: Tensor) -> None:
+    """Raises a ValueError where q and k [B, H, N, D] look like [B, N, H, D], as FlashAttention takes them."""
+    (_, heads, tokens, _), (_, kv_heads, keys, _) = q.shape, k.shape
+    # With GQA the second sizes agree instead of the third. Without it only the numbers tell: no model has that many heads.
+    if (heads == kv_heads and 0 < keys < tokens and tokens % keys == 0) or (heads > 512 and heads >= 4 * tokens):
+        raise ValueError(
+            f"q has shape {list(q.shape)} and k {list(k.shape)}, which look like [B, N, H, D]; they must be [B, H, N, D] and "
+            "[B, Hkv, N, D]: pass q.transpose(1, 2) and k.transpose(1, 2), which copy nothing"
+        )
 
 
 def _ends(start: Tensor | None, length: Tensor | None) -> Tensor | None:

@@ -18,20 +18,34 @@ LARGEST = torch.finfo(torch.float32).max
 """Options are numbers that float32 can hold: kernels take them as float32."""
 
 
-def choose_backend(backend: str, tensor: Tensor) -> str:
-    """`backend` itself, or for "auto": "triton" for a tensor on CUDA or ROCm, else "torch".
+def check_backend(backend: str, tensor: Tensor) -> str:
+    """`backend` itself. "auto" stays: a program that is exported on one device decides where it runs.
 
     Raises:
         ValueError: for an unknown name.
         TypeError: when Triton is asked for float64.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "auto":
-        return "triton" if tensor.is_cuda and tensor.dtype != torch.float64 else "torch"
+        raise ValueError(f"backend={shown(backend)} must be one of {', '.join(map(repr, BACKENDS))}")
     if backend == "triton" and tensor.dtype == torch.float64:
         raise TypeError("backend='triton' has no float64; use backend='torch' or backend='reference', or convert to float32")
     return backend
+
+
+def choose_backend(backend: str, tensor: Tensor) -> str:
+    """`check_backend`, with "auto" decided: "triton" for a tensor on CUDA or ROCm, else "torch"."""
+    if check_backend(backend, tensor) == "auto":
+        return "triton" if tensor.is_cuda and tensor.dtype != torch.float64 else "torch"
+    return backend
+
+
+def shown(value: object) -> str:
+    """`repr(value)` for an error message: of an array its type and shape, of anything else at most 80 characters."""
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"{type(value).__name__} of shape {list(shape)}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_scoring_only(**tensors: Tensor | None) -> None:
@@ -56,7 +70,7 @@ def check_dtype(allowed: tuple[torch.dtype, ...], **tensors: Tensor | None) -> N
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}={tensor!r} must be a torch.Tensor, not {type(tensor).__name__}")
+            raise TypeError(f"{name}={shown(tensor)} must be a torch.Tensor, not {type(tensor).__name__}")
         if tensor.dtype not in allowed:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             raise TypeError(
@@ -78,6 +92,15 @@ def check_same_device(**tensors: Tensor | None) -> None:
             )
 
 
+def under_autocast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype where autocast is on and their dtypes differ, as torch's own products take them."""
+    kind = a.device.type
+    if a.dtype == b.dtype or torch.float64 in (a.dtype, b.dtype) or not torch.is_autocast_enabled(kind):
+        return a, b
+    dtype = torch.get_autocast_dtype(kind)
+    return a.to(dtype), b.to(dtype)
+
+
 def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], letters: str) -> None:
     """Raises a ValueError with the letters and the sizes when `tensor` has another shape than `expected`."""
     if tensor is not None and tuple(tensor.shape) != expected:
@@ -92,7 +115,7 @@ def check_number(name: str, value: float, rule: str, *, low: float = -LARGEST, h
         ValueError: when it is not in low ... high; NaN never is.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}; pass a float")
+        raise TypeError(f"{name}={shown(value)} must be a number, not {type(value).__name__}; pass a float")
     if not low <= value <= high:
         raise ValueError(f"{name}={value} must be {rule}")
     return float(value)
@@ -117,7 +140,9 @@ def check_window(sliding_window: int | None) -> int | None:
     if sliding_window is None:
         return None
     if isinstance(sliding_window, bool) or not isinstance(sliding_window, numbers.Integral):
-        raise TypeError(f"sliding_window={sliding_window!r} must be an int, not {type(sliding_window).__name__}; pass tokens")
+        raise TypeError(
+            f"sliding_window={shown(sliding_window)} must be an int, not {type(sliding_window).__name__}; pass tokens"
+        )
     if sliding_window < 1:
         raise ValueError(f"sliding_window={sliding_window} must be at least 1 token, or None for full attention")
     return min(int(sliding_window), 2**30)
@@ -126,7 +151,7 @@ def check_window(sliding_window: int | None) -> int | None:
 def check_ngram(ngram: int) -> int:
     """`ngram` as an int that any kernel can add to a position: no sequence has an n-gram of more than 2**30 tokens."""
     if isinstance(ngram, bool) or not isinstance(ngram, numbers.Integral):
-        raise TypeError(f"ngram={ngram!r} must be an int, not {type(ngram).__name__}; pass tokens")
+        raise TypeError(f"ngram={shown(ngram)} must be an int, not {type(ngram).__name__}; pass tokens")
     if ngram < 1:
         raise ValueError(f"ngram={ngram} must be at least 1 token; 4 is a start")
     return min(int(ngram), 2**30)
@@ -138,7 +163,7 @@ def check_sample(sample_rows: int, seed: int, tokens: int) -> int:
     Raises when they cannot make one stratum of two and the last rows, or `seed` is no seed."""
     for name, value in (("sample_rows", sample_rows), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}; pass int({name})")
+            raise TypeError(f"{name}={shown(value)} must be an int, not {type(value).__name__}; pass int({name})")
     if sample_rows < 4:
         raise ValueError(f"sample_rows={sample_rows} must be at least 4 rows, or None for all")
     if not 0 <= seed < 2**63:

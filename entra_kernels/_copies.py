@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _custom_ops
-from ._checks import INTEGERS, check_dtype, check_ngram, check_same_device, choose_backend
+from ._checks import INTEGERS, check_backend, check_dtype, check_ngram, check_same_device
 
 
 def copies(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int, backend: str = "auto") -> Tensor:
@@ -42,5 +42,5 @@ def copies(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int, backend: str = 
         raise ValueError(f"token_ids has shape {list(token_ids.shape)}; it must be packed, [T]")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1]")
-    copied: Tensor = _custom_ops.copies(token_ids, cu_seqlens, check_ngram(ngram), choose_backend(backend, token_ids))
+    copied: Tensor = _custom_ops.copies(token_ids, cu_seqlens, check_ngram(ngram), check_backend(backend, token_ids))
     return copied

@@ -17,7 +17,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ._checks import accumulation_dtype
+from ._checks import accumulation_dtype, choose_backend
 from ._sampling import draw
 from ._spans import Spans
 from .reference import AttentionOptions, RedundancyOptions
@@ -26,11 +26,12 @@ _MODULES = {"reference": ".reference", "torch": "._torch", "triton": "._triton"}
 
 
 def _implementation(backend: str, tensor: Tensor) -> ModuleType:
-    """The backend's module; each has the same functions.
+    """The backend's module; each has the same functions. "auto" is decided here, where the tensor is.
 
     Raises:
         RuntimeError: for Triton without Triton, or without a GPU and outside its interpreter.
     """
+    backend = choose_backend(backend, tensor)
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             raise RuntimeError(
@@ -56,7 +57,13 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= vocabulary:
             wrong = low if low < 0 else high
-            raise ValueError(f"targets holds id {wrong}, outside the vocabulary 0 to {vocabulary - 1}; check the tokenizer")
+            remedy = "check the tokenizer"
+            if low == -100:
+                remedy = (
+                    "-100 marks positions that do not count: leave them out, by linear_token_logprobs(rows=targets != -100), "
+                    "or by indexing logits and targets"
+                )
+            raise ValueError(f"targets holds id {wrong}, outside the vocabulary 0 to {vocabulary - 1}; {remedy}")
 
 
 OPTIONS = tuple(field.name for field in fields(AttentionOptions))
@@ -233,6 +240,10 @@ def redundancy(
     """All packed, [T] and [S + 1]. Returns reward [S], importance [T], protected [T]."""
     module = _implementation(backend, logprobs)
     _check_packed(cu_seqlens, logprobs)
+    if token_ids.device.type == "cpu" and token_ids.numel() and int(token_ids.min()) < 0:
+        raise ValueError(
+            f"token_ids holds {int(token_ids.min())}; ids are at least 0: leave padding out, and pass packed tokens"
+        )
     options = RedundancyOptions(attention_weight, protect_fraction, degenerate_reward)
     return module.redundancy(logprobs, incoming, token_ids, cu_seqlens, protect_last, options)
 

@@ -11,6 +11,7 @@ from . import _custom_ops
 from ._checks import (
     FLOATS,
     INTEGERS,
+    check_backend,
     check_dtype,
     check_number,
     check_same_device,
@@ -18,7 +19,7 @@ from ._checks import (
     check_shape,
     check_softcap,
     check_temperature,
-    choose_backend,
+    under_autocast,
 )
 
 
@@ -53,7 +54,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0,
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits has shape {list(logits.shape)}; it must be [..., V] with V at least 1")
     check_shape("targets", targets, tuple(logits.shape[:-1]), "logits.shape[:-1]")
-    return _custom_ops.token_logprobs(logits, targets, check_temperature(temperature), choose_backend(backend, logits))
+    return _custom_ops.token_logprobs(logits, targets, check_temperature(temperature), check_backend(backend, logits))
 
 
 class LogprobsAndEntropy(NamedTuple):
@@ -118,7 +119,7 @@ def linear_token_logprobs(
     Args:
         hidden: [..., C], the head's input at the positions that predict `targets`; bfloat16, float16, float32 or (not with
             Triton) float64.
-        weight: [V, C], the language-model head, same dtype.
+        weight: [V, C], the language-model head, same dtype. Under autocast two dtypes become autocast's.
         targets: int [...], ids in 0 ... V - 1.
         bias: [V] of the head, or None.
         logit_scale: factor on the logits.
@@ -156,6 +157,7 @@ def linear_token_logprobs(
     check_dtype((torch.bool, *INTEGERS), rows=rows)
     check_same_device(hidden=hidden, weight=weight, targets=targets, bias=bias, rows=rows)
     check_scoring_only(hidden=hidden, weight=weight, bias=bias)
+    hidden, weight = under_autocast(hidden, weight)
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight has dtype {weight.dtype} but hidden has {hidden.dtype}; use hidden.to(weight.dtype)")
     if weight.ndim != 2 or weight.shape[0] < 1:
@@ -178,7 +180,7 @@ def linear_token_logprobs(
         check_softcap(softcap),
         check_temperature(temperature),
         return_entropy,
-        choose_backend(backend, hidden),
+        check_backend(backend, hidden),
     )
     results = [result.reshape(shape) for result in results]
     return LogprobsAndEntropy(*results) if return_entropy else results[0]

@@ -11,12 +11,12 @@ from . import _custom_ops
 from ._checks import (
     FLOATS,
     INTEGERS,
+    check_backend,
     check_dtype,
     check_number,
     check_same_device,
     check_scoring_only,
     check_shape,
-    choose_backend,
 )
 
 
@@ -72,9 +72,9 @@ def redundancy(
         Tokens that cu_seqlens leaves out belong to no sequence and are not protected.
 
     Raises:
-        ValueError: shapes that do not agree, an option out of its range, or (on a CPU only) a cu_seqlens that falls or leaves
-            the tokens. On a GPU a look would wait for the device, so sequences are clamped to the tokens, and the results of
-            sequences that overlap mean nothing.
+        ValueError: shapes that do not agree, an option out of its range, or (on a CPU only) a negative token id, or a
+            cu_seqlens that falls or leaves the tokens. On a GPU a look would wait for the device. So a negative id counts as an
+            id there, sequences are clamped to the tokens, and the results of sequences that overlap mean nothing.
         TypeError: a dtype that is not supported, an option that is no number.
         RuntimeError: an input requires grad (use torch.no_grad()), or the backend that you named cannot run here.
 
@@ -105,6 +105,6 @@ def redundancy(
             check_number("protect_fraction", protect_fraction, "in [0, 1]; 0.2 protects the top 20 %", low=0.0, high=1.0),
             check_number("degenerate_reward", degenerate_reward, "finite; 0.0 is the default"),
             # Either input in float64 makes the result float64, which Triton does not have.
-            choose_backend(backend, incoming if incoming.dtype == torch.float64 else logprobs),
+            check_backend(backend, incoming if incoming.dtype == torch.float64 else logprobs),
         )
     )

@@ -592,6 +592,37 @@ def test_auto_is_torch_on_a_cpu():
     assert torch.equal(incoming_attention(q, k, **arguments), incoming_attention(q, k, backend="torch", **arguments))
 
 
+def test_export_keeps_auto():
+    """A program that is exported on a CPU runs Triton on a GPU, and torch here."""
+
+    class Score(torch.nn.Module):
+        def forward(self, q, k, arguments):
+            return incoming_attention(q, k, **arguments)
+
+    q, k, arguments = problem("cpu", torch.float32)
+    program = torch.export.export(Score(), (q, k, arguments))
+    (call,) = [node for node in program.graph.nodes if node.op == "call_function" and "entra_kernels" in str(node.target)]
+    assert "auto" in call.args
+    assert "torch" not in call.args
+    assert torch.equal(program.module()(q, k, arguments), incoming_attention(q, k, **arguments))
+
+
+def test_meta_tensors_have_shapes():
+    q, k = Q.to("meta"), K.to("meta")
+    assert incoming_attention(q, k, per_head=True).shape == (2, 4, 8)
+    assert incoming_attention(q, k, sample_rows=4).standard_error.shape == (2, 8)
+    assert incoming_attention(q, k, start=torch.zeros(2, dtype=torch.int64, device="meta")).device.type == "meta"
+
+
+def test_autocast_takes_two_dtypes_as_torch_does():
+    q, k, arguments = problem("cpu", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = incoming_attention(q, k.bfloat16(), **arguments)
+        alike = incoming_attention(q, k, **arguments)
+    assert torch.equal(ours, incoming_attention(q.bfloat16(), k.bfloat16(), **arguments))
+    assert torch.equal(alike, incoming_attention(q, k, **arguments))
+
+
 def test_float64_stays_float64():
     q, k, arguments = problem("cpu", torch.float64)
     exact = incoming_attention(q, k, backend="reference", **arguments)
@@ -601,9 +632,20 @@ def test_float64_stays_float64():
 
 
 Q, K = torch.zeros(2, 4, 8, 16), torch.zeros(2, 2, 8, 16)
+MANY = torch.zeros(1, 600, 32, 16)
 PACKED_Q, PACKED_K, BOUNDS = torch.zeros(8, 4, 16), torch.zeros(8, 2, 16), torch.tensor([0, 8])
 REFUSALS = {
     "dtype of q": ((Q.int(), K), {}, TypeError, "q has dtype int32; it must be one of .* convert"),
+    "an array": ((Q.numpy(), K), {}, TypeError, r"^q=ndarray of shape \[2, 4, 8, 16\] must be a torch.Tensor, not ndarray$"),
+    "a number that is an array": ((Q, K), {"scale": Q.numpy()}, TypeError, r"scale=ndarray of shape \[2, 4, 8, 16\] must be a"),
+    "a long list": (([1.0] * 999, K), {}, TypeError, r"^.{0,150}$"),
+    "FlashAttention's layout, GQA": (
+        (Q.transpose(1, 2), K.transpose(1, 2)),
+        {},
+        ValueError,
+        r"q has shape \[2, 8, 4, 16\] and k \[2, 8, 2, 16\], which look like \[B, N, H, D\].*pass q.transpose\(1, 2\)",
+    ),
+    "FlashAttention's layout, as many heads": ((MANY, MANY), {}, ValueError, r"look like \[B, N, H, D\]"),
     "not a tensor": (([1.0], K), {}, TypeError, "q=.* must be a torch.Tensor, not list"),
     "dtypes differ": ((Q.half(), K), {}, TypeError, "k has dtype torch.float32 but q has torch.float16.*k.to"),
     "dtype of start": ((Q, K), {"start": torch.zeros(2)}, TypeError, "start has dtype float32"),

@@ -492,6 +492,22 @@ def test_target_outside_the_vocabulary(device, backend, wrong):
             assert call().isnan().tolist() == [False, False, False, True, False]
 
 
+def test_the_mark_of_a_target_that_does_not_count_leads_to_rows():
+    hidden, targets = _random(5, 40), torch.tensor([3, -100, 7, -100, 0])
+    with pytest.raises(ValueError, match=r"targets holds id -100.*linear_token_logprobs\(rows=targets != -100\)"):
+        linear_token_logprobs(hidden, torch.eye(40), targets)
+    counted = targets != -100
+    ours = linear_token_logprobs(hidden, torch.eye(40), targets.clamp(min=0), rows=counted)
+    assert torch.equal(ours, linear_token_logprobs(hidden[counted], torch.eye(40), targets[counted]))
+
+
+def test_autocast_takes_two_dtypes_as_torch_does():
+    hidden, weight, targets = _random(5, 16), _random(40, 16), _ids(40, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_token_logprobs(hidden, weight.bfloat16(), targets)
+    assert torch.equal(ours, linear_token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets))
+
+
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("backend", [*HEAD_BACKENDS, "reference"], indirect=True)
 def test_backends_give_nan_for_a_target_outside(backend):

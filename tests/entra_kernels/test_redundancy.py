@@ -294,7 +294,6 @@ class TestTokenIds:
             pytest.param(lambda ids: ids << 32, id="low-half-zero"),
             pytest.param(lambda ids: 2**63 - 1 - ids, id="largest"),
             pytest.param(lambda ids: ids + 2**31 - 20, id="around-2**31"),
-            pytest.param(lambda ids: ids - 20, id="negative"),
         ],
     )
     def test_huge_and_congruent_ids(self, backend, rename):
@@ -427,6 +426,7 @@ BOUNDS = torch.tensor([0, 4])
         ),
         (ValueError, r"sequence 1 spans tokens 4 to 2", lambda: redundancy(ROW, ROW, IDS, torch.tensor([0, 4, 2]))),
         (ValueError, r"sequence 0 spans tokens -1 to 3", lambda: redundancy(ROW, ROW, IDS, BOUNDS - 1)),
+        (ValueError, r"token_ids holds -100; ids are at least 0", lambda: redundancy(ROW, ROW, IDS - 100, BOUNDS)),
     ],
 )
 def test_errors_say_what_and_why(error, match, call):
