@@ -73,7 +73,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--prefix", default="", help="put this before the names of the added columns")
     parser.add_argument("--details", action="store_true", help=f"add the tokens' {', '.join(DETAIL_COLUMNS)}")
-    parser.add_argument("--overwrite", action="store_true", help="start again when the output exists")
+    parser.add_argument("--overwrite", action="store_true", help="start again; an output that exists is replaced at the end")
     add_scoring_flags(parser)
     parser.set_defaults(run=run)
     return parser
@@ -131,7 +131,8 @@ def run(options: argparse.Namespace) -> None:
             _score_missing(options, source, scorer, output, summary)
         except KeyboardInterrupt:
             told = f"interrupted after {summary.rows} of {source.rows} rows"
-            raise CommandError(told if once else f"{told}; the same command goes on from there", exit_code=130) from None
+            goes_on = f"; {output.going_on} from there" if isinstance(output, Output) else ""
+            raise CommandError(told + goes_on, exit_code=130) from None
         mixed = output.finish()
     tell(options, *summary.lines(options.output, time.monotonic() - started))
     if mixed:
@@ -148,7 +149,7 @@ def _check_options(options: argparse.Namespace, source: Source, once: bool) -> N
     if once:
         check_stream(options.output, source.paths)
     else:
-        check_output(options.output, source.paths)
+        check_output(options.output, source.paths, options.overwrite)
     check_scoring_flags(options)
     taken = [name for name in _added_columns(options) if name in source.columns]
     if taken:
