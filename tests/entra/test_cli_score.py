@@ -300,7 +300,7 @@ def test_score_that_is_not_finite_is_an_error_of_the_row(model, tmp_path):
 def test_details_and_prefix(model, tmp_path):
     traces = write_rows(tmp_path / "t.jsonl", [{"question": "add 3", "answer": GOOD["completion"], "reward": 5}, {}])
     names = ("--prompt-column", "question", "--completion-column", "answer")
-    assert score(traces, model, tmp_path / "s.jsonl", *names) == 2, "reward would be overwritten"
+    assert score(traces, model, tmp_path / "s.jsonl", *names, "--prefix", "") == 2, "reward would be overwritten"
     assert not (tmp_path / "s.jsonl").exists()
     assert score(traces, model, tmp_path / "s.jsonl", *names, "--prefix", "entra_", "--details") == 0
     row, empty = rows_of(tmp_path / "s.jsonl")
@@ -309,6 +309,26 @@ def test_details_and_prefix(model, tmp_path):
     scores = entra.score_batch(["add 3"], [GOOD["completion"]], model=str(model), details=True)
     for name in ("token_ids", "logprobs", "incoming", "importance", "protected"):
         assert row["entra_" + name] == getattr(scores, name)[0].tolist()
+
+
+def test_columns_of_the_input_keep_their_names_without_a_flag(model, tmp_path, capsys):
+    """A file with a column `tokens` was refused."""
+    traces, output = write_rows(tmp_path / "t.jsonl", [{**GOOD, "tokens": 227}]), tmp_path / "s.jsonl"
+    assert score(traces, model, output) == 0
+    assert "the input has tokens, so the names of all added columns begin with entra_" in capsys.readouterr().err
+    (row,) = rows_of(output)
+    assert row["tokens"] == 227
+    assert list(row)[3:] == [
+        f"entra_{name}" for name in ("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens")
+    ]
+    assert score(traces, model, output) == 0
+    assert "1 of them from earlier runs" in capsys.readouterr().err
+    assert score(traces, model, output, "--prefix", "x_") == 2
+    assert "prefix='entra_', now it is 'x_'" in capsys.readouterr().err
+    assert score(output, model, tmp_path / "again.jsonl") == 2
+    told = "the input has columns that would be added: entra_reward, entra_tokens, "
+    assert told in (err := capsys.readouterr().err)
+    assert "; choose another --prefix" in err
 
 
 def test_options_reach_the_config(model, tmp_path):
