@@ -5,13 +5,16 @@
 Importing this loads nothing: torch, transformers, trl and triton load when they are used.
 """
 
+from __future__ import annotations
+
 import importlib
-import warnings
-from typing import TYPE_CHECKING, Any
 
 from entra.name_clash import name_clash
 
+TYPE_CHECKING = False  # typing takes longer than all else here, and Ctrl-C is not quiet until this file is through
 if TYPE_CHECKING:
+    from typing import Any
+
     from entra.capture import capture_incoming_attention
     from entra.config import ScoreConfig
     from entra.diagnosis import doctor
@@ -48,6 +51,8 @@ __all__ = [
 __version__ = "0.2.0"
 
 if (_clash := name_clash()) is not None:
+    import warnings
+
     warnings.warn(_clash, RuntimeWarning, stacklevel=2)
 
 

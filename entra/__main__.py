@@ -2,7 +2,7 @@
 
 import sys
 
-from entra.cli import main
+from entra.start import main
 
 if __name__ == "__main__":
     sys.exit(main())

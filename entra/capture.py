@@ -493,7 +493,7 @@ def capture_incoming_attention(
         cu_seqlens: int [S + 1], the sequences packed into a batch of one row, [1, T]. It holds 0, then the running sums of
             their lengths. Not with start. None: found in the call.
         statistic: "mean" or "lift". Lift is each query's attention as a multiple of its uniform share: `sum_{j>i} w_j A_ji`
-            over the same divisor, where w_j is the number of keys that j sees, at most the window. It is 1 everywhere when all
+            over the same divisor. Here w_j is the number of keys that j sees, at most the window. Lift is 1 everywhere when all
             scores are equal.
         head_reduction: "mean" or "max" over the query heads.
         backend: of `entra_kernels.incoming_attention`.

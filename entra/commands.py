@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import NoReturn, TextIO
 
+from entra.start import end
 from entra.view.visible import visible
 
 
@@ -58,20 +57,14 @@ def refuse(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Inside, Ctrl-C ends the process with one line and exit code 130: for imports, while nothing has been written.
-
-    A library that is being imported may lose a KeyboardInterrupt, make another error of it, or print a traceback of its own.
-    """
-    ours = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    """Inside, Ctrl-C ends the process as `entra.start` says: for imports, while nothing has been written."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) in (
+        signal.default_int_handler,
+        end,
     )
     if not ours:  # who called has other plans
         yield
         return
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        os.write(2, b"\nentra: interrupted\n")
-        os._exit(130)
 
     signal.signal(signal.SIGINT, end)
     try:

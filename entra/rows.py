@@ -3,7 +3,8 @@
 Decisions taken here:
 
 - Content tells gzip, Zstandard, Parquet, a JSON array and JSON Lines apart, whatever the file is called. A name that ends in
-  .csv or .tsv, perhaps with .gz or .zst, says CSV, and .parquet must be Parquet.
+  .csv or .tsv, perhaps with .gz or .zst, says CSV, and .parquet must be Parquet. Where a name has no ending, as a pipe's, a
+  first line of nothing but names says CSV.
 - JSON Lines are read line by line and not through `datasets`, whose reader gives up on a whole file for one malformed line,
   and forces one type on a column. Only `\\n` ends a line: text may hold Unicode line separators. Blank lines are no rows.
 - Parquet is streamed through `datasets`, Zstandard through `pyarrow`, which comes with it.
@@ -32,6 +33,9 @@ from entra.commands import CommandError, one_line
 
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What surrogateescape makes of bytes that are not UTF-8."""
+
+_NAME = re.compile(r'\s*("[^":]+"|[^\W\d][^\t",:{}\[\]]*)\s*')
+"""Of a column of CSV."""
 
 
 def is_finite(value: Any) -> bool:
@@ -113,8 +117,16 @@ def format_of(path: Path, name: Path) -> Format:
         )
     if ending in (".csv", ".tsv"):
         return Format("csv", packed, "\t" if ending == ".tsv" else ",")
+    if not ending and (delimiter := _delimiter(text)) is not None:
+        return Format("csv", packed, delimiter)
     # A line of JSON Lines that holds a list of other things is a malformed row.
     return Format("array" if re.match(rb"\[\s*(\{|\]?\s*$)", text) else "lines", packed)
+
+
+def _delimiter(text: bytes) -> str | None:
+    """What is between the names of columns in the first line of CSV; None where that line is anything else."""
+    line = text.partition(b"\n")[0].decode("utf-8", "replace").strip()
+    return next((mark for mark in ",\t" if mark in line and all(map(_NAME.fullmatch, line.split(mark)))), None)
 
 
 def _check_parquet(path: Path, name: Path) -> None:

@@ -137,7 +137,7 @@ class _LivePolicy:
         if not self._entra_warned:
             warnings.warn(
                 f"the log-prob pass of {type(self).__name__} does not run the rows in one forward, padded or packed in order "
-                "into one row; so scores cannot ride on it: ENTRA runs another forward for them",
+                "into one row. So it cannot give scores, and ENTRA runs another forward for them",
                 UserWarning,
                 stacklevel=3,
             )
@@ -341,7 +341,7 @@ def _check_sharding(fsdp_plugin: Any) -> None:
     if getattr(fsdp_plugin, "fsdp_version", None) == 1:
         raise ValueError(
             "fsdp_version=1, but ENTRA scores under FSDP2 only. FSDP1 does not tell which weights are in parts, so ranks with "
-            "unequal numbers of forwards would wait for each other; set fsdp_version: 2 in accelerate's config (its default "
+            "unequal numbers of forwards would wait for each other. Set fsdp_version: 2 in accelerate's config (its default "
             "is 1), or fsdp_config={'version': 2} in the training arguments"
         )
 

@@ -100,7 +100,7 @@ def incoming_attention(
 
     For every token i: the attention probability from a query to i, mean over the future queries j > i and over the query heads.
     This is mu_i of docs/method.md, in [0, 1]. The diagonal is excluded, and the last token of a sequence gets 0. With a sliding
-    window W, key i is visible to query j iff j - W < i <= j, and the divisor is min(N - i, W - 1) instead of N - i (i counted
+    window W, key i is visible to query j iff j - W < i <= j. The divisor is then min(N - i, W - 1) instead of N - i (i counted
     from 1). The result does not depend on what else is in the batch, and is the same bit for bit in every run.
 
     There are two layouts. Neither is copied, and strides may be any:

@@ -31,7 +31,7 @@ class TestName:
 
     def test_the_distribution_is_not_called_like_another_project(self):
         assert PROJECT["name"] == "entra-reward"
-        assert PROJECT["scripts"] == {"entra": "entra.cli:main"}
+        assert PROJECT["scripts"] == {"entra": "entra.start:main"}
 
     def test_no_text_installs_the_other_project(self):
         told = {(path.name, line) for path in TEXTS for line in INSTALL.findall(path.read_text())}

@@ -5,8 +5,8 @@ The tasks are reasoning-gym's, and small enough that a small model gets some rig
 - math: the answer is computed from given numbers (a sum, a greatest common divisor, an equation, a word problem);
 - logic: the answer follows from premises alone (a syllogism, who lies, a puzzle of houses, propositions);
 - code: a program, or rules that work like one, must be traced (Python, Brainf*ck, string rewriting, a function of lists);
-- common sense: the answer needs knowledge that is not in the text (how relatives are called, how weeks and months run, how
-  many legs animals have, which verbs mean to like).
+- common sense: the answer needs knowledge that is not in the text. Examples are how relatives are called, how weeks and months
+  run, how many legs animals have, which verbs mean to like.
 
 A domain's prompts, answer formats and lengths differ as much as its reasoning. So a difference between domains is one between
 these sets of tasks. r falls with the length by itself. So the experiment also reports its expectation over `--positions`

@@ -50,13 +50,24 @@ CHIPS = (
 PINNED = "3.7.1"
 """The Triton that spills and budgets are asserted for: that of the torch which constraints.txt pins."""
 
+_NOT_HERE = "the launch size is chosen for sm_90; here ptxas takes"
+_TWO, _THREE = f"{_NOT_HERE} 128 registers, 2 programs to an SM", f"{_NOT_HERE} 80 registers, 3 programs to an SM"
 SPILLS = {
-    r"^(?!sm_90 )": "launch sizes are chosen for sm_90; other chips take the first that fits",
     r"d=(192|256|512)": "the tile of K alone can exceed the registers",
     r"d=72": "heads lie 72 apart, no multiple of 16: loads are narrower, and each has an address of its own",
     r"fp32 attention row_lse d=128 negative scale softcap": (
         "ptxas keeps 80 registers, 3 programs to an SM; 16 bytes wait outside the loops, one word is read per masked tile"
     ),
+    r"^sm_(86|89|100) fp32 attention row_lse d=\d+ window softcap": _THREE,
+    r"^sm_(86|89|120) bf16 attention column_sum one token": _THREE,
+    r"^sm_(80|86|89) bf16 attention column_sum d=16 window": _TWO,
+    r"^sm_120 (bf16|fp16) attention (row_lse|column_sum)": _TWO,
+    r"^sm_(86|89) bf16 sampled sampled_columns (d=128( tokens far apart)?$|sampled, not normalized)": _TWO,
+    r"^sm_120 bf16 sampled (sampled_columns d=(32$|64 window softcap)|sampled_lse d=128 negative scale)": _TWO,
+    r"^sm_100 bf16 logprobs head (int32 targets|rows)$": (
+        f"{_NOT_HERE} 255 registers, all that a thread can have; neither rows nor vocabulary are a multiple of 16"
+    ),
+    r"^sm_120 fp32 redundancy select protect last$": f"{_NOT_HERE} 128 registers, all that a thread of 16 warps can have",
     r"fp32 sampled": "on FMA units the tile of sums over heads does not fit beside that of products",
     r"(rows with a gap|every second|tokens innermost|not aligned|transposed|odd|uneven sizes|one of all)": (
         "no vectors can be loaded: every value has an address of its own"
@@ -176,11 +187,16 @@ def inspect(case: Case) -> Compiled:
     problem = too_much(compiled, chip, kernel.metadata.num_warps)
     budget = BUDGETS.get(case.label) if chip.arch == "sm_90" and case.dtype == "bf16" else None
     excess = ""
-    if spills and not any(re.search(pattern, case.name) for pattern in SPILLS):
+    if spills and not may_spill(case.name):
         excess = f"{spills} spills, and SPILLS gives no reason"
     elif budget:
         excess = over_budget(compiled, budget)
     return replace(compiled, problem=problem, excess=excess)
+
+
+def may_spill(name: str) -> bool:
+    """Whether `SPILLS` gives a reason."""
+    return any(re.search(pattern, name) for pattern in SPILLS)
 
 
 def too_much(compiled: Compiled, chip: Chip, num_warps: int) -> str:

@@ -38,36 +38,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse, for `--help`, `--version` and options that it cannot parse (exit code 2).
     """
-    if "score_batch" not in getattr(entra, "__all__", ()):  # another project's package, or what is left after that is gone
-        say(f"entra: {name_clash() or f'files of entra-reward are missing; {REMEDY}'}")
-        return 1
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    parser = Parser(prog="entra", description="Score how redundant reasoning traces are, and train on it.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {entra.__version__}")
-    complete = words[:1] == ["--print-completion"]
-    if complete:
-        from entra.cli.completion import FLAG, SHELLS, PrintCompletion
+    with ending_at_once():
+        if "score_batch" not in getattr(entra, "__all__", ()):  # another project's package, or what is left after that is gone
+            say(f"entra: {name_clash() or f'files of entra-reward are missing; {REMEDY}'}")
+            return 1
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        description = "Score how redundant reasoning traces are, and train on it."
+        parser = Parser(prog="entra", description=description, allow_abbrev=False)
+        parser.add_argument("--version", action="version", version=f"%(prog)s {entra.__version__}")
+        complete = words[:1] == ["--print-completion"]
+        if complete:
+            from entra.cli.completion import FLAG, SHELLS, PrintCompletion
 
-        parser.add_argument(FLAG, choices=SHELLS, action=PrintCompletion)
-    else:
-        parser.add_argument("--print-completion", metavar="SHELL", help="print a script that completes commands, and end")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {}
-    for name, (module, line) in COMMANDS.items():
-        if words[:1] == [name] or (complete and line is not None):
-            listed = SimpleNamespace(add_parser=partial(commands.add_parser, help=line))
-            with ending_at_once():
-                imported = importlib.import_module(module)
-            parsers[name] = imported.add_parser(commands if line is None else listed)
-        elif line is not None:
-            parsers[name] = commands.add_parser(name, help=line)
-    try:
-        options, unknown = parser.parse_known_args(words)
-    except CommandError as error:
-        say(f"entra: {error}")
-        return error.exit_code
-    if options.command in ("train", "doctor"):
-        options.rest = unknown  # for TRL's parser, which takes seconds to load
-    elif unknown and options.command != "experiment":  # which says where it went, whatever comes after it
-        refuse(unknown, parsers[options.command])
+            parser.add_argument(FLAG, choices=SHELLS, action=PrintCompletion)
+        else:
+            parser.add_argument("--print-completion", metavar="SHELL", help="print a script that completes commands, and end")
+        commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        parsers = {}
+        for name, (module, line) in COMMANDS.items():
+            if words[:1] == [name] or (complete and line is not None):
+                listed = SimpleNamespace(add_parser=partial(commands.add_parser, help=line))
+                parsers[name] = importlib.import_module(module).add_parser(commands if line is None else listed)
+            elif line is not None:
+                parsers[name] = commands.add_parser(name, help=line)
+        try:
+            options, unknown = parser.parse_known_args(words)
+        except CommandError as error:
+            say(f"entra: {error}")
+            return error.exit_code
+        if options.command in ("train", "doctor"):
+            options.rest = unknown  # for TRL's parser, which takes seconds to load
+        elif unknown and options.command != "experiment":  # which says where it went, whatever comes after it
+            refuse(unknown, parsers[options.command])
     return exit_code(f"entra {options.command}", options.run, options)

@@ -104,6 +104,7 @@ def run(options: argparse.Namespace) -> None:
         CommandError: what stops it; rows that cannot be scored do not.
     """
     config = config_of(options)
+    options.marks = list(dict.fromkeys(options.marks))
     output = options.output or (None if options.terminal else _DEFAULT_OUTPUT)
     if options.limit is not None and options.limit < 1:
         raise CommandError(f"--limit {options.limit} must be at least 1 row")
@@ -145,8 +146,11 @@ def _told_of_marks(names: Sequence[str], traces: Sequence[Trace]) -> list[str]:
         return []
     marked = sum(bool(trace.marked) for trace in traces)
     left_out = [fault for trace in traces for fault in trace.left_out]
-    more = f"; some are left out in {len(left_out):,} columns of rows, the first of {left_out[0]}" if left_out else ""
-    return [f"marks of {', '.join(names)}: {sum(len(trace.marked) for trace in traces):,} in {marked:,} traces{more}"]
+    more = (f"; {left_out[0]}" if left_out else "") + (
+        f" ({len(left_out) - 1:,} more such columns of rows)" if left_out[1:] else ""
+    )
+    total = sum(len(trace.marked) for trace in traces)
+    return [f"marks of {', '.join(names)}: {total:,} in {marked:,} of {len(traces):,} traces{more}"]
 
 
 class _Input(NamedTuple):
@@ -334,7 +338,7 @@ class _Traces:
 
     def __init__(self, tokenizer: Any, taken: Mapping[str, Any], marks: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._marks = list(dict.fromkeys(marks))
+        self._marks = marks
         columns = (column for value in taken.values() for column in (value if isinstance(value, list) else [value]))
         self._taken = {column for column in columns if column != REQUEST}
         self._pieces: dict[str, str] = {}

@@ -5,7 +5,8 @@ line is cut off when the file is opened again. Beside the file stands `<name>.me
 model, options and versions that the rows belong to. A run that does not belong to them is refused, and so are rows that are not
 those of the input, in its order. Nothing is ever replaced that something else wrote, with --overwrite neither.
 
-An output that is not JSON Lines (`entra.cli.formats`) is `<name>.part` until all rows are there; then its hash is recorded. A
+An output that is not JSON Lines (`entra.cli.formats`) is `<name>.part` until all rows are there; then its hash is recorded. So
+are rows that --overwrite asked for. Their record is `<name>.part.meta.json`; the old file and its record stay until then. A
 pipe has no file beside it.
 """
 
@@ -17,14 +18,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from entra.cli import CommandError
-from entra.cli.formats import convert, part_of
+from entra.cli.formats import PART, convert, part_of
 from entra.rows import format_of, is_finite, read_rows
 from entra.source import PIPE, SIDECAR
 from entra.whole_file import write_whole
@@ -42,43 +44,48 @@ class Output:
         path: of the file.
         identity: what the rows belong to, as nested dicts of JSON values. It must be as it was.
         facts: recorded beside it, and not compared.
-        overwrite: throw away what is there, whatever it belongs to.
+        overwrite: start again, whatever is there. The old file is replaced when all rows are there.
 
     Raises:
         CommandError: the file belongs to something else, is being written by another process, or cannot be written.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], facts: Mapping[str, Any], overwrite: bool = False) -> None:
-        self._path, self._part = path, part_of(path)
-        self.done = self._part != path and not overwrite and _has_content(path) and not os.path.exists(self._part)
+        self._path = path
+        self._part, self._sidecar = _places(path, overwrite)
+        self.done = part_of(path) != path and not overwrite and _has_content(path) and not os.path.exists(self._part)
         """All rows are there, in their format."""
-        with _writing(path, "choose another --output"):
-            self._file: BinaryIO = path.open("rb") if self.done else self._part.open("a+b")
-        try:
-            _lock(self._file, path)
+        self.going_on = f"the same command{' without --overwrite' if overwrite else ''} goes on"
+        """What to do when this one was stopped."""
+        replaces = self._part != path and not self.done and _has_content(path)
+        with ExitStack() as opened:
+            with _writing(path, "choose another --output"):
+                self._file: BinaryIO = path.open("rb") if self.done else self._part.open("a+b")
+                opened.enter_context(self._file)
+                files = [self._file, *([opened.enter_context(path.open("rb"))] if replaces else [])]
+            for file in files:
+                _lock(file, path)
             with _writing(path, "choose another --output"):
                 if overwrite:
-                    check_output(path, [])
+                    check_output(path, [], overwrite)
                     self._file.truncate(0)
                 else:
                     check(path, identity)
-                if self.done and _record(_sidecar(path)).get("finished") != _sha256(path):
+                if self.done and _record(self._sidecar).get("finished") != _sha256(path):
                     raise CommandError(
                         f"{path} is not as entra score left it; restore it, use another --output, or --overwrite to start again"
                     )
                 if overwrite or recorded(path) is None:
                     content = {"written_by": "entra score", "format": _FORMAT, **identity, **facts}
-                    write_whole(_sidecar(path), json.dumps(content, indent=1, default=json_value) + "\n")
-        except BaseException:
-            self._file.close()
-            raise
+                    write_whole(self._sidecar, json.dumps(content, indent=1, default=json_value) + "\n")
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with suppress(OSError):  # bytes that `append` could not write, either
-            self._file.close()
+            self._opened.close()
 
     def finished(
         self, expected: Iterable[Mapping[str, Any]], error: str, numbers: Sequence[str], added: Sequence[str]
@@ -119,13 +126,22 @@ class Output:
         Raises:
             CommandError: it cannot be written; the rows are on disk.
         """
-        if self._part == self._path or self.done:
-            return []
-        with _writing(self._path, f"the rows are in {self._part}; make room, and the same command goes on", 1):
-            mixed = convert(self._part, self._path)
-            content = {**_record(_sidecar(self._path)), "finished": _sha256(self._path)}
-            write_whole(_sidecar(self._path), json.dumps(content, indent=1) + "\n")
-            self._part.unlink()
+        path, sidecar = self._path, _sidecar(self._path)
+        mixed: list[str] = []
+        if self.done or (self._part, self._sidecar) == (path, sidecar):
+            return mixed
+        with _writing(path, f"the rows are in {self._part}; make room, and {self.going_on}", 1):
+            if part_of(path) == path:
+                sidecar.unlink(missing_ok=True)  # never new rows beside an old record
+                self._part.replace(_target(path))
+                self._sidecar.replace(sidecar)
+            else:
+                mixed = convert(self._part, path)
+                content = {**_record(self._sidecar), "finished": _sha256(path)}
+                write_whole(sidecar, json.dumps(content, indent=1) + "\n")
+                if self._sidecar != sidecar:
+                    self._sidecar.unlink()
+                self._part.unlink()
         return mixed
 
     def _wrong(self, number: int, what: str, line: bytes) -> CommandError:
@@ -140,7 +156,7 @@ class Output:
         Raises:
             CommandError: they cannot be written; the rows before them are on disk.
         """
-        with _writing(self._path, "the rows before are there; make room, and the same command goes on", 1):
+        with _writing(self._path, f"the rows before are there; make room, and {self.going_on}", 1):
             self._file.write(b"".join(map(_line, rows)))
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -245,9 +261,9 @@ def recorded(path: Path) -> dict[str, Any] | None:
     Raises:
         CommandError: an output without its sidecar, or with a damaged one.
     """
-    if not _has_content(path) and not _has_content(part_of(path)):
+    part, sidecar = _places(path)
+    if not _has_content(path) and not _has_content(part):
         return None
-    sidecar = _sidecar(path)
     try:
         return _record(sidecar)
     except (OSError, ValueError, RecursionError) as error:
@@ -281,7 +297,7 @@ def recorded_threads(path: Path) -> int | None:
     threads = before.get("threads")
     if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= _MOST_THREADS:
         raise CommandError(
-            f"{_sidecar(path)} says threads={shortened(threads)}, which must be a whole number from 1 to {_MOST_THREADS:,}; "
+            f"{_places(path)[1]} says threads={shortened(threads)}, which must be a whole number from 1 to {_MOST_THREADS:,}; "
             "use another --output, or --overwrite to start again"
         )
     return threads
@@ -296,7 +312,10 @@ def check(path: Path, identity: Mapping[str, Any]) -> None:
     before = recorded(path)
     if before is None:
         return
+    part, sidecar = _places(path)
     remedy = "use another --output, or --overwrite to start again"
+    if part != path and sidecar == _sidecar(part):
+        path, remedy = part, f"use another --output, --overwrite to start again, or remove {part}"
     if before.get("format") != _FORMAT:
         raise CommandError(f"{path} was written by another version of entra, which noted other things; {remedy}")
     then = dict(flat(before))
@@ -353,49 +372,58 @@ def _is_ours(path: Path, is_ours: Callable[[Path], bool]) -> bool:
         return False
 
 
-def check_output(path: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output of `entra score` that it, or the file beside it, would put in the place of something else.
+def check_output(path: Path, inputs: Sequence[Path], overwrite: bool = False) -> None:
+    """Refuse an output of `entra score` that it, or a file beside it, would put in the place of something else.
 
     Raises:
         CommandError: names `--output`.
     """
-    sidecar = _sidecar(path)
+    part, record = _places(path, overwrite)
+    sidecars = list(dict.fromkeys((_sidecar(path), record)))
     with _writing(path, "choose another --output"):
         if os.path.exists(path) and path.is_file() and not _is_one_of(path, inputs):
             recorded(path)  # which says what is wrong with the sidecar
         check_destination("--output", path, inputs, _is_output, "entra score")
-        if part_of(path) != path:
-            check_destination("--output", part_of(path), inputs, lambda part: _is_part(part, path), "entra score")
-        if not os.path.exists(sidecar) or not sidecar.is_file():
-            return
-        if _is_one_of(sidecar, inputs):
-            raise CommandError(f"--output {path} needs {sidecar.name} beside it, which is the input; choose another file")
-        if sidecar.stat().st_size and not _is_ours(sidecar, lambda file: bool(_record(file))):
-            raise CommandError(
-                f"--output {path} needs {sidecar.name} beside it, but there is one that entra score did not write; choose "
-                f"another file, or remove {sidecar}"
+        if part != path:
+            check_destination(
+                "--output",
+                part,
+                inputs,
+                lambda file: any(_is_ours(file, partial(_is_part, sidecar=sidecar)) for sidecar in sidecars),
+                "entra score",
             )
+        for sidecar in sidecars:
+            if not os.path.exists(sidecar) or not sidecar.is_file():
+                continue
+            if _is_one_of(sidecar, inputs):
+                raise CommandError(f"--output {path} needs {sidecar.name} beside it, which is the input; choose another file")
+            if sidecar.stat().st_size and not _is_ours(sidecar, lambda file: bool(_record(file))):
+                raise CommandError(
+                    f"--output {path} needs {sidecar.name} beside it, but there is one that entra score did not write; choose "
+                    f"another file, or remove {sidecar}"
+                )
 
 
 def _is_output(path: Path) -> bool:
     """Whether a file is an output of `entra score`, by its sidecar and first row."""
+    sidecar = own if os.path.exists(own := _sidecar(path)) else _places(path)[1]
     if part_of(path) == path:
-        return _is_part(path, path)
+        return _is_part(path, sidecar)
     row = next(read_rows(path, path, format_of(path, path)), None)
-    return _record(_sidecar(path))["input"].get("rows") == 0 if row is None else _is_scored(row.columns, path)
+    return _record(sidecar)["input"].get("rows") == 0 if row is None else _is_scored(row.columns, sidecar)
 
 
-def _is_part(part: Path, path: Path) -> bool:
-    """Whether a file holds rows of the output `path` as JSON Lines."""
-    with part.open("rb") as file:
-        line = file.readline()
+def _is_part(file: Path, sidecar: Path) -> bool:
+    """Whether a file holds rows of scores as JSON Lines, to which the sidecar belongs."""
+    with file.open("rb") as rows:
+        line = rows.readline()
     if not line.endswith(b"\n"):  # a run was killed in its first line
-        return bool(_record(_sidecar(path))) and line.startswith(b"{")
-    return _is_scored(json.loads(line), path)
+        return bool(_record(sidecar)) and line.startswith(b"{")
+    return _is_scored(json.loads(line), sidecar)
 
 
-def _is_scored(row: Any, path: Path) -> bool:
-    prefix = _record(_sidecar(path)).get("prefix")
+def _is_scored(row: Any, sidecar: Path) -> bool:
+    prefix = _record(sidecar).get("prefix")
     return isinstance(row, dict) and any(f"{prefix}{name}" in row for name in ("reward", "error"))
 
 
@@ -435,7 +463,23 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + SIDECAR)
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def _places(path: Path, overwrite: bool = False) -> tuple[Path, Path]:
+    """Where the rows are until all are there, and their record. Both stand beside an output that they are to replace."""
+    target = _target(path)
+    part = target.with_name(target.name + PART)
+    own, beside = _sidecar(path), _sidecar(part)
+    if (overwrite and _has_content(path)) or (os.path.exists(part) and os.path.exists(beside)):
+        return part, beside
+    # A run that was killed between the two renamings of `Output.finish` has left its record there.
+    return part_of(path), beside if os.path.exists(beside) and not os.path.exists(own) else own
+
+
+def _target(path: Path) -> Path:
+    """What a link points to, which is replaced; the link stays."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
     try:
         import fcntl
     except ImportError:  # Windows

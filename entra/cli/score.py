@@ -49,6 +49,8 @@ from entra.source import PIPE, Source
 
 _IDENTITY = ("prefix", "details", "batch_size", "limit", "apply_chat_template", "dtype", "revision")
 """Options that rows depend on, but for those of the method."""
+_PREFIX = "entra_"
+"""Stands before the names of the added columns where the input has one of them: what people have needs no flag."""
 _DESCRIPTION = """\
 Score the completions in files of traces, in the shapes and formats in which people have them. The output has the input's rows
 in the input's order, each with its columns. Added are reward, tokens (of the completion), mean_logprob, mean_incoming
@@ -71,9 +73,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         required=True,
         help="the output: *.jsonl.gz, *.jsonl.zst, *.parquet, *.json and *.csv are what they say, - is stdout, else JSON Lines",
     )
-    parser.add_argument("--prefix", default="", help="put this before the names of the added columns")
+    parser.add_argument(
+        "--prefix", help=f"put this before the names of the added columns (default: {_PREFIX} if the input has one of them)"
+    )
     parser.add_argument("--details", action="store_true", help=f"add the tokens' {', '.join(DETAIL_COLUMNS)}")
-    parser.add_argument("--overwrite", action="store_true", help="start again when the output exists")
+    parser.add_argument("--overwrite", action="store_true", help="start again; an output that exists is replaced at the end")
     add_scoring_flags(parser)
     parser.set_defaults(run=run)
     return parser
@@ -131,7 +135,8 @@ def run(options: argparse.Namespace) -> None:
             _score_missing(options, source, scorer, output, summary)
         except KeyboardInterrupt:
             told = f"interrupted after {summary.rows} of {source.rows} rows"
-            raise CommandError(told if once else f"{told}; the same command goes on from there", exit_code=130) from None
+            goes_on = f"; {output.going_on} from there" if isinstance(output, Output) else ""
+            raise CommandError(told + goes_on, exit_code=130) from None
         mixed = output.finish()
     tell(options, *summary.lines(options.output, time.monotonic() - started))
     if mixed:
@@ -148,11 +153,17 @@ def _check_options(options: argparse.Namespace, source: Source, once: bool) -> N
     if once:
         check_stream(options.output, source.paths)
     else:
-        check_output(options.output, source.paths)
+        check_output(options.output, source.paths, options.overwrite)
     check_scoring_flags(options)
+    found = options.prefix is None
+    options.prefix = options.prefix or ""
     taken = [name for name in _added_columns(options) if name in source.columns]
+    if found and taken:
+        options.prefix = _PREFIX
+        tell(options, f"the input has {', '.join(taken)}, so the names of all added columns begin with {_PREFIX}")
+        taken = [name for name in _added_columns(options) if name in source.columns]
     if taken:
-        raise CommandError(f"the input has columns that would be added: {', '.join(taken)}; use --prefix, e.g. --prefix entra_")
+        raise CommandError(f"the input has columns that would be added: {', '.join(taken)}; choose another --prefix")
 
 
 def _added_columns(options: argparse.Namespace) -> list[str]:

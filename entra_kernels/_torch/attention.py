@@ -17,9 +17,9 @@ from .._sampling import SampledRows
 from .._spans import Spans
 from ..reference import AttentionOptions
 
-# Scores in a block. On 2 CPU cores of 2 MiB L2 each, 2**20 float32 scores and at most 128 rows took 1.00 to 1.10 times one
-# fused SDPA call at 1k to 8k tokens. 2**18 scores took 1.16 to 1.31 times (small products), and 256 rows up to 1.37. Elsewhere
-# a block only has to be large enough to hide the launches.
+# Scores in a block, measured on 2 CPU cores of 2 MiB L2 each. 2**20 float32 scores and at most 128 rows took 1.00 to 1.10 times
+# one fused SDPA call at 1k to 8k tokens. 2**18 scores took 1.16 to 1.31 times (small products), and 256 rows up to 1.37.
+# Elsewhere a block only has to be large enough to hide the launches.
 CPU_BLOCK = 2**20
 DEVICE_BLOCK = 2**24
 MIN_ROWS, MAX_ROWS = 16, 128

@@ -13,9 +13,10 @@ from .._checks import accumulation_dtype
 # A block of logits in float32. Its upcast, its quotient by a temperature and its log-softmax make 3 of these: 24 MiB.
 _BLOCK_BYTES = 8 << 20
 
-# Rows x vocabulary entries of one tile of the head. CPU: 16 MiB in float32. For 2048 x 576 and a vocabulary of 49152, tiles of
-# 1024 x 1024 to 2048 x 4096 took 0.74 to 0.80 of the time of `hidden @ weight.T` and log_softmax (one thread). With more
-# threads, fewer and larger products mean less waiting. Tiles 512 wide took twice as long. Elsewhere: 64 MiB.
+# Rows x vocabulary entries of one tile of the head. CPU: 16 MiB in float32. One thread was measured at 2048 x 576 and a
+# vocabulary of 49152. Tiles of 1024 x 1024 to 2048 x 4096 took 0.74 to 0.80 of the time of `hidden @ weight.T` and
+# log_softmax. With more threads, fewer and larger products mean less waiting. Tiles 512 wide took twice as long.
+# Elsewhere: 64 MiB.
 _CPU_TILE = (2048, 2048)
 _DEVICE_TILE = (2048, 8192)
 

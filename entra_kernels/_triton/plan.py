@@ -5,8 +5,8 @@ over the queries from its first token to the end of the sequence. A walk is cut 
 is one program, so that one short sequence fills the chip as well. How long a piece is depends on the sequence's
 length (and on the model's heads), never on what else is in the batch. So results stay the same bit for bit.
 
-Lengths live on the device, so all of this runs there, in two launches: `_count_tiles_kernel` counts tiles and pieces by the
-length of their walk, `_place_tiles_kernel` puts each in its place. A sequence of t tiles has exactly one walk of each length
+Lengths live on the device, so all of this runs there, in two launches. `_count_tiles_kernel` counts tiles and pieces by the
+length of their walk. `_place_tiles_kernel` puts each in its place. A sequence of t tiles has exactly one walk of each length
 1 ... t: that makes the order a counting sort.
 """
 

@@ -5,9 +5,9 @@ nothing else: at 64 sequences of 16,384 tokens, further launches of small operat
 together.
 
 1. `_importance_kernel` computes I and clears marks and the hash table.
-2. `_select_kernel` finds each sequence's k-th highest importance with four passes over 8 bits of an order-preserving integer,
-   then marks the tokens above it and, of those equal to it, the first ones. With `protect_last` one pass before these counts
-   the other tokens: it decides whether the k-th is one of them.
+2. `_select_kernel` finds each sequence's k-th highest importance with four passes over 8 bits of an order-preserving integer.
+   Then it marks the tokens above it and, of those equal to it, the first ones. With `protect_last` one pass before these
+   counts the other tokens: it decides whether the k-th is one of them.
 3. `_count_kernel` counts the tokens that are left in an open-addressing hash table, twice as large as the sequence.
 4. `_reward_kernel` sums log(count) over the table.
 

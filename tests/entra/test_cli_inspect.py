@@ -233,6 +233,11 @@ def test_shipped_traces_without_a_file(model, shown):
         pytest.param(["t.jsonl", "--limit", "0"], "--limit 0 must be at least 1 row", id="limit"),
         pytest.param(["t.jsonl", "--batch-size", "0"], "--batch-size 0 must be at least 1 row", id="batch-size"),
         pytest.param(["t.jsonl", "--prompt-column", "q"], "no row has a column 'q'; there are prompt, completion", id="column"),
+        pytest.param(
+            ["t.jsonl", "--marks", "kind", "--model", "m"],
+            "--marks kind: no row has that column; there are prompt, completion",
+            id="marks",
+        ),
         pytest.param(["t.jsonl", "--protect-fraction", "2"], "protect_fraction=2.0 must be in [0, 1]", id="config"),
     ],
 )
@@ -245,6 +250,34 @@ def test_bad_usage_is_one_line(words, message, tmp_path, capsys):
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("entra inspect: "))
     assert message in line
     assert not (tmp_path / "report.html").exists()
+
+
+def test_columns_are_shown_as_marks(model, shown, tmp_path, capsys):
+    kinds = [{"start": 0, "end": 8, "label": "plan"}, {"start": 16, "end": 20, "label": "end"}, {"start": 30, "end": 40}]
+    rows = [{**GOOD, "kinds": kinds, "place": 5, "note": "none"}, {**GOOD, "note": "none"}]
+    traces = write_rows(tmp_path / "t.jsonl", rows)
+    words = ["inspect", traces, "--model", str(model)]
+    assert main([*words, "--marks", "kinds", "--marks", "place", "--marks", "kinds"]) == 0
+    told = capsys.readouterr().err
+    assert (
+        "marks of kinds, place: 3 in 1 of 2 traces; kinds: 1 of 3 marks are left out; the first reaches beyond character 34"
+        in told
+    )
+    (first, second), *_ = shown[0]
+    assert [(mark.label, mark.start, mark.end) for mark in first.marked] == [("plan", 0, 8), ("place", 5, 5), ("end", 16, 20)]
+    text = "".join(first.pieces)
+    for mark in first.marked:
+        upto = len("".join(first.pieces[: mark.first]))
+        assert upto <= mark.start < upto + len(first.pieces[mark.first])
+        assert len("".join(first.pieces[: mark.last])) < max(mark.end, mark.start + 1) <= len(text)
+    assert (second.marked, second.left_out) == ([], [])
+    assert first.columns == second.columns == {"note": "none"}, "a column of marks is not shown as one"
+    assert main([*words, "--marks", "note"]) == 0
+    told = capsys.readouterr().err
+    assert "marks of note: 0 in 0 of 2 traces; note: 1 of 1 marks are left out; the first has no start and end" in told
+    assert told.endswith(" (1 more such columns of rows)\n")
+    assert main([*words, "--marks", "note", "--marks", "kind"]) == 2
+    assert "--marks kind: no row has that column; there are " in capsys.readouterr().err
 
 
 def test_code_in_a_file_and_beside_it_is_not_run(model, shown, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import entra
 import entra.cli.fingerprint as fingerprints
 from entra.cli import main
 from entra.cli.fingerprint import fingerprint
+from entra.cli.output import Output
 from entra.policy import load_policy
 
 CONTEXT = 128
@@ -298,7 +300,7 @@ def test_score_that_is_not_finite_is_an_error_of_the_row(model, tmp_path):
 def test_details_and_prefix(model, tmp_path):
     traces = write_rows(tmp_path / "t.jsonl", [{"question": "add 3", "answer": GOOD["completion"], "reward": 5}, {}])
     names = ("--prompt-column", "question", "--completion-column", "answer")
-    assert score(traces, model, tmp_path / "s.jsonl", *names) == 2, "reward would be overwritten"
+    assert score(traces, model, tmp_path / "s.jsonl", *names, "--prefix", "") == 2, "reward would be overwritten"
     assert not (tmp_path / "s.jsonl").exists()
     assert score(traces, model, tmp_path / "s.jsonl", *names, "--prefix", "entra_", "--details") == 0
     row, empty = rows_of(tmp_path / "s.jsonl")
@@ -307,6 +309,26 @@ def test_details_and_prefix(model, tmp_path):
     scores = entra.score_batch(["add 3"], [GOOD["completion"]], model=str(model), details=True)
     for name in ("token_ids", "logprobs", "incoming", "importance", "protected"):
         assert row["entra_" + name] == getattr(scores, name)[0].tolist()
+
+
+def test_columns_of_the_input_keep_their_names_without_a_flag(model, tmp_path, capsys):
+    """A file with a column `tokens` was refused."""
+    traces, output = write_rows(tmp_path / "t.jsonl", [{**GOOD, "tokens": 227}]), tmp_path / "s.jsonl"
+    assert score(traces, model, output) == 0
+    assert "the input has tokens, so the names of all added columns begin with entra_" in capsys.readouterr().err
+    (row,) = rows_of(output)
+    assert row["tokens"] == 227
+    assert list(row)[3:] == [
+        f"entra_{name}" for name in ("reward", "tokens", "mean_logprob", "mean_incoming", "protected_tokens")
+    ]
+    assert score(traces, model, output) == 0
+    assert "1 of them from earlier runs" in capsys.readouterr().err
+    assert score(traces, model, output, "--prefix", "x_") == 2
+    assert "prefix='entra_', now it is 'x_'" in capsys.readouterr().err
+    assert score(output, model, tmp_path / "again.jsonl") == 2
+    told = "the input has columns that would be added: entra_reward, entra_tokens, "
+    assert told in (err := capsys.readouterr().err)
+    assert "; choose another --prefix" in err
 
 
 def test_options_reach_the_config(model, tmp_path):
@@ -761,24 +783,119 @@ def test_damaged_parquet_page_is_one_line(model, tmp_path, capsys):
     assert "write it again" in message
 
 
-def test_full_disk_keeps_what_is_there(traces, model, whole, tmp_path, capsys):
+@contextmanager
+def full_disk(size):
     """A limit on the size of files stands in for the disk: the write fails in the middle of a row."""
     resource = pytest.importorskip("resource")
-    output = tmp_path / "s.jsonl"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        assert score(traces, model, output) == 1
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_full_disk_keeps_what_is_there(traces, model, whole, tmp_path, capsys):
+    output = tmp_path / "s.jsonl"
+    with full_disk(len(whole) // 2):
+        assert score(traces, model, output) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     remedy = "the rows before are there; make room, and the same command goes on"
     assert message == f"entra score: cannot write {output}: File too large; {remedy}"
     assert whole.startswith(output.read_bytes())
     assert score(traces, model, output) == 0
     assert output.read_bytes() == whole
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["file", "link"])
+def test_full_disk_leaves_the_old_file_of_an_overwriting_run(link, traces, model, whole, tmp_path, capsys):
+    """Its rows were emptied before the first new one was scored."""
+    output = tmp_path / "s.jsonl"
+    if link:
+        (tmp_path / "elsewhere").mkdir()
+        output.symlink_to("elsewhere/s")
+    part = tmp_path / ("elsewhere/s.part" if link else "s.jsonl.part")
+    half = ["--protect-fraction", "0.5"]
+    assert score(traces, model, output, *half) == 0
+    old, record = output.read_bytes(), (tmp_path / "s.jsonl.meta.json").read_bytes()
+    with full_disk(len(whole) // 2):
+        assert score(traces, model, output, "--overwrite") == 1
+    remedy = "the rows before are there; make room, and the same command without --overwrite goes on"
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith(remedy)
+    assert (output.read_bytes(), (tmp_path / "s.jsonl.meta.json").read_bytes()) == (old, record)
+    assert part.read_bytes() == whole[: len(part.read_bytes())] != b""
+    assert score(traces, model, output, *half) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{part} exists and was made with config.protect_fraction=0.2, now it is 0.5" in told
+    assert f"or remove {part}" in told
+    assert score(traces, model, output) == 0
+    assert "of them from earlier runs" in capsys.readouterr().err
+    assert output.read_bytes() == whole
+    assert output.is_symlink() == link
+    assert not part.exists()
+    assert len(list(tmp_path.iterdir())) == 2 + link
+    assert json.loads((tmp_path / "s.jsonl.meta.json").read_text())["config"]["protect_fraction"] == 0.2
+
+
+@pytest.mark.parametrize("steps", range(3))
+def test_killed_at_any_step_of_the_replacement_is_never_mixed(steps, traces, model, whole, tmp_path, monkeypatch):
+    """Old rows never stand beside the new record, nor new rows beside the old one."""
+    output, half, done = tmp_path / "s.jsonl", ["--protect-fraction", "0.5"], []
+    assert score(traces, model, output, *half) == 0
+
+    def stopping(original):
+        def step(self, *arguments, **options):
+            if len(done) == steps:
+                raise KeyboardInterrupt
+            done.append(self)
+            return original(self, *arguments, **options)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        original = Output.finish
+
+        def finish(self):
+            for name in ("unlink", "replace"):
+                patch.setattr(Path, name, stopping(getattr(Path, name)))
+            return original(self)
+
+        patch.setattr(Output, "finish", finish)
+        assert score(traces, model, output, "--overwrite") == 130
+    assert score(traces, model, output, *half) == 2
+    monkeypatch.setattr("entra.cli.scoring.score_batch", None)  # all rows are there
+    assert score(traces, model, output) == 0
+    assert output.read_bytes() == whole
+    assert sorted(files_in(tmp_path)) == ["s.jsonl", "s.jsonl.meta.json"]
+
+
+def test_removing_the_new_rows_gives_the_old_output_back(traces, model, whole, tmp_path):
+    output = tmp_path / "s.jsonl"
+    assert score(traces, model, output) == 0
+    with full_disk(len(whole) // 2):
+        assert score(traces, model, output, "--overwrite", "--protect-fraction", "0.5") == 1
+    (tmp_path / "s.jsonl.part").unlink()
+    assert score(traces, model, output, "--protect-fraction", "0.5") == 2
+    assert score(traces, model, output) == 0
+    assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["s.jsonl.part", "s.jsonl.part.meta.json"])
+def test_overwriting_leaves_a_part_of_somebody_else(name, traces, model, tmp_path, capsys):
+    output = tmp_path / "s.jsonl"
+    assert score(traces, model, output) == 0
+    (tmp_path / name).write_text('{"mine": 1}\n')
+    before = files_in(tmp_path)
+    assert score(traces, model, output, "--overwrite") == 2
+    assert "entra score did not write" in capsys.readouterr().err
+    assert files_in(tmp_path) == before
+    assert score(traces, model, output) == 0
 
 
 SCORES = '"reward": 1, "tokens": 3, "mean_logprob": 0, "mean_incoming": 0, "protected_tokens": 1'

@@ -3,12 +3,14 @@
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from entra.commands import CommandError
 from entra.encode import completion_text
+from entra.rows import format_of
 from entra.shapes import ANSWERS, ARGUMENTS, INDEX, PROMPTS, RESPONSES, take
 from entra.source import Source
 
@@ -341,6 +343,23 @@ def test_damaged_files():
         ({"prompt": "z"}, None),
     ]
     long = "w" * 200_000
+    header = b"problem,answer,my response\na,b,c\n"
+    of_pipes = {
+        "comma": header,
+        "tab": header.replace(b",", b"\t"),
+        "quoted": b'\xef\xbb\xbf"problem","answer","my response"\na,b,c',
+    }
+    for name, content in {**of_pipes, "packed": gzip.compress(header)}.items():
+        reading, writing = os.pipe()
+        os.write(writing, content)
+        os.close(writing)
+        (row,) = Source([Path(f"/dev/fd/{reading}")], completion="my response").read()
+        os.close(reading)
+        assert row.columns == {"problem": "a", "answer": "b", "my response": "c"}, name
+        assert (row.prompt, row.completion) == ("a", "c")
+    for content in ("", "prompt", '"prompt": "x", "completion": "y"', "3, 4", "[1], {}", '{"prompt": "x"}, 7', "a,,b"):
+        Path("lines").write_text(content)
+        assert format_of(Path("lines"), Path("-")).kind == "lines"
     Path("long.csv").write_text(f"prompt,completion\na,{long}\n")
     assert pairs("long.csv") == [("a", long)]
     packed = gzip.compress(json.dumps(good).encode() * 20)

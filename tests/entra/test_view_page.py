@@ -12,6 +12,7 @@ import pytest
 from shown_traces import scores_of
 
 from entra.config import ScoreConfig
+from entra.view.marked import Mark
 from entra.view.page import write_page
 from entra.view.trace import Trace
 
@@ -555,6 +556,117 @@ def test_right_to_left_text_is_laid_out_so(open_page):
     assert page.js(border, 1) == ["solid", "none"], "and ends at the left"
     prompt = page.js("getComputedStyle(document.querySelector('.prompt p')).unicodeBidi")
     assert prompt == "plaintext", "each line of a prompt has its own direction"
+
+
+@pytest.fixture
+def marked_page(open_page):
+    """A page of one trace of 20 tokens: 8 labels, so that colors and patterns come again, one of them twice and around another;
+    a place; what was left out."""
+    words = [f" w{i}" for i in range(20)]
+    ends = list(itertools.accumulate(map(len, words)))
+    starts = [0, *ends[:-1]]
+
+    def over(label, first, last):
+        return Mark(label, first, last, starts[first], ends[last])
+
+    marks = [over("plan", 0, 3), over("check", 1, 1), *(over(f"kind {i}", i, i) for i in range(4, 10)), over("plan", 15, 16)]
+    marks.insert(-1, Mark("settled", 12, 12, starts[12], starts[12]))
+    left_out = ["notes: 1 of 9 marks are left out"]
+    return open_page([trace_of("marked", range(20), words=words, marked=marks, left_out=left_out)])
+
+
+def test_marks_have_a_legend_with_keys_that_go_from_one_to_the_next(marked_page):
+    marked_page.load("#trace=1")
+    keys = "[...document.querySelectorAll('#legend .key')].map(e => [...e.children].map(c => c.textContent))"
+    kinds = [
+        [letter, f"kind {i}", f"(characters {9 + 3 * (i - 4) + 3} to {9 + 3 * (i - 4) + 6})"]
+        for i, letter in enumerate("CDEFGH", 4)
+    ]
+    assert marked_page.js(keys) == [
+        ["A", "plan", "2"],
+        ["B", "check", "(characters 3 to 6)"],
+        *kinds,
+        ["\u25bc", "settled", "(character 38)"],
+    ]
+    assert marked_page.js("document.querySelector('.notice').textContent") == "notes: 1 of 9 marks are left out"
+
+    def focused():
+        return marked_page.js("[...document.querySelectorAll('.text .t')].indexOf(document.activeElement)")
+
+    key = marked_page.find("#legend .key")
+    for token in (0, 15, 0):  # no token was looked at before
+        key.click()
+        assert focused() == token
+    marked_page.load("#trace=1&token=1")
+    for pressed, token in [
+        ("m", 1),
+        ("m", 4),
+        *(("m", i) for i in range(5, 10)),
+        ("m", 12),
+        ("m", 15),
+        ("m", 0),
+        ("M", 15),
+        ("M", 12),
+    ]:
+        marked_page.keys(pressed)
+        assert focused() == token
+    marked_page.assert_quiet()
+
+
+def test_marks_are_named_in_the_text_and_on_the_card_of_their_tokens(marked_page):
+    marked_page.load("#trace=1&token=2")
+    lines = "[...document.querySelectorAll('#card .state.mark')].map(e => [...e.children].map(c => c.textContent))"
+    assert marked_page.js(lines) == [["A", "plan (characters 0 to 12)"], ["B", "check (characters 3 to 6)"]]
+    marked_page.load("#trace=1&token=13")
+    assert marked_page.js(lines) == [["\u25bc", "settled (character 38)"]]
+    marked_page.load("#trace=1&token=12")
+    assert marked_page.js(lines) == []
+    # A sign stands before the token where a mark begins. A strip is under all its tokens; of two marks, the inner one's.
+    signs = marked_page.js(
+        "[...document.querySelectorAll('.text .letter')].map(e => [e.dataset.sign, e.nextElementSibling.at])"
+    )
+    assert signs == [
+        ["A", 0],
+        ["B", 1],
+        *([letter, i] for i, letter in enumerate("CDEFGH", 4)),
+        ["\u25bc settled", 12],
+        ["A", 15],
+    ]
+    look = "(s => [s.getPropertyValue('--c'), s.backgroundImage.split('(')[0], s.backgroundSize])(getComputedStyle(e))"
+    looks = marked_page.js(f"[...document.querySelectorAll('.text .t')].map(e => e.classList.contains('mk') ? {look} : null)")
+    assert [i for i, one in enumerate(looks) if one] == [*range(10), 15, 16]
+    assert looks[0] == looks[2] == looks[3] == looks[15] == looks[16]
+    of_labels = [looks[0], looks[1], *looks[4:10]]
+    assert len(set(map(tuple, of_labels))) == 8
+    assert "".join(marked_page.js("[...document.querySelectorAll('.text .t')].map(e => e.textContent)")) == "".join(
+        f" w{i}" for i in range(20)
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_of_marks(marked_page, scheme):
+    """WCAG AA, as below: letters and labels are text, strips are not."""
+    marked_page.prefers(scheme)
+    marked_page.load("#trace=1&token=2")
+    assert marked_page.js("document.documentElement.dataset.theme") == scheme
+    behind = (
+        "(e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;"
+        " if (c !== 'rgba(0, 0, 0, 0)' && c !== 'transparent') return c; } })(e)"
+    )
+    found = marked_page.js(
+        "[...document.querySelectorAll('.letter, .key bdi, .key small, .state.mark bdi')]"
+        f".map(e => [getComputedStyle(e).color, {behind}])"
+    )
+    assert len(found) == 3 * 9 + 10 + 2 * 2
+    assert min(contrast(rgb(ink), rgb(background)) for ink, background in found) >= 4.5
+    strips = marked_page.js(
+        "arguments[0].flatMap(shade => [...Array(7).keys()].map(color => { const e = document.querySelector('.text .t');"
+        " e.className = `t ${shade} mk c${color} d0`; const s = getComputedStyle(e);"
+        " return [s.backgroundImage, s.backgroundColor]; }))",
+        SHADES,
+    )
+    assert len({strip for strip, _ in strips}) == 7
+    assert min(contrast(rgb(strip), rgb(shade)) for strip, shade in strips) >= 3
 
 
 def test_text_that_is_markup_is_shown_and_never_run(open_page, tmp_path):
