@@ -1,9 +1,12 @@
 """Test set-up: without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported."""
 
+import dataclasses
+import functools
 import os
 from collections import Counter
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -55,3 +58,73 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter():
+    """Triton's interpreter takes half of its time for what it has done before, or throws away.
+
+    It replaces the functions of the language at every call of a jitted helper, also where the caller has done it. It builds its
+    table of NumPy dtypes at every look into it, and a type and a shape for every value. It broadcasts what is of one shape.
+    And it works out whether integers overflow, which without `debug` nobody looks at.
+    """
+    try:
+        from triton.runtime import interpreter
+    except ImportError:  # it is an extra
+        yield
+        return
+    language, patch_lang = interpreter.tl, interpreter._patch_lang
+    seen = {}
+
+    def patch_once(fn):
+        if fn not in seen:
+            seen[fn] = [
+                module for module in (language, language.core) if any(each is module for each in fn.__globals__.values())
+            ]
+        if any(language.core.is_builtin(module.load) for module in seen[fn]):
+            return patch_lang(fn)
+        return interpreter._LangPatchScope()
+
+    dtype_of = functools.cache(interpreter._get_np_dtype)
+
+    def dtype_once(kind):
+        return numpy.dtype(numpy.uint64) if isinstance(kind.scalar, language.pointer_type) else dtype_of(kind.scalar)
+
+    def type_once(method):
+        made = {}  # by name: types of one name are the same
+
+        def remembered(self, other):
+            key = self.name, getattr(other, "name", None)
+            if key not in made:
+                made[key] = method(self, other)
+            return made[key]
+
+        return remembered
+
+    make_tensor, of_type = language.tensor.__init__, {}
+
+    def tensor_once(self, handle, type):
+        if type.name not in of_type:
+            make_tensor(self, handle, type)
+            of_type[type.name] = dict(vars(self))
+        vars(self).update(of_type[type.name], handle=handle)
+
+    broadcast = interpreter.interpreter_semantic.broadcast_impl_value
+
+    def broadcast_others(left, right):
+        kinds = left.type, right.type
+        if all(kind.is_block() for kind in kinds) and list(kinds[0].shape) == list(kinds[1].shape):
+            return left, right
+        return broadcast(left, right)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter, "_get_np_dtype", dtype_once)
+        for method in ("with_element_ty", "to_ir"):
+            patch.setattr(language.block_type, method, type_once(getattr(language.block_type, method)))
+        patch.setattr(language.tensor, "__init__", tensor_once)
+        patch.setattr(interpreter.interpreter_semantic, "broadcast_impl_value", broadcast_others)
+        builder = interpreter.interpreter_builder
+        if not builder.options.debug:
+            patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+        yield

@@ -7,7 +7,6 @@ import torch
 
 import entra
 from entra.policy import load_policy
-from entra.smollm2 import load_smollm2
 
 pytestmark = [
     pytest.mark.smollm2,
@@ -25,6 +24,19 @@ COMPLETIONS = [
 def scores():
     policy = load_policy("smollm2")
     return entra.score_batch([PROMPT] * 2, COMPLETIONS, model=policy.model, tokenizer=policy.tokenizer, details=True)
+
+
+def test_no_bar_where_transformers_shows_none(capfd):
+    """The first test, because it loads the model that the others use."""
+    from transformers.utils import logging
+
+    load_policy.cache_clear()
+    logging.disable_progress_bar()
+    try:
+        load_policy("smollm2")
+    finally:
+        logging.enable_progress_bar()
+    assert capfd.readouterr().err == ""
 
 
 def test_parity_with_eager(scores):
@@ -46,17 +58,6 @@ def test_parity_with_eager(scores):
             torch.testing.assert_close(scores.incoming[i].double(), mu, rtol=0, atol=1e-6)
     finally:
         model.set_attn_implementation(implementation)
-
-
-def test_no_bar_where_transformers_shows_none(capfd):
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        load_smollm2()
-    finally:
-        logging.enable_progress_bar()
-    assert capfd.readouterr().err == ""
 
 
 def test_text_survives_the_round_trip(scores):

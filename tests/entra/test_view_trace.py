@@ -10,6 +10,7 @@ from tiny_tokenizer import build_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from entra.policy import load_tokenizer
 from entra.view.lines import FIRST, IS_PROTECTED, LAST, marks, protected_runs
 from entra.view.trace import Repeated, Trace, pieces_of
 
@@ -21,11 +22,7 @@ MIXED = 'So 7 + 6 = 13. 🤔 Wait, 𝒙² — naïve café 你好世界 👩‍�
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from transformers import AutoTokenizer
-
-    from entra.smollm2 import GGUF_FILE, find_smollm2
-
-    return AutoTokenizer.from_pretrained(find_smollm2(), gguf_file=GGUF_FILE)
+    return load_tokenizer("smollm2")
 
 
 @pytest.fixture

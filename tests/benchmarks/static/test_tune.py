@@ -6,7 +6,10 @@ import os
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off: a GPU is there")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off: a GPU is there"),
+    pytest.mark.usefixtures("quick_interpreter"),
+]
 SMALL = ["--tokens", "70", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--dtype", "fp16", "--rounds", "1"]
 
 
