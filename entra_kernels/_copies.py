@@ -44,9 +44,9 @@ def copies(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int, backend: str = 
 def first_places(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int, backend: str = "auto") -> Tensor:
     """`grams.index(grams[i])` of each token i, with `grams[i] = tuple(ids[max(i + 1 - ngram, 0) : i + 1])`.
 
-    It is where the n-gram that ends at the token ended first. Tokens of one sequence have the same first place exactly when they end
-    the same n-gram. So these are the ids with which `redundancy` computes the entropy of n-grams. The first ngram - 1 tokens of
-    a sequence end no n-gram, so each is its own first place. Where `copies` is true the first place is an earlier token.
+    It is where the n-gram that ends at the token ended first. Tokens of one sequence have one first place exactly when they
+    end the same n-gram. So with these instead of ids `redundancy` computes the entropy of n-grams. The first ngram - 1 tokens
+    of a sequence end no n-gram, so each is its own first place. Where `copies` is true the first place is an earlier token.
 
     N-grams are compared id by id, so the result is exact. It is one fused operation, without N x N memory and without a host
     synchronisation.

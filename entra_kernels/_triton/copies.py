@@ -10,8 +10,8 @@ There are three launches, so that what one phase wrote is visible to the next wi
 
 The table holds no hashes. Who finds a place taken compares the n ids that end at its position with its own. So two n-grams with
 one hash get two places, and a collision costs a step and nothing else. Where an n-gram lands depends on which thread came
-first; the lowest position of its n-gram does not, so the result is the same every time. Memory is 17 bytes per token, and 24 for
-first places.
+first; the lowest position of its n-gram does not, so the result is the same every time. Memory is 17 bytes per token, and 24
+for first places.
 """
 
 from __future__ import annotations

@@ -316,6 +316,7 @@ def test_options_reach_the_config(model, tmp_path):
         "attention_statistic": "lift",
         "length_adjusted": 5,
         "copy_ngram": 2,
+        "reward_ngram": 3,
         "logprob_weight": -1,
     }
     options = (word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value)))

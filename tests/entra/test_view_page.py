@@ -191,11 +191,11 @@ def shown_numbers(trace, at, counted="incoming attention"):
 
 
 def test_heading_and_summary_say_what_was_scored_and_how(open_page, traces):
-    config = ScoreConfig(attention_weight=1e-4, protect_fraction=0.3, attention_statistic="lift")
+    config = ScoreConfig(attention_weight=1e-4, protect_fraction=0.3, attention_statistic="lift", reward_ngram=3)
     page = open_page(traces, title="runs & co", config=config, facts={"model": "tiny-llama", "date": "2026-11-25"})
     assert page.js("document.querySelector('h1').textContent") == "runs & co"
     facts = page.js("document.getElementById('facts').innerText.replace(/\\s+/g, ' ')")
-    for fact in ("model tiny-llama", "date 2026-11-25", "λ 0.0001", "τ 0.3", "attention statistic lift"):
+    for fact in ("model tiny-llama", "date 2026-11-25", "λ 0.0001", "τ 0.3", "attention statistic lift", "reward ngram 3"):
         assert fact in facts
     scored = [trace for trace in traces if trace.reward is not None]
     summary = page.js("[...document.querySelectorAll('#summary dd')].map(e => e.textContent)")
