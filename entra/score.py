@@ -416,10 +416,9 @@ def _assemble(
         )
     device = _device(signals)
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(device)
-    counted, counted_ids = ranked, torch.cat(ranked).to(device)
+    counted_ids = torch.cat(ranked).to(device)
     if config.reward_ngram > 1:
         counted_ids = first_places(counted_ids, bounds, ngram=config.reward_ngram, backend=config.backend)
-        counted = list(counted_ids.cpu().split(lengths))
     logprobs = torch.cat([signal.logprobs.to(device) for signal in signals])
     result = redundancy(
         logprobs if config.logprob_weight == 1 else config.logprob_weight * logprobs,
@@ -432,6 +431,7 @@ def _assemble(
         protect_last=None if copied is None else torch.cat(copied),
         backend=config.backend,
     )
+    counted = ranked if config.reward_ngram == 1 else list(counted_ids.cpu().split(lengths))
     protected = list(result.protected.cpu().split(lengths))
     importance = list(result.importance.cpu().split(lengths))
     rewards: list[float | None] = []

@@ -338,6 +338,8 @@ def test_output_of_something_else_is_refused(model, tmp_path, capsys):
     capsys.readouterr()
     assert score(traces, model, output, "--attention-weight", "1e-4") == 2
     assert "config.attention_weight=2.0, now it is 0.0001" in capsys.readouterr().err
+    assert score(traces, model, output, "--reward-ngram", "4") == 2
+    assert "config.reward_ngram=1, now it is 4" in capsys.readouterr().err
     assert score(other, model, output) == 2
     assert "input.sha256" in capsys.readouterr().err
     assert score(traces, model, output, "--details") == 2

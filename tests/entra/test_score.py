@@ -359,8 +359,9 @@ def signals_of(completions):
     return {"logprobs": [-values for values in logprobs], "incoming": incoming}
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
-@pytest.mark.parametrize("ngram", [1, 2, 4, 50])
+@pytest.mark.parametrize(
+    ("ngram", "backend"), [(1, "torch"), (2, "torch"), (4, "torch"), (50, "torch"), (2, "reference"), (2, "triton")]
+)
 def test_the_reward_of_ngrams(ngram, backend):
     """They reach over protected tokens, not into the prompt, and only those that end at unprotected ones count."""
     config = entra.ScoreConfig(reward_ngram=ngram, protect_fraction=0.3, degenerate_reward=0.25, backend=backend)

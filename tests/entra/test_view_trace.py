@@ -51,7 +51,7 @@ def test_counts_entropy_and_share_are_those_of_the_unprotected_tokens(trace):
 
 
 def test_entropy_and_share_are_those_of_the_ngrams_that_the_reward_counts(trace):
-    """a, a b, b a, a c and c a end at the counted tokens; with the fifth counted too, a b comes twice."""
+    """a, a b, b a, a c and c a end at the counted tokens; with the last counted too, a b comes twice."""
     pairs = replace(trace.scores, reward_ngram=2)
     assert pairs.counts == trace.scores.counts
     assert sorted(pairs.ngram_counts.values()) == [1] * 5
