@@ -373,6 +373,15 @@ def test_arrow_keys_work_as_soon_as_a_trace_is_opened(page, traces):
     assert page.js("document.activeElement.id") == "versus", "a control keeps its own keys"
 
 
+def test_the_card_names_the_ngram_that_the_reward_counts(open_page, traces):
+    page = open_page(traces, config=ScoreConfig(reward_ngram=4))
+    page.load("#trace=1")
+    page.hover(page.token(list(traces[0].protected).index(False)))
+    assert page.card()["state"] == "The reward counts the 4-gram that ends here."
+    page.hover(page.token(list(traces[0].protected).index(True)))
+    assert page.card()["state"] == "Protected: the reward does not look at it."
+
+
 def test_the_same_token_elsewhere_is_marked(page, traces):
     page.load("#trace=1&token=5")
     page.wait("document.activeElement === document.querySelectorAll('.text .t')[4]")
