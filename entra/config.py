@@ -9,7 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
+<<<<<<< HEAD
 from entra_kernels._checks import check_number, shown
+=======
+from entra_kernels._checks import check_ngram, check_number
+>>>>>>> ngram
 
 Class = TypeVar("Class", bound=type)
 
@@ -128,6 +132,12 @@ class ScoreConfig:
     where fewer of them are left than are to be protected, the copies follow, by importance. Importance itself stays as it is.
     None: importance alone decides. Our option."""
 
+    reward_ngram: int = 1
+    """n, tokens, at least 1: the reward is the entropy of n-grams. At each unprotected token it counts the n-gram that ends
+    there, which may hold protected tokens. N-grams begin in the completion (ranking_scope="sequence": at any ranked token).
+    The first n - 1 tokens end none, so each of them counts as an n-gram that occurs once. 1 is the paper's: token frequencies.
+    docs/real-traces.md compares the two. Our option."""
+
     degenerate_reward: float = 0.0
     """The reward when at most one token is unprotected. Entropy over log M is undefined there. 0 is the worst reward: a
     one-token answer must not be the best one."""
@@ -152,6 +162,7 @@ class ScoreConfig:
         check_number("protect_fraction", self.protect_fraction, "in [0, 1]; 0.2 protects the top 20 %", low=0.0, high=1.0)
         check_number("degenerate_reward", self.degenerate_reward, "finite; rewards lie in 0 to 1")
         check_integer("copy_ngram", self.copy_ngram, 1, "tokens, or None for no difference")
+        check_ngram(self.reward_ngram, "reward_ngram")
         check_integer("length_adjusted", self.length_adjusted, 2, "positions, or None for no adjustment")
         check_integer("token_budget", self.token_budget, 1, "tokens, or None")
         for name, kind in (

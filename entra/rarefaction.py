@@ -19,7 +19,7 @@ def rarefied_redundancy(token_ids: Tensor, positions: int) -> float:
     exact, no sampling. Equals the plain reward when m = M.
 
     Args:
-        token_ids: int [M], the unprotected tokens, at least 2.
+        token_ids: int [M], the unprotected tokens or what is counted in their place, at least 2.
         positions: m, at least 2.
 
     Returns:

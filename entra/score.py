@@ -19,8 +19,12 @@ from entra.encode import EncodedRow, Encoder, as_ids
 from entra.forward import TokenSignals, token_signals, unwrapped
 from entra.policy import Policy, bound_rollout, resolve_policy
 from entra.rarefaction import rarefied_redundancy
+<<<<<<< HEAD
 from entra_kernels import redundancy
 from entra_kernels._checks import shown
+=======
+from entra_kernels import first_places, redundancy
+>>>>>>> ngram
 
 if TYPE_CHECKING:
     from entra.view.notebook import NotebookView
@@ -50,6 +54,8 @@ class CompletionScores:
     """float32, logprob_weight * log P + lambda * mu: log P + lambda * mu by default."""
     protected: Tensor
     """bool, the tokens of highest importance (copies last with `copy_ngram`), which the reward does not look at."""
+    reward_ngram: int = 1
+    """n of the n-grams that the reward counts; 1 for tokens."""
 
     def __eq__(self, other: object) -> bool:
         """Whether reward and every element are equal."""
@@ -63,6 +69,16 @@ class CompletionScores:
         """How often each token id occurs among the unprotected tokens."""
         return Counter(self.token_ids[~self.protected].tolist())
 
+    @cached_property
+    def ngram_counts(self) -> Counter[int]:
+        """How often each n-gram that the reward counts ends at an unprotected token, by where it ended first; `counts` if n is
+        1."""
+        if self.reward_ngram == 1:
+            return self.counts
+        bounds = torch.tensor([0, self.token_ids.numel()])
+        places = first_places(self.token_ids, bounds, ngram=self.reward_ngram, backend="torch")
+        return Counter(places[~self.protected].tolist())
+
     @property
     def unprotected(self) -> int:
         """M, the number of unprotected tokens."""
@@ -70,14 +86,14 @@ class CompletionScores:
 
     @property
     def entropy(self) -> float:
-        """Of the unprotected tokens' frequencies, in nats: from 0, all the same, to log M, all different."""
+        """Of the n-grams' frequencies at the unprotected tokens, in nats: from 0, all the same, to log M, all different."""
         total = self.unprotected
-        return math.log(total) - sum(c * math.log(c) for c in self.counts.values()) / total if total else 0.0
+        return math.log(total) - sum(c * math.log(c) for c in self.ngram_counts.values()) / total if total else 0.0
 
     @property
     def repeated_share(self) -> float:
-        """Share of the unprotected tokens that occurred before among them, (M - different ones) / M, in [0, 1)."""
-        return 1 - len(self.counts) / self.unprotected if self.unprotected else 0.0
+        """Share of the unprotected tokens whose n-gram came before among them, (M - different n-grams) / M, in [0, 1)."""
+        return 1 - len(self.ngram_counts) / self.unprotected if self.unprotected else 0.0
 
     @property
     def redundant_tokens(self) -> float | None:
@@ -127,6 +143,7 @@ class Scores(Sequence[CompletionScores]):
             incoming=self.incoming[index],
             importance=self.importance[index],
             protected=self.protected[index],
+            reward_ngram=self.config.reward_ngram,
         )
 
     def show(self, rows: int | slice | None = None) -> NotebookView:
@@ -403,18 +420,23 @@ def _assemble(
             rewards=[], token_ids=[], logprobs=[], incoming=[], importance=[], protected=[], config=config, tokenizer=tokenizer
         )
     device = _device(signals)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device)
+    counted_ids = torch.cat(ranked).to(device)
+    if config.reward_ngram > 1:
+        counted_ids = first_places(counted_ids, bounds, ngram=config.reward_ngram, backend=config.backend)
     logprobs = torch.cat([signal.logprobs.to(device) for signal in signals])
     result = redundancy(
         logprobs if config.logprob_weight == 1 else config.logprob_weight * logprobs,
         torch.cat([signal.incoming.to(device) for signal in signals]),
-        torch.cat(ranked).to(device),
-        torch.tensor([0, *lengths]).cumsum(0).to(device),
+        counted_ids,
+        bounds,
         attention_weight=config.attention_weight,
         protect_fraction=config.protect_fraction,
         degenerate_reward=config.degenerate_reward,
         protect_last=None if copied is None else torch.cat(copied),
         backend=config.backend,
     )
+    counted = ranked if config.reward_ngram == 1 else list(counted_ids.cpu().split(lengths))
     protected = list(result.protected.cpu().split(lengths))
     importance = list(result.importance.cpu().split(lengths))
     rewards: list[float | None] = []
@@ -423,7 +445,7 @@ def _assemble(
             warnings.warn(f"row {i}: a log-prob or incoming attention is not finite; its reward is None", RuntimeWarning, 3)
             rewards.append(None)
             continue
-        unprotected = ranked[i][~protected[i]]
+        unprotected = counted[i][~protected[i]]
         if unprotected.numel() <= 1:
             reward = config.degenerate_reward  # as given, not rounded to float32
         elif config.length_adjusted is not None:

@@ -6,6 +6,7 @@
 | `token_logprobs` | log P of given tokens, from logits |
 | `linear_token_logprobs` | log P of given tokens and the entropy, from hidden states, without `[tokens, vocabulary]` memory |
 | `copies` | which tokens end an n-gram that their sequence had before |
+| `first_places` | where each token's n-gram ended first in its sequence |
 | `redundancy` | importance, protected tokens and the ENTRA reward of each sequence |
 
 Each runs on three backends: `reference` (the specification), `torch` (CPU, CUDA) and `triton` (CUDA, ROCm).
@@ -13,7 +14,7 @@ Each runs on three backends: `reference` (the specification), `torch` (CPU, CUDA
 """
 
 from ._attention import SampledAttention, incoming_attention
-from ._copies import copies
+from ._copies import copies, first_places
 from ._logprobs import LogprobsAndEntropy, linear_token_logprobs, token_logprobs
 from ._redundancy import Redundancy, redundancy
 
@@ -22,6 +23,7 @@ __all__ = [
     "Redundancy",
     "SampledAttention",
     "copies",
+    "first_places",
     "incoming_attention",
     "linear_token_logprobs",
     "redundancy",

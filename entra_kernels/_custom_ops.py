@@ -219,6 +219,19 @@ def _(token_ids, cu_seqlens, ngram, backend):  # type: ignore[no-untyped-def]
     return token_ids.new_empty(token_ids.shape, dtype=torch.bool)
 
 
+@torch.library.custom_op("entra_kernels::first_places", mutates_args=())
+def first_places(token_ids: Tensor, cu_seqlens: Tensor, ngram: int, backend: str) -> Tensor:
+    """Packed, [T] and [S + 1]. Returns int64 [T]."""
+    module = _implementation(backend, token_ids)
+    _check_packed(cu_seqlens, token_ids)
+    return module.first_places(token_ids, cu_seqlens, ngram=ngram)
+
+
+@first_places.register_fake
+def _(token_ids, cu_seqlens, ngram, backend):  # type: ignore[no-untyped-def]
+    return token_ids.new_empty(token_ids.shape, dtype=torch.int64)
+
+
 def _check_packed(cu_seqlens: Tensor, packed: Tensor) -> None:
     """Raises a ValueError for a sequence that leaves the tokens [T] of `packed`. On a CPU only."""
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]

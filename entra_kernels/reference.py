@@ -206,17 +206,27 @@ class RedundancyOptions(NamedTuple):
     """The reward where at most one token is left."""
 
 
-def copies(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int) -> Tensor:
-    """Whether each token ends an n-gram that its sequence had before (docs/method.md, "Copies")."""
-    copied = torch.zeros_like(token_ids, dtype=torch.bool)
+def first_places(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int) -> Tensor:
+    """Where the n-gram that ends at each token ended first in its sequence (docs/method.md, "Entropy of n-grams")."""
+    places = torch.full_like(token_ids, -1, dtype=torch.int64)
     starts, lengths = packed_bounds(cu_seqlens, token_ids.shape[0])
     for first, count in zip(starts.tolist(), lengths.tolist(), strict=True):
         ids = token_ids[first : first + count].tolist()
-        seen: set[tuple[int, ...]] = set()
-        for end in range(ngram, count + 1):
-            gram = tuple(ids[end - ngram : end])
-            copied[first + end - 1] = gram in seen
-            seen.add(gram)
+        seen: dict[tuple[int, ...], int] = {}
+        for i in range(count):
+            # At the start it is shorter than n, and so it equals no other.
+            places[first + i] = seen.setdefault(tuple(ids[max(i + 1 - ngram, 0) : i + 1]), i)
+    return places
+
+
+def copies(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int) -> Tensor:
+    """Whether each token ends an n-gram that its sequence had before (docs/method.md, "Copies")."""
+    places = first_places(token_ids, cu_seqlens, ngram=ngram)
+    copied = torch.zeros_like(token_ids, dtype=torch.bool)
+    starts, lengths = packed_bounds(cu_seqlens, token_ids.shape[0])
+    for first, count in zip(starts.tolist(), lengths.tolist(), strict=True):
+        span = slice(first, first + count)
+        copied[span] = places[span] < torch.arange(count, device=token_ids.device)
     return copied
 
 

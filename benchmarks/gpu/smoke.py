@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entra_kernels import copies, incoming_attention, linear_token_logprobs, redundancy, token_logprobs
+from entra_kernels import copies, first_places, incoming_attention, linear_token_logprobs, redundancy, token_logprobs
 from entra_kernels._triton.logprobs import linear_token_logprobs as triton_logprobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,6 +148,13 @@ def rewards(tokens: int) -> Iterator[Check]:
         return last.float(), redundancy(*inputs, protect_last=last, backend=backend).protected.float()
 
     yield Check("copies", lambda: copies_last("triton"), lambda: copies_last("reference"), 1e-6)
+
+    def of_ngrams(backend: str) -> tuple[Tensor, Tensor]:
+        places = first_places(ids, bounds, ngram=4, backend=backend)
+        logprobs, incoming, _, _ = inputs
+        return places.float(), redundancy(logprobs, incoming, places, bounds, backend=backend).reward[2:]
+
+    yield Check("first places", lambda: of_ngrams("triton"), lambda: of_ngrams("reference"), 1e-6)
 
 
 def several(result: Any) -> Sequence[Tensor]:

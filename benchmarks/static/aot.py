@@ -300,7 +300,8 @@ SUBSET = Selection(
         r"bf16 (d=128)?$|fp32 d=16$|sm_90 bf16 d=(64|80|256)$|(sm_86|gfx942) bf16 d=512$"
         r"|sm_90 bf16 d=128 (sinks per head packed|window|window softcap)$"
         r"|sm_90 (bf16 d=64 window softcap|fp32 d=(64|128)( window softcap)?)$"
-        r"|sm_90 \w+ (with entropy|with all options( uneven channels)?|protect last)?$|gfx942 (fp32|i64) $"
+        r"|sm_90 \w+ (with entropy|with all options( uneven channels)?|protect last|first places)?$"
+        r"|gfx942 (fp32|i64) $|gfx942 i64 first places$"
     ),
 )
 """What is compiled without `--all`, by name. On sm_90 every kernel and option. On every chip the attention passes (D = 128 in

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.static.launches import DEVICE, Call
-from entra_kernels import copies, incoming_attention, linear_token_logprobs, redundancy, token_logprobs
+from entra_kernels import copies, first_places, incoming_attention, linear_token_logprobs, redundancy, token_logprobs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128, 192, 256, 512)
@@ -281,9 +281,10 @@ def _copies() -> Iterator[Call]:
         sequences: int = 4,
         bounds: torch.dtype = torch.int64,
         ngram: int = 4,
+        operation: Callable[..., Tensor] = copies,
     ) -> Call:
         def run() -> None:
-            copies(ids(), empty(sequences + 1, dtype=bounds), ngram=ngram)
+            operation(ids(), empty(sequences + 1, dtype=bounds), ngram=ngram)
 
         return Call(label, "i64", run)
 
@@ -297,3 +298,7 @@ def _copies() -> Iterator[Call]:
     yield find("16-grams", ngram=16)
     yield find("every second", lambda: empty(8000, dtype=torch.int64)[::2])
     yield find("not aligned", lambda: empty(4001, dtype=torch.int64)[1:])
+    yield find("first places", operation=first_places)
+    yield find("first places, one token", lambda: empty(1, dtype=torch.int64), 1, operation=first_places)
+    yield find("first places, 2**28 tokens", lambda: empty(2**28, dtype=torch.int64), 3, operation=first_places)
+    yield find("first places, int32 bounds", bounds=torch.int32, operation=first_places)

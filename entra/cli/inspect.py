@@ -277,7 +277,7 @@ def _scored_before(options: argparse.Namespace, config: ScoreConfig, prefix: str
     hidden = [prefix + name for name in (*SCORE_COLUMNS, *DETAIL_COLUMNS, ERROR_COLUMN)]
     with progress_bar(source.rows, 0, "rows", options.quiet) as bar:
         for row in source.read:
-            traces.add(row, _read_scores(row, prefix), hidden)
+            traces.add(row, _read_scores(row, prefix, scored_with), hidden)
             bar.update(1)
     facts = {"model": str(model)} | ({"device": str(before["device"])} if "device" in before else {})
     return _Shown(traces.named(), scored_with, facts)
@@ -291,7 +291,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _read_scores(row: Row, prefix: str) -> CompletionScores | str:
+def _read_scores(row: Row, prefix: str, config: ScoreConfig | None) -> CompletionScores | str:
     """The scores in the columns of a row that `entra score --details` wrote, or what is wrong with them."""
     if row.malformed is not None:
         return f"malformed: {row.malformed}"
@@ -319,7 +319,8 @@ def _read_scores(row: Row, prefix: str) -> CompletionScores | str:
             return f"malformed: {prefix + name} must hold {rule} for each of the {len(ids)} token_ids"
     kinds = {"token_ids": torch.int64, "protected": torch.bool}
     columns = {name: torch.tensor(values[name], dtype=kinds.get(name, torch.float32)) for name in DETAIL_COLUMNS}
-    return CompletionScores(reward=values["reward"], **columns)
+    ngram = 1 if config is None else config.reward_ngram
+    return CompletionScores(reward=values["reward"], **columns, reward_ngram=ngram)
 
 
 _LARGEST = 2.0**127  # scores are float32

@@ -41,10 +41,11 @@ def summary(trace: Trace) -> str:
         return f"error: {visible(trace.error or 'no reward')}"
     scores = trace.scores
     protected = len(trace.token_ids) - scores.unprotected
+    what = "repeat" if scores.reward_ngram == 1 else f"end a {scores.reward_ngram}-gram that repeats"
     return (
         f"reward {trace.reward:.3f} · {len(trace.token_ids):,} tokens, {protected:,} protected · "
         f"entropy {scores.entropy:.2f} nats · {100 * scores.repeated_share:.1f} % of the unprotected tokens "
-        "repeat an earlier one"
+        f"{what} an earlier one"
     )
 
 

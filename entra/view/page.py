@@ -88,6 +88,7 @@ def write_page(
         "title": title,
         "facts": [*({"date": time.strftime("%Y-%m-%d")} | dict(facts or {})).items(), *_options(config)],
         "attention": "lift" if lift else "incoming attention",
+        "ngram": 1 if config is None else config.reward_ngram,
         "decimals": decimals,
         "edges": _edges(importance, decimals["importance"]),
         "ids": [token for token, _ in vocabulary],
@@ -152,7 +153,8 @@ def _options(config: ScoreConfig | None) -> list[tuple[str, str]]:
         return [("lambda", "not recorded"), ("tau", "not recorded")]
     options = [("lambda", f"{config.attention_weight:g}"), ("tau", f"{config.protect_fraction:g}")]
     defaults = ScoreConfig()
-    for name in ("logprob_weight", "attention_statistic", "head_reduction", "ranking_scope", "copy_ngram", "length_adjusted"):
+    choices = ("logprob_weight", "attention_statistic", "head_reduction", "ranking_scope", "copy_ngram", "reward_ngram")
+    for name in (*choices, "length_adjusted"):
         if getattr(config, name) != getattr(defaults, name):
             options.append((name.replace("_", " "), str(getattr(config, name))))
     return options

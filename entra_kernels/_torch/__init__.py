@@ -4,12 +4,13 @@
 """
 
 from .._torch.attention import incoming_attention, sampled_incoming_attention
-from .._torch.copies import copies
+from .._torch.copies import copies, first_places
 from .._torch.logprobs import linear_token_logprobs, token_logprobs
 from .._torch.redundancy import redundancy
 
 __all__ = [
     "copies",
+    "first_places",
     "incoming_attention",
     "linear_token_logprobs",
     "redundancy",

@@ -1,6 +1,7 @@
-"""Copies of every sequence at once: n-grams are named by sorts, in log2(n) rounds, without hashes and without a host sync.
+"""Copies and first places in every sequence at once: n-grams are named by sorts, in log2(n) rounds.
 
-Equal n-grams get equal names and different ones get different names. So no collision can make a copy of a token that is none.
+It needs no hashes and no host synchronisation. Equal n-grams get equal names and different ones get different names. So no
+collision can make a copy of a token that is none.
 """
 
 from __future__ import annotations
@@ -14,9 +15,32 @@ from .redundancy import grouped, owner_of
 
 def copies(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int) -> Tensor:
     """Whether each token ends an n-gram that its sequence had before. Needs a cu_seqlens that does not descend."""
-    tokens = token_ids.shape[0]
-    if tokens < ngram:
+    if token_ids.shape[0] < ngram:
         return torch.zeros_like(token_ids, dtype=torch.bool)
+    within, order, repeated = _sorted_ngrams(token_ids, cu_seqlens, ngram)
+    copied = torch.empty_like(repeated)
+    copied[order] = repeated
+    return copied & (within >= ngram - 1)
+
+
+def first_places(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int) -> Tensor:
+    """Where the n-gram that ends at each token ended first in its sequence. Needs a cu_seqlens that does not descend."""
+    # Where all tokens together are fewer than n no n-gram ends, so what the sort says is not used.
+    within, order, repeated = _sorted_ngrams(token_ids, cu_seqlens, ngram if ngram <= token_ids.shape[0] else 1)
+    # Equal n-grams stand side by side in the order of their positions: the one that repeats none is the first of its run.
+    first = order[torch.where(repeated, 0, torch.arange(order.shape[0], device=order.device)).cummax(0).values]
+    places = torch.empty_like(order)
+    places[order] = within[first]
+    return places.where(within >= ngram - 1, within)
+
+
+def _sorted_ngrams(token_ids: Tensor, cu_seqlens: Tensor, ngram: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token: its position in its sequence, -1 where it is in none. An order of the tokens in which equal n-grams stand
+    side by side, earlier ones first. And whether each, in this order, ends the n-gram of the one before it.
+
+    The last two mean nothing at the first n - 1 tokens of a sequence.
+    """
+    tokens = token_ids.shape[0]
     starts, lengths = packed_bounds(cu_seqlens, tokens)
     position = torch.arange(tokens, device=token_ids.device)
     owner = owner_of(position, starts, lengths)
@@ -35,9 +59,7 @@ def copies(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int) -> Tensor:
         order = code.sort(stable=True).indices
         repeated = _repeated(order, code)
         name = _names(order, repeated)
-    copied = torch.empty_like(repeated)
-    copied[order] = repeated
-    return copied & (within >= ngram - 1)
+    return within, order, repeated
 
 
 def _repeated(order: Tensor, *keys: Tensor) -> Tensor:

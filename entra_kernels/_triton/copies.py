@@ -1,18 +1,22 @@
-"""Copies in Triton: the first place of every n-gram, in a hash table of positions.
+"""Copies and first places in Triton: the first place of every n-gram, in a hash table of positions.
 
 There are three launches, so that what one phase wrote is visible to the next without a barrier between programs.
 
-1. `_clear_kernel` empties the hash table; nobody is a copy.
+1. `_clear_kernel` empties the hash table; nobody is a copy, or has a place.
 2. `_first_kernel` puts the position of each n-gram's last token into an open-addressing hash table, twice as large as the
    sequence. A place belongs to one n-gram, and it ends up with that n-gram's lowest position.
-3. `_copied_kernel` compares each token with the position at its n-gram's place: a higher one is a copy.
+3. `_copied_kernel` compares each token with the position at its n-gram's place: a higher one is a copy. For first places
+   `_place_kernel` writes this position instead.
 
 The table holds no hashes. Who finds a place taken compares the n ids that end at its position with its own. So two n-grams with
 one hash get two places, and a collision costs a step and nothing else. Where an n-gram lands depends on which thread came
-first; the lowest position of its n-gram does not, so the result is the same every time. Memory is 17 bytes per token.
+first; the lowest position of its n-gram does not, so the result is the same every time. Memory is 17 bytes per token, and 24
+for first places.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -30,10 +34,10 @@ MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _clear_kernel(copied_out, firsts_out, tokens, BLOCK: tl.constexpr):
+def _clear_kernel(results_out, firsts_out, tokens, BLOCK: tl.constexpr, NOTHING: tl.constexpr):
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     token = begin + tl.arange(0, BLOCK)
-    tl.store(copied_out + token, tl.zeros([BLOCK], tl.int1), mask=token < tokens)
+    tl.store(results_out + token, tl.full([BLOCK], NOTHING, results_out.dtype.element_ty), mask=token < tokens)
     place = 2 * begin + tl.arange(0, 2 * BLOCK)
     tl.store(firsts_out + place, tl.full([2 * BLOCK], FREE, tl.int32), mask=place < 2 * tokens)
 
@@ -110,23 +114,49 @@ def _copied_kernel(
         tl.store(copied_out + first + position, lowest < position, mask=inside)
 
 
+@triton.jit(do_not_specialize=["tokens", "ngram"])
+def _place_kernel(
+    cu_seqlens, firsts, places, lowest_out, tokens, ngram, BLOCK: tl.constexpr, COUNTERS: tl.constexpr
+):  # fmt: skip
+    """The lowest position of a token's n-gram; its own for the first n - 1 tokens, which end none."""
+    sequence = tl.program_id(0)
+    first, length = bounds(cu_seqlens, sequence, tokens)
+    lane = tl.arange(0, BLOCK)
+    for begin in range(tl.program_id(1) * BLOCK, length, BLOCK * COUNTERS):
+        position = begin + lane
+        ended = (position < length) & (position >= ngram - 1)
+        place = tl.load(places + first + position, mask=ended, other=0)
+        lowest = tl.load(firsts + 2 * first + place, mask=ended, other=0)
+        tl.store(lowest_out + first + position, tl.where(ended, lowest, position), mask=position < length)
+
+
 def copies(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int) -> Tensor:
     """Whether each token ends an n-gram that its sequence had before."""
+    return _launch(token_ids, cu_seqlens, ngram, _copied_kernel, torch.bool, nothing=0)
+
+
+def first_places(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int) -> Tensor:
+    """Where the n-gram that ends at each token ended first in its sequence."""
+    return _launch(token_ids, cu_seqlens, ngram, _place_kernel, torch.int64, nothing=-1)
+
+
+def _launch(token_ids: Tensor, cu_seqlens: Tensor, ngram: int, last: Any, dtype: torch.dtype, nothing: int) -> Tensor:
+    """The three launches, of which `last` writes a result of `dtype`; `nothing` is that of tokens in no sequence."""
     tokens, sequences = token_ids.shape[0], cu_seqlens.shape[0] - 1
     device = token_ids.device
-    copied = torch.empty(tokens, dtype=torch.bool, device=device)
+    results = torch.empty(tokens, dtype=dtype, device=device)
     firsts = torch.empty(2 * tokens, dtype=torch.int32, device=device)
     places = torch.empty(tokens, dtype=torch.int64, device=device)
     cu_seqlens = cu_seqlens.contiguous()
     with torch.cuda.device_of(token_ids):
         if tokens:
-            _clear_kernel[(triton.cdiv(tokens, CLEARED),)](copied, firsts, tokens, BLOCK=CLEARED, **FUSED)
+            _clear_kernel[(triton.cdiv(tokens, CLEARED),)](results, firsts, tokens, BLOCK=CLEARED, NOTHING=nothing, **FUSED)
         if tokens and sequences:
             _first_kernel[(sequences, COUNTERS)](
                 token_ids, token_ids.stride(0), cu_seqlens, firsts, places, tokens, ngram,
                 BLOCK=COUNTED, COUNTERS=COUNTERS, MULTIPLIER=MULTIPLIER, num_warps=8, **FUSED,
             )  # fmt: skip
-            _copied_kernel[(sequences, COUNTERS)](
-                cu_seqlens, firsts, places, copied, tokens, ngram, BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8, **FUSED
+            last[(sequences, COUNTERS)](
+                cu_seqlens, firsts, places, results, tokens, ngram, BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8, **FUSED
             )
-    return copied
+    return results

@@ -83,9 +83,10 @@ def test_shows_what_score_batch_computes(model, shown, tmp_path):
 def test_scored_file_is_shown_without_weights(prefix, parquet, model, shown, tmp_path, monkeypatch, capsys):
     rows = [{**GOOD, "id": i, "note": "x" * i} for i in range(3)] + [{"prompt": "add", "completion": None, "id": 3, "note": ""}]
     traces = write_rows(tmp_path / "t.jsonl", rows)
-    command = ["score", traces, "--model", str(model), "--output", "s.jsonl", "--details", "--protect-fraction", "0.3"]
+    flags = ["--protect-fraction", "0.3"] if parquet else ["--protect-fraction", "0.3", "--reward-ngram", "2"]
+    command = ["score", traces, "--model", str(model), "--output", "s.jsonl", "--details", *flags]
     assert main([*command, "--prefix", prefix]) == 0
-    assert main(["inspect", traces, "--model", str(model), "--protect-fraction", "0.3"]) == 0
+    assert main(["inspect", traces, "--model", str(model), *flags]) == 0
     scored, arguments = "s.jsonl", []
     if parquet:
         import pyarrow.json
@@ -102,10 +103,12 @@ def test_scored_file_is_shown_without_weights(prefix, parquet, model, shown, tmp
     (fresh, path, _), (kept, _, written) = shown
     assert str(path) == "report.html"
     assert kept == fresh
+    assert [trace.scores.entropy for trace in kept] == [trace.scores.entropy for trace in fresh]
     assert [trace.error is None for trace in kept] == [True, True, True, False]
     assert kept[3].error == "missing field: completion is null"
     assert "note" in kept[0].columns
-    assert written["config"] == (None if parquet else entra.ScoreConfig(protect_fraction=0.3)), "the file alone does not say"
+    expected = None if parquet else entra.ScoreConfig(protect_fraction=0.3, reward_ngram=2)
+    assert written["config"] == expected, "the file alone does not say"
     assert "4 traces, 1 of them with an error (1 missing field)" in capsys.readouterr().err
 
 

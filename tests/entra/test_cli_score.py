@@ -338,6 +338,7 @@ def test_options_reach_the_config(model, tmp_path):
         "attention_statistic": "lift",
         "length_adjusted": 5,
         "copy_ngram": 2,
+        "reward_ngram": 3,
         "logprob_weight": -1,
     }
     options = (word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value)))
@@ -359,6 +360,8 @@ def test_output_of_something_else_is_refused(model, tmp_path, capsys):
     capsys.readouterr()
     assert score(traces, model, output, "--attention-weight", "1e-4") == 2
     assert "config.attention_weight=2.0, now it is 0.0001" in capsys.readouterr().err
+    assert score(traces, model, output, "--reward-ngram", "4") == 2
+    assert "config.reward_ngram=1, now it is 4" in capsys.readouterr().err
     assert score(other, model, output) == 2
     assert "input.sha256" in capsys.readouterr().err
     assert score(traces, model, output, "--details") == 2

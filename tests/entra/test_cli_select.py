@@ -193,6 +193,17 @@ def test_r_is_compared_at_one_length(select, flags, positions):
     assert not {"token_ids", "logprobs", "protected"} & set(rows[0])
 
 
+@pytest.mark.parametrize("flags", [[], ["--length-adjusted", "6"]])
+def test_r_of_ngrams_is_of_ngrams_at_another_length_too(select, flags):
+    """Of the long one's pairs 5 6, 6 7, 7 8, 8 9, 9 10 come twice; of the short one's none does."""
+    _, rows, _ = select(DETAILED, "--by", "r", "--per-prompt", "2", *flags, config={"reward_ngram": 2})
+    positions = 6 if flags else 4
+    places = {"long": [0, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5], "short": [0, 1, 2, 3]}
+    expected = {name: rarefied_redundancy(torch.tensor(ids), positions) for name, ids in places.items()}
+    assert expected["long"] < expected["short"] == 1
+    assert {row["completion"]: row["select_value"] for row in rows} == expected
+
+
 def test_r_at_the_length_of_the_scoring_is_taken_as_it_is(select):
     _, rows, _ = select(THREE, "--by", "r", config={"length_adjusted": 10})
     assert rows[0]["select_value"] == 0.967

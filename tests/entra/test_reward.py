@@ -377,8 +377,9 @@ def test_the_total_is_of_the_completion_as_it_is(option):
         entra.EntraReward(halve_at=5.0, config=entra.ScoreConfig(**option))
 
 
-def test_copies_reach_a_reward_as_they_reach_score_batch(model, tokenizer):
-    config = entra.ScoreConfig(copy_ngram=1, protect_fraction=0.5)
+@pytest.mark.parametrize("option", ["copy_ngram", "reward_ngram"])
+def test_ngrams_reach_a_reward_as_they_reach_score_batch(model, tokenizer, option):
+    config = entra.ScoreConfig(protect_fraction=0.5, **{option: 1 if option == "copy_ngram" else 2})
     reward = entra.EntraReward(model=model, tokenizer=tokenizer, config=config)
     expected = entra.score_batch(PROMPTS, COMPLETIONS, model=model, tokenizer=tokenizer, config=config)
     assert reward(PROMPTS, COMPLETIONS) == expected

@@ -343,6 +343,85 @@ def test_copies_of_an_empty_completion(scope, llama):
     assert rewards[1] > 0
 
 
+REPEATING = [[5, 6, 7, 5, 6, 7, 8, 5, 6, 7, 9, 5, 6], [5, 5, 5, 5, 5], [4], [], [3, 4, 3, 4, 5, 3, 4, 3, 4, 6, 7]]
+PROMPTS = [[1, 5, 6], [5, 5], [3], [3], [9, 3, 4, 3]]
+
+
+def ngrams_of(ids, ngram):
+    """Of each token the n-gram that ends at it, a shorter one at the start."""
+    return [tuple(ids[max(end - ngram, 0) : end]) for end in range(1, len(ids) + 1)]
+
+
+def signals_of(completions):
+    """Log-probs and incoming attention that need no model."""
+    generator = torch.Generator().manual_seed(0)
+    logprobs, incoming = ([torch.rand(len(ids), generator=generator) for ids in completions] for _ in range(2))
+    return {"logprobs": [-values for values in logprobs], "incoming": incoming}
+
+
+@pytest.mark.parametrize(
+    ("ngram", "backend"), [(1, "torch"), (2, "torch"), (4, "torch"), (50, "torch"), (2, "reference"), (2, "triton")]
+)
+def test_the_reward_of_ngrams(ngram, backend):
+    """They reach over protected tokens, not into the prompt, and only those that end at unprotected ones count."""
+    config = entra.ScoreConfig(reward_ngram=ngram, protect_fraction=0.3, degenerate_reward=0.25, backend=backend)
+    scores = entra.score_batch(PROMPTS, None, REPEATING, config=config, details=True, **signals_of(REPEATING))
+    for ids, one in zip(REPEATING, scores, strict=True):
+        kept = [gram for gram, is_protected in zip(ngrams_of(ids, ngram), one.protected, strict=True) if not is_protected]
+        entropy = -sum(c / len(kept) * math.log(c / len(kept)) for c in Counter(kept).values())
+        expected = entropy / math.log(len(kept)) if len(kept) > 1 else 0.25
+        assert one.reward == pytest.approx(expected, abs=1e-6)
+        assert one.entropy == pytest.approx(entropy, abs=1e-6)
+        assert one.repeated_share == pytest.approx(1 - len(set(kept)) / len(kept) if kept else 0.0)
+        assert one.counts == Counter(one.token_ids[~one.protected].tolist())
+    assert (scores.rewards[0] == 1) == (ngram >= 4), "its longest repeated run has three tokens"
+
+
+@pytest.mark.parametrize("options", [{"copy_ngram": 2}, {"ranking_scope": "sequence"}, {"logprob_weight": -1}])
+def test_ngrams_change_the_reward_alone(options, rows, llama):
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    plain = entra.score_batch(prompts, completions, model=llama, config=entra.ScoreConfig(**options), details=True)
+    config = entra.ScoreConfig(reward_ngram=2, **options)
+    scores = entra.score_batch(prompts, completions, model=llama, config=config, details=True)
+    for name in ("logprobs", "incoming", "importance", "protected"):
+        assert all(map(torch.equal, getattr(scores, name), getattr(plain, name)))
+    assert any(new > old for new, old in zip(scores.rewards, plain.rewards, strict=True))
+    alone = [entra.score_batch([p], [c], model=llama, config=config)[0] for p, c in rows]
+    assert scores.rewards == pytest.approx(alone, abs=1e-6)
+
+
+def test_ngrams_of_the_sequence_begin_at_its_second_token(llama):
+    """As those of a completion that begins there."""
+    config = entra.ScoreConfig(reward_ngram=2, protect_fraction=0.5)
+    sequence = entra.ScoreConfig(reward_ngram=2, protect_fraction=0.5, ranking_scope="sequence")
+    for prompt, completion in zip(PROMPTS, REPEATING, strict=True):
+        reward = entra.score_batch([prompt], [completion], model=llama, config=sequence)
+        assert reward == entra.score_batch([prompt[:1]], [prompt[1:] + completion], model=llama, config=config)
+
+
+def test_length_adjusted_reward_of_ngrams():
+    """The expected entropy of m of the positions, each named by its n-gram; all of them give the plain reward."""
+    kept = ngrams_of(REPEATING[0], 2)  # nothing is protected
+    places = torch.tensor([kept.index(gram) for gram in kept])
+    options = {"reward_ngram": 2, "protect_fraction": 0.0}
+    signals = signals_of(REPEATING[:1])
+    for positions in (5, 13):
+        config = entra.ScoreConfig(length_adjusted=positions, **options)
+        (reward,) = entra.score_batch(PROMPTS[:1], None, REPEATING[:1], config=config, **signals)
+        assert reward == entra.rarefaction.rarefied_redundancy(places, positions)
+    plain = entra.score_batch(PROMPTS[:1], None, REPEATING[:1], config=entra.ScoreConfig(**options), **signals)
+    assert reward == pytest.approx(plain[0], abs=1e-6)
+
+
+def test_tokens_are_counted_without_looking_for_ngrams(monkeypatch):
+    """With reward_ngram=1 the plain path launches what it launched."""
+    monkeypatch.delattr("entra.score.first_places")
+    rewards = entra.score_batch(PROMPTS, None, REPEATING, **signals_of(REPEATING))
+    assert rewards[1:4] == [0.0, 0.0, 0.0]
+    with pytest.raises(NameError):
+        entra.score_batch(PROMPTS, None, REPEATING, config=entra.ScoreConfig(reward_ngram=2), **signals_of(REPEATING))
+
+
 def test_length_adjusted_reward(rows, llama):
     prompts, completions = [p for p, _ in rows], [c for _, c in rows]
     config = entra.ScoreConfig(length_adjusted=5)
@@ -809,6 +888,8 @@ def test_bad_input(arguments, error, message, llama):
         ({"length_adjusted": 2.5}, TypeError, r"length_adjusted=2.5 must be a whole number"),
         ({"copy_ngram": 0}, ValueError, r"copy_ngram=0 must be at least 1"),
         ({"copy_ngram": 4.0}, TypeError, r"copy_ngram=4.0 must be a whole number of tokens"),
+        ({"reward_ngram": 0}, ValueError, r"reward_ngram=0 must be at least 1 token; 4 is a start"),
+        ({"reward_ngram": None}, TypeError, r"reward_ngram=None must be an int, not NoneType"),
         ({"token_budget": 0}, ValueError, r"token_budget=0 must be at least 1"),
         ({"token_budget": "5"}, TypeError, r"token_budget='5' must be a whole number"),
         ({"degenerate_reward": math.inf}, ValueError, r"degenerate_reward=inf must be finite"),

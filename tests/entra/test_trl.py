@@ -519,6 +519,19 @@ def test_what_a_tool_wrote_is_copied_from(scope):
     assert rollout.copied(entra.ScoreConfig(), torch.device("cpu")) is None
 
 
+def test_ngrams_leave_out_what_a_tool_wrote():
+    """50 51 is the tool's. Of the policy's 10 11 12 10 11 12 13 the pairs 10 11 and 11 12 come twice."""
+    ids, own = [10, 11, 12, 50, 51, 10, 11, 12, 13], [1, 1, 1, 0, 0, 1, 1, 1, 1]
+    model = build("qwen3")
+    rollout = entra.rollout.Rollout(model, tokenizer(), ["p"], [[9]], [ids], [own])
+    config = entra.ScoreConfig(reward_ngram=2, protect_fraction=0.0)
+    with entra.policy.bound(entra.policy.Policy(model, tokenizer()), rollout):
+        (one,) = entra.score_batch(["p"], None, [ids], config=config, details=True)
+    assert one.token_ids.tolist() == [10, 11, 12, 10, 11, 12, 13]
+    assert sorted(one.ngram_counts.values()) == [1, 1, 1, 2, 2]
+    assert one.reward == pytest.approx(1 - 2 * 2 * math.log(2) / (7 * math.log(7)), abs=1e-6)
+
+
 def test_a_wrapper_of_score_batch_with_other_prompts_gets_its_own_forward(tmp_path):
     def blind(prompts, completions, completion_ids, **columns):
         return entra.score_batch(["?"] * len(prompts), completions, completion_ids)

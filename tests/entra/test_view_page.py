@@ -192,11 +192,11 @@ def shown_numbers(trace, at, counted="incoming attention"):
 
 
 def test_heading_and_summary_say_what_was_scored_and_how(open_page, traces):
-    config = ScoreConfig(attention_weight=1e-4, protect_fraction=0.3, attention_statistic="lift")
+    config = ScoreConfig(attention_weight=1e-4, protect_fraction=0.3, attention_statistic="lift", reward_ngram=3)
     page = open_page(traces, title="runs & co", config=config, facts={"model": "tiny-llama", "date": "2026-11-25"})
     assert page.js("document.querySelector('h1').textContent") == "runs & co"
     facts = page.js("document.getElementById('facts').innerText.replace(/\\s+/g, ' ')")
-    for fact in ("model tiny-llama", "date 2026-11-25", "λ 0.0001", "τ 0.3", "attention statistic lift"):
+    for fact in ("model tiny-llama", "date 2026-11-25", "λ 0.0001", "τ 0.3", "attention statistic lift", "reward ngram 3"):
         assert fact in facts
     scored = [trace for trace in traces if trace.reward is not None]
     summary = page.js("[...document.querySelectorAll('#summary dd')].map(e => e.textContent)")
@@ -372,6 +372,15 @@ def test_arrow_keys_work_as_soon_as_a_trace_is_opened(page, traces):
     assert page.js(focused) == 2, "what has no focus any more gets it back"
     page.find("#versus").send_keys(Keys.ARROW_LEFT)
     assert page.js("document.activeElement.id") == "versus", "a control keeps its own keys"
+
+
+def test_the_card_names_the_ngram_that_the_reward_counts(open_page, traces):
+    page = open_page(traces, config=ScoreConfig(reward_ngram=4))
+    page.load("#trace=1")
+    page.hover(page.token(list(traces[0].protected).index(False)))
+    assert page.card()["state"] == "The reward counts the 4-gram that ends here."
+    page.hover(page.token(list(traces[0].protected).index(True)))
+    assert page.card()["state"] == "Protected: the reward does not look at it."
 
 
 def test_the_same_token_elsewhere_is_marked(page, traces):

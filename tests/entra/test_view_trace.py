@@ -3,15 +3,17 @@
 import importlib.util
 import math
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 from shown_traces import scores_of
 from tiny_tokenizer import build_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from entra.policy import load_tokenizer
-from entra.view.lines import FIRST, IS_PROTECTED, LAST, marks, protected_runs
+from entra.view.lines import FIRST, IS_PROTECTED, LAST, marks, protected_runs, summary
 from entra.view.trace import Repeated, Trace, pieces_of
 
 needs_smollm2 = pytest.mark.skipif(
@@ -43,6 +45,20 @@ def test_counts_entropy_and_share_are_those_of_the_unprotected_tokens(trace):
     assert scores.redundant_tokens == 2.5
     assert scores.entropy == pytest.approx(-(3 / 5 * math.log(3 / 5) + 2 / 5 * math.log(1 / 5)), abs=1e-12)
     assert scores.repeated_share == pytest.approx(2 / 5)
+
+
+def test_entropy_and_share_are_those_of_the_ngrams_that_the_reward_counts(trace):
+    """a, a b, b a, a c and c a end at the counted tokens; with the last counted too, a b comes twice."""
+    pairs = replace(trace.scores, reward_ngram=2)
+    assert pairs.counts == trace.scores.counts
+    assert sorted(pairs.ngram_counts.values()) == [1] * 5
+    assert (pairs.entropy, pairs.repeated_share) == (pytest.approx(math.log(5)), 0.0)
+    everything = replace(pairs, protected=torch.zeros(6, dtype=torch.bool))
+    assert sorted(everything.ngram_counts.values()) == [1, 1, 1, 1, 2]
+    assert everything.entropy == pytest.approx(math.log(6) - 2 * math.log(2) / 6)
+    assert everything.repeated_share == pytest.approx(1 / 6)
+    shown = Trace(name="t", prompt="p", pieces=trace.pieces, scores=everything)
+    assert summary(shown).endswith("16.7 % of the unprotected tokens end a 2-gram that repeats an earlier one")
 
 
 def test_without_tokens_there_is_nothing_to_count():

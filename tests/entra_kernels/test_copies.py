@@ -1,13 +1,15 @@
-"""`copies`: every backend against the reference, bit for bit, and what must hold whatever the ids are."""
+"""`copies` and `first_places`: every backend against the reference, bit for bit, and what must hold whatever the ids are."""
 
 import importlib
+import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from entra_kernels import copies, redundancy
+from entra_kernels import copies, first_places, redundancy
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
 BACKENDS = ["torch", "triton"]
@@ -41,6 +43,10 @@ def _one(ids, ngram, backend):
     return copied.nonzero()[:, 0].tolist()
 
 
+def _places(ids, ngram, backend):
+    return first_places(torch.tensor(ids, dtype=torch.int64), _bounds(len(ids)), ngram=ngram, backend=backend).tolist()
+
+
 def _check(ids, bounds, ngram, backend):
     ours = copies(ids, bounds, ngram=ngram, backend=backend)
     assert ours.dtype == torch.bool
@@ -58,6 +64,14 @@ class TestByHand:
         assert _one(ids, 2, backend) == [5, 6]
         assert _one(ids, 3, backend) == [6]
         assert _one(ids, 4, backend) == []
+
+    def test_first_places(self, backend):
+        ids = [1, 2, 3, 9, 1, 2, 3, 4, 2, 3]
+        assert _places(ids, 1, backend) == [0, 1, 2, 3, 0, 1, 2, 7, 1, 2]
+        assert _places(ids, 2, backend) == [0, 1, 2, 3, 4, 1, 2, 7, 8, 2]
+        assert _places(ids, 3, backend) == [0, 1, 2, 3, 4, 5, 2, 7, 8, 9]
+        assert _places([5, 5, 5, 5], 2, backend) == [0, 1, 1, 1]
+        assert _places([5, 5, 5, 5], 3, backend) == [0, 1, 2, 2]
 
     def test_an_ngram_may_overlap_itself(self, backend):
         assert _one([5, 5, 5, 5], 2, backend) == [2, 3]
@@ -78,18 +92,23 @@ class TestByHand:
     @pytest.mark.parametrize("ngram", [4, 5, 2**30, 2**80])
     def test_ngrams_longer_than_the_sequence(self, backend, ngram):
         assert _one([3] * 4, ngram, backend) == []
+        assert _places([3] * 4, ngram, backend) == [0, 1, 2, 3]
 
     def test_no_tokens_and_no_sequences(self, backend):
         assert _one([], 1, backend) == []
         empty = torch.empty(0, dtype=torch.int64)
         assert copies(empty, _bounds(), ngram=1, backend=backend).shape == (0,)
         assert not copies(torch.zeros(3, dtype=torch.int64), _bounds(), ngram=1, backend=backend).any()
+        assert first_places(empty, _bounds(), ngram=2, backend=backend).shape == (0,)
+        assert first_places(torch.zeros(3, dtype=torch.int64), _bounds(), ngram=1, backend=backend).tolist() == [-1] * 3
 
     def test_tokens_outside_every_sequence(self, backend):
         """They are none, and nobody's copy of them counts."""
         ids = torch.full((12,), 7)
         ours = copies(ids, torch.tensor([2, 5, 5, 9]), ngram=2, backend=backend)
         assert ours.nonzero()[:, 0].tolist() == [4, 7, 8]
+        places = first_places(ids, torch.tensor([2, 5, 5, 9]), ngram=2, backend=backend)
+        assert places.tolist() == [-1, -1, 0, 1, 1, 0, 1, 1, 1, -1, -1, -1]
 
 
 @ON_EVERY_DEVICE
@@ -112,6 +131,8 @@ class TestAgainstTheReference:
         spread = torch.stack([ids, ids + 1], dim=1)[:, 0]
         assert torch.equal(copies(spread, bounds, ngram=3, backend=backend), expected)
         assert torch.equal(copies(ids.int(), bounds.int(), ngram=3, backend=backend), expected)
+        places = first_places(ids, bounds, ngram=3, backend=backend)
+        assert torch.equal(first_places(spread, bounds.int(), ngram=3, backend=backend), places)
 
     @pytest.mark.parametrize(
         "rename",
@@ -137,6 +158,33 @@ class TestAgainstTheReference:
     def test_any_batch(self, backend, lengths, seed, vocabulary, ngram):
         _check(*_ids(lengths, vocabulary, seed), ngram, backend)
 
+    @pytest.mark.parametrize("ngram", [1, 3, 40])
+    def test_first_places(self, backend, ngram):
+        """Where a token is a copy, and only there, its n-gram ended earlier."""
+        lengths = (60, 1, 0, 33)
+        ids, bounds = _ids(lengths, 4)
+        places = first_places(ids, bounds, ngram=ngram, backend=backend)
+        assert places.dtype == torch.int64
+        assert torch.equal(places, first_places(ids, bounds, ngram=ngram, backend="reference"))
+        position = torch.cat([torch.arange(length) for length in lengths])
+        assert torch.equal(places < position, copies(ids, bounds, ngram=ngram, backend=backend))
+
+    @pytest.mark.parametrize(("ngram", "fraction"), [(1, 0.3), (2, 0.0), (4, 0.3), (4, 1.0)])
+    def test_the_entropy_of_ngrams(self, backend, ngram, fraction):
+        """`redundancy` of first places counts the n-grams that end at unprotected tokens, over protected tokens too."""
+        lengths = (60, 1, 0, 33)
+        ids, bounds = _ids(lengths, 3)
+        logprobs = -torch.rand(ids.numel(), generator=torch.Generator().manual_seed(0), device="cpu").to(ids.device)
+        places = first_places(ids, bounds, ngram=ngram, backend=backend)
+        options = {"protect_fraction": fraction, "degenerate_reward": 0.25, "backend": backend}
+        reward, _, protected = redundancy(logprobs, torch.zeros_like(logprobs), places, bounds, **options)
+        start = 0
+        for length, r in zip(lengths, reward.tolist(), strict=True):
+            own, kept = ids[start : start + length].tolist(), protected[start : start + length].tolist()
+            grams = Counter(tuple(own[max(i + 1 - ngram, 0) : i + 1]) for i in range(length) if not kept[i])
+            assert r == pytest.approx(_normalised_entropy(grams), abs=1e-7)
+            start += length
+
 
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,6 +195,9 @@ class TestBatches:
         together = copies(ids, bounds, ngram=3, backend=backend)
         alone = [copies(part, _bounds(part.numel()), ngram=3, backend=backend) for part in ids.split(LENGTHS)]
         assert torch.equal(together, torch.cat(alone))
+        together = first_places(ids, bounds, ngram=3, backend=backend)
+        alone = [first_places(part, _bounds(part.numel()), ngram=3, backend=backend) for part in ids.split(LENGTHS)]
+        assert torch.equal(together, torch.cat(alone))
 
     def test_two_equal_sequences_have_the_same_copies(self, backend):
         ids, _ = _ids([200], 5)
@@ -156,9 +207,10 @@ class TestBatches:
 
     def test_repeats_bitwise(self, backend):
         arguments = _ids([1500, 700], 7)
-        expected = copies(*arguments, ngram=4, backend=backend)
-        for _ in range(3):
-            assert torch.equal(copies(*arguments, ngram=4, backend=backend), expected)
+        for operation, times in ((copies, 2), (first_places, 1)):
+            expected = operation(*arguments, ngram=4, backend=backend)
+            for _ in range(times):
+                assert torch.equal(operation(*arguments, ngram=4, backend=backend), expected)
 
 
 @ON_EVERY_DEVICE
@@ -199,7 +251,8 @@ def test_no_wait_for_the_device_and_no_quadratic_memory():
     logprobs, incoming = -torch.rand(total, device="cuda"), torch.rand(total, device="cuda")
 
     def run():
-        return redundancy(logprobs, incoming, ids, bounds, protect_last=copies(ids, bounds, ngram=2))
+        places = first_places(ids, bounds, ngram=4)
+        return redundancy(logprobs, incoming, places, bounds, protect_last=copies(ids, bounds, ngram=2))
 
     run()  # compiles
     torch.cuda.synchronize()
@@ -212,24 +265,33 @@ def test_no_wait_for_the_device_and_no_quadratic_memory():
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     assert torch.cuda.max_memory_allocated() - before < 64 * total
-    expected = copies(ids, bounds, ngram=2, backend="torch")
-    assert torch.equal(ours.protected, redundancy(logprobs, incoming, ids, bounds, protect_last=expected, backend="torch")[2])
+    last, places = (operation(ids, bounds, ngram=n, backend="torch") for operation, n in ((copies, 2), (first_places, 4)))
+    expected = redundancy(logprobs, incoming, places, bounds, protect_last=last, backend="torch")
+    assert torch.equal(ours.protected, expected.protected)
+    torch.testing.assert_close(ours.reward, expected.reward, rtol=0, atol=1e-7)
 
 
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("operation", [copies, first_places])
 class TestAsCustomOp:
-    def test_opcheck(self, backend):
-        torch.library.opcheck(torch.ops.entra_kernels.copies, (*_ids([9, 0, 5], 3), 2, backend))
+    def test_opcheck(self, operation, backend):
+        torch.library.opcheck(getattr(torch.ops.entra_kernels, operation.__name__), (*_ids([9, 0, 5], 3), 2, backend))
 
-    def test_compiles_into_one_graph(self, backend):
+    def test_compiles_into_one_graph(self, operation, backend):
         arguments = _ids([9, 0, 5], 3)
 
         def find(*arguments):
-            return copies(*arguments, ngram=2, backend=backend)
+            return operation(*arguments, ngram=2, backend=backend)
 
         torch._dynamo.reset()
         assert torch.equal(torch.compile(find, fullgraph=True, backend="aot_eager")(*arguments), find(*arguments))
+
+
+def _normalised_entropy(counts):
+    """H / log M of M = the sum of `counts`; 0.25 below two of them."""
+    m = counts.total()
+    return 0.25 if m <= 1 else -sum(c / m * math.log(c / m) for c in counts.values()) / math.log(m)
 
 
 IDS, BOUNDS = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4])
@@ -253,3 +315,10 @@ IDS, BOUNDS = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4])
 def test_errors_say_what_and_why(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_first_places_are_checked_alike():
+    with pytest.raises(ValueError, match=r"sequence 1 spans tokens 4 to 2"):
+        first_places(IDS, torch.tensor([0, 4, 2]), ngram=2)
+    with pytest.raises(ValueError, match=r"ngram=0 must be at least 1 token"):
+        first_places(IDS, BOUNDS, ngram=0)

@@ -15,7 +15,7 @@ KERNELS = {
     *("_count_tiles_kernel", "_place_tiles_kernel", "_sampled_lse_kernel", "_sampled_columns_kernel"),
     *("_row_kernel", "_head_kernel", "_stretch_kernel", "_reduce_kernel"),
     *("_importance_kernel", "_select_kernel", "_count_kernel", "_reward_kernel"),
-    *("_clear_kernel", "_first_kernel", "_copied_kernel"),
+    *("_clear_kernel", "_first_kernel", "_copied_kernel", "_place_kernel"),
 }
 UNFUSED = {"_importance_kernel", "_select_kernel", "_reward_kernel"}
 """Two roundings are part of their result: other backends make them."""
@@ -44,7 +44,8 @@ def test_every_launch_says_whether_multiply_adds_are_fused(monkeypatch):
         logprobs.linear_token_logprobs(
             torch.randn(3, 16), torch.randn(7, 16), targets, bias=None, logit_scale=1.0, softcap=None, temperature=1.0, way=way
         )
-    entra_kernels.copies(torch.arange(9) % 4, torch.tensor([0, 9]), ngram=2, backend="triton")
+    for operation in (entra_kernels.copies, entra_kernels.first_places):
+        operation(torch.arange(9) % 4, torch.tensor([0, 9]), ngram=2, backend="triton")
     entra_kernels.redundancy(-torch.rand(9), torch.rand(9), torch.arange(9) % 4, torch.tensor([0, 9]), backend="triton")
     assert set(launched) == KERNELS
     assert {name for name, asked in launched.items() if set(asked) != {name not in UNFUSED}} == set()

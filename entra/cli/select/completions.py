@@ -60,6 +60,8 @@ class Input(NamedTuple):
     """The columns of prompt and completion."""
     adjusted: int | None
     """The number of positions that r was computed for; None: all, as far as anybody knows."""
+    ngram: int
+    """n of the n-grams that r counts, as far as anybody knows."""
     details: bool
     """Whether the columns of `entra score --details` are there."""
     notes: list[str]
@@ -109,7 +111,8 @@ def look(options: argparse.Namespace, source: Source, record: dict[str, Any]) ->
     adjusted = adjusted if isinstance(adjusted, int) else None
     if not details:
         _check_rewards(options, adjusted)
-    return Input(prefix, source.taken, adjusted, details, notes)
+    ngram = config.get("reward_ngram", 1)
+    return Input(prefix, source.taken, adjusted, ngram if isinstance(ngram, int) else 1, details, notes)
 
 
 def _prefix(options: argparse.Namespace, columns: Sequence[str]) -> str:
@@ -243,7 +246,7 @@ _Value = tuple[float, int | None, "array[int]"]
 
 
 def _value_getter(options: argparse.Namespace, found: Input) -> Callable[[Mapping[str, Any]], _Value]:
-    """A row's value, the positions of r, and the token ids that it is yet to be computed from."""
+    """A row's value, the positions of r, and what it is yet to be computed from: token ids, or first places of n-grams."""
     prefix = found.prefix
 
     def tokens(columns: Mapping[str, Any]) -> _Value:
@@ -266,7 +269,8 @@ def _value_getter(options: argparse.Namespace, found: Input) -> Callable[[Mappin
         ids, protected = as_ids(columns.get(prefix + "token_ids")), columns.get(prefix + "protected")
         if ids is None or not isinstance(protected, Sequence) or len(protected) != len(ids) or not _are_ids(ids):
             raise _LeftOutError("malformed: token_ids and protected do not belong together")
-        kept = array("i", (i for i, is_protected in zip(ids, protected, strict=True) if not is_protected))
+        counted = ids if found.ngram == 1 else _first_places(ids, found.ngram)
+        kept = array("i", (i for i, is_protected in zip(counted, protected, strict=True) if not is_protected))
         if len(kept) <= 1:
             raise _LeftOutError("at most one unprotected token")
         return math.nan, None, kept
@@ -293,6 +297,15 @@ def _valued(group: list[Completion], positions: int | None) -> list[Completion]:
         return group
     m = positions or min(lengths)
     return [one._replace(value=_r(one.unprotected, m), positions=m, unprotected=_NONE) for one in group]
+
+
+def _first_places(ids: Sequence[int], ngram: int) -> list[int]:
+    import torch
+
+    from entra_kernels import first_places
+
+    places: list[int] = first_places(torch.tensor(ids, dtype=torch.int64), torch.tensor([0, len(ids)]), ngram=ngram).tolist()
+    return places
 
 
 def _r(unprotected: array[int], positions: int) -> float:

@@ -189,7 +189,7 @@ function card(trace, tokens, i, alone) {
     make("p", { class: "token" }, make("span", { class: `t s${shadeOf(importance)}${outline(tokens.marks[i] && ALONE)}` }, visible(data.texts[tokens.words[i]]))),
     make("p", { class: "where" }, `${alone ? "" : `${trace.name}, `}token ${whole(i + 1)} of ${whole(trace.tokens)}, id ${id}`),
     make("dl", {}, ...facts.map(([name, value, unit]) => make("div", {}, make("dt", {}, name), make("dd", {}, value, ...(unit ? [" ", make("small", {}, unit)] : []))))),
-    make("p", { class: "state" }, tokens.marks[i] ? "Protected: the reward does not look at it." : count > 1 ? "Counted by the reward; it repeats." : "Counted by the reward; it does not repeat."),
+    make("p", { class: "state" }, tokens.marks[i] ? "Protected: the reward does not look at it." : data.ngram > 1 ? `The reward counts the ${data.ngram}-gram that ends here.` : count > 1 ? "Counted by the reward; it repeats." : "Counted by the reward; it does not repeat."),
     ...trace.marked.filter((mark) => mark[1] <= i && i <= mark[2]).map((mark) => make("p", { class: "state mark" },
       make("span", { class: `letter ${stripOf(mark[0])}` }, isPlace(mark) ? "\u25bc" : letterOf(mark[0])), make("bdi", {}, markText(mark)))),
   );

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+import entra
 from benchmarks.experiments import copies
 
 
@@ -20,6 +21,21 @@ def test_entropy_of_single_tokens_is_the_reward():
     share = counts / counts.sum()
     expected = -(share * np.log(share)).sum() / math.log(counts.sum())
     assert copies.entropy(ids.tolist(), counted, 1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ngram", [2, 3, 4])
+def test_entropy_of_ngrams_is_the_option_without_the_first_tokens(ngram):
+    """docs/method.md, "Entropy of n-grams": the n-grams that recur are the same, M lacks the tokens that end none."""
+    generator = np.random.default_rng(3)
+    ids = generator.integers(0, 4, 60).tolist()
+    signals = {"logprobs": [(-generator.random(60)).tolist()], "incoming": [[0.0] * 60]}
+    config = entra.ScoreConfig(reward_ngram=ngram)
+    (one,) = entra.score_batch([[4, 4, 4]], None, [ids], config=config, details=True, **signals)
+    counted = ~one.protected.numpy()
+    judged, m, fewer = copies.entropy(ids, counted, ngram), int(counted.sum()), int(counted[ngram - 1 :].sum())
+    assert 0.1 < one.reward < 1
+    assert fewer < m
+    assert (1 - judged) * fewer * math.log(fewer) == pytest.approx((1 - one.reward) * m * math.log(m), rel=1e-5)
 
 
 def test_entropy_ends():
