@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.experiments.drawing import COLOURS, REFERENCE, dots
-from benchmarks.experiments.real_measures import PAPER, REWARDS, R
+from benchmarks.experiments.real_measures import NO_COPIES_SHOWN, PAPER, REWARDS, SURPRISAL, R
 from benchmarks.experiments.results import Figure, Result, Table, with_interval
 
 VIEWS = {
@@ -30,6 +31,7 @@ CONTROLS = {
     "place": "given position and length",
     "place and log P": "given position, length and log P",
 }
+_OF_ATTEMPTS = (*CONTROLS, "beyond_shuffled")
 _TARGET = "counterfactual_importance_kl"
 _SHOWN_REWARDS = (
     R,
@@ -41,7 +43,7 @@ _SHOWN_REWARDS = (
     "entropy of 4-grams",
     "copied share, by address",
 )
-_SHOWN_IMPORTANCES = (PAPER, "surprisal: -log P + 2 mu", "no copies, n = 2", "no copies, n = 4")
+_SHOWN_IMPORTANCES = (PAPER, SURPRISAL, *NO_COPIES_SHOWN)
 
 
 def _cell(interval: Sequence[float] | None, scale: float = 1, digits: int = 2) -> str:
@@ -49,7 +51,7 @@ def _cell(interval: Sequence[float] | None, scale: float = 1, digits: int = 2) -
 
 
 def tables(result: Result) -> list[Table]:
-    """Pairs, length, tasks, settling, sentences, categories and the scale."""
+    """Pairs, length, tasks, settling, sentences, categories, the scale, attempts again, both judges and what they choose."""
     settings, summary = result.settings, result.summary
     of = f"{settings['completions']} completions of real models, {settings['tokens']:,} tokens, read by {settings['model']}"
     pairs = {name: views for name, views in summary["pairs"].items() if name != "by_task"}
@@ -152,7 +154,9 @@ def tables(result: Result) -> list[Table]:
     labels = [label for label in CATEGORIES if any(label in row for row in categories.values())]
     result_tables.append(
         Table(
-            caption="**What is protected, by category of sentence, %.** 20 by chance. Means over problems with 95 % intervals.",
+            caption="**What is protected, by category of sentence, %.** 20 by chance. Means over problems with 95 % intervals. "
+            f"Of the long traces {settings['with_far_8']} have mu without the nearest 8 and 128, and "
+            f"{settings['with_gradient']} the gradient.",
             header=["", *(CATEGORIES[label] for label in labels)],
             rows=[[name, *(_cell(row.get(label), 100, 0) for label in labels)] for name, row in categories.items()],
         )
@@ -169,6 +173,32 @@ def tables(result: Result) -> list[Table]:
             ],
         )
     )
+    made = summary["attempts"]
+    counts = next(iter(made.values()), dict.fromkeys(("computations", "repeated", "traces", "problems"), 0))
+    result_tables.append(
+        Table(
+            caption=f"**Computations that are made again.** Of {counts['computations']:,} computations {counts['repeated']} "
+            "are attempts again: same result, half of the numbers, and doubt in between. First: what is made again later. "
+            "Rank correlation within a trace with being an attempt again, among all computations; partial ones given position "
+            "and length, and given mean log P too. Beyond shuffled: given position and length, less that of the trace with its "
+            f"sentences shuffled. {counts['traces']} traces; intervals over {counts['problems']} problems.",
+            header=["", "first", "again", *CONTROLS.values(), "beyond shuffled"],
+            rows=[
+                [name, *(f"{row[side]:.3g}" for side in ("first", "again")), *(_cell(row[of]) for of in _OF_ATTEMPTS)]
+                for name, row in made.items()
+            ],
+        )
+    )
+    beyond = summary["beyond_length"]
+    result_tables.append(
+        Table(
+            caption="**What a reward knows beyond length.** Partial rank correlation, given length, among completions of one "
+            "sort, with what a reward ought to see: the share of tokens after the answer has settled, of computations that "
+            "are attempts again, of tokens in doubt and self-checks; and being wrong. 95 % intervals, problems drawn again.",
+            header=["", *(f"{name} ({of['completions']} of {of['problems']} problems)" for name, of in beyond.items())],
+            rows=[[name, *(_cell(of.get(name)) for of in beyond.values())] for name in REWARDS if name != "length"],
+        )
+    )
     judged = summary["leave_one_out"]
     result_tables.append(
         Table(
@@ -182,15 +212,23 @@ def tables(result: Result) -> list[Table]:
             ],
         )
     )
-    chosen = summary["chosen"]
-    picks = ", ".join(f"{name} {chosen['picks'].count(name)} times" for name in dict.fromkeys(chosen["picks"]))
     result_tables.append(
         Table(
-            caption="**No copies, with n chosen on the other problems**: the protected share before settling "
-            "less that after it, "
-            "beyond the paper's importance.",
-            header=["chosen", "gain"],
-            rows=[[picks, _cell(chosen["gain"], digits=3)]],
+            caption="**Chosen on the other problems.** Each judge chooses one of a family by its mean on all problems but one, "
+            "and judges it on that one. Gain: beyond the paper's importance, or beyond r, with 95 % intervals over problems.",
+            header=["judge", "family", "chosen", "problems", "gain"],
+            rows=[
+                [
+                    judge,
+                    family,
+                    ", ".join(f"{name} ({count})" for name, count in Counter(of["picks"]).items()),
+                    str(of["problems"]),
+                    _cell(of["gain"], digits=3),
+                ]
+                for judge, families in summary["chosen"].items()
+                for family, of in families.items()
+                if of["picks"]
+            ],
         )
     )
     return result_tables
