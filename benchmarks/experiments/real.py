@@ -18,8 +18,9 @@ Decisions taken here:
 - An interval is over problems, each the mean of its traces. A choice within a family (the n of an n-gram) is judged on the
   problem that was left out when it was made, by the same judge.
 - Further windows and the gradient take long. They are judged on the long traces for which some run has measured them, against
-  the paper's importance on the same traces. The shipped traces always have them.
-- The second judge is `proxy`'s leave-one-out on the shipped traces. It is asked only about the model that `proxy` measured.
+  the paper's importance on the same traces.
+- The second judge is `proxy`'s leave-one-out on the shipped traces, for the model that `proxy` measured. What `proxy` recorded
+  is enough for most importances. With `--windows` or `--gradient` the others are measured, too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.experiments import measuring
-from benchmarks.experiments.ranks import ranks, spearman
+from benchmarks.experiments.ranks import explained, left, ranks, spearman
 from benchmarks.experiments.real_attempts import COMPUTATION, attempt_rows, attempts
 from benchmarks.experiments.real_measures import (
     ANY,
@@ -53,7 +55,7 @@ from benchmarks.experiments.real_measures import (
     protected,
 )
 from benchmarks.experiments.real_report import CATEGORIES, figures, tables
-from benchmarks.experiments.real_signals import cached
+from benchmarks.experiments.real_signals import Signals, cached
 from benchmarks.experiments.real_traces import RealTrace, read, shuffled, with_tokens
 from benchmarks.experiments.results import Result
 from entra.encode import Encoder
@@ -152,7 +154,8 @@ def run(options: argparse.Namespace) -> Result:
         measured = [measure(trace, **(more if trace.sentences else {})) for trace in traces]
         of_mixed = [measure(trace) for trace in mixed]
         of_steps = [(k, measure(with_tokens(trace, ids))) for trace, k, ids in steps]
-        of_left_out = [(measure(trace, all_layers=True, windows=True, gradient=True), tokens) for trace, tokens in left_out]
+        again = options.windows or options.gradient
+        of_left_out = [(measure(trace, **more) if again else _recorded(trace, rows), rows) for trace, rows in left_out]
 
     long = [one for one in measured if one.trace.sentences]
     rows = [
@@ -165,7 +168,7 @@ def run(options: argparse.Namespace) -> Result:
         *(row for k, one in of_steps for row in _scale_rows(one, k)),
         *(_rounded(row) for one in long for row in attempt_rows(one, "as written")),
         *(_rounded(row) for one in of_mixed for row in attempt_rows(one, "shuffled")),
-        *(row for one, tokens in of_left_out for row in _loo_rows(one, tokens)),
+        *(row for one, judged in of_left_out for row in _loo_rows(one, judged)),
     ]
     settings = {name: getattr(options, name) for name in ("model", "limit", "seed")}
     settings |= {
@@ -192,11 +195,14 @@ def _verified_again(trace: RealTrace, tokenizer: Any) -> Iterable[tuple[int, lis
         yield k, ids[:head]
 
 
+@cache
 def _rewards(passage: Passage) -> dict[str, float]:
     return {name: round(reward(passage), 6) for name, reward in REWARDS.items()}
 
 
+@cache
 def _whole(one: Measured) -> Passage:
+    """One object for each completion, which is compared with many others."""
     return Passage(measured=one, first=0, end=len(one.trace.token_ids))
 
 
@@ -276,11 +282,11 @@ def _compared(pair: str, view: str, one: Measured, first: Passage, second: Passa
     }
 
 
-def _importances(one: Measured) -> Iterable[tuple[str, Any]]:
-    """Those that can be had: of what was measured, and of sentences only where these are known."""
+def _importances(one: Measured, inside: Any = slice(None)) -> Iterable[tuple[str, Any]]:
+    """Those of the tokens `inside` that can be had: of what was measured, and of sentences only where these are known."""
     for name, importance in IMPORTANCES.items():
         if name != SHARED or one.trace.sentences:
-            values = importance(one)
+            values = importance(one)[inside]
             if not np.isnan(values).any():
                 yield name, values
 
@@ -288,6 +294,15 @@ def _importances(one: Measured) -> Iterable[tuple[str, Any]]:
 def _sentence_rows(one: Measured) -> Iterable[dict[str, Any]]:
     """For each importance and each way to make a sentence's of its tokens': correlations with every measured importance."""
     trace, logprobs = one.trace, one.signals.logprobs
+    judges = []  # of each measured importance its sentences, and what place and log P leave of it
+    for target in TARGETS:
+        sentences = [s for s in trace.sentences if target in s.importance]
+        parts = [slice(s.first, s.last + 1) for s in sentences]
+        truth = ranks([s.importance[target] for s in sentences])
+        place = [ranks([float(s.first) for s in sentences]), ranks([float(s.last - s.first) for s in sentences])]
+        given = {"alone": [], "place": place, "place and log P": [*place, ranks([float(logprobs[p].mean()) for p in parts])]}
+        bases = {controls: explained(columns, len(parts)) for controls, columns in given.items()}
+        judges.append((target, parts, {controls: (basis, left(truth, basis)) for controls, basis in bases.items()}))
     for name, values in _importances(one):
         kept = protected(values)
         ways: dict[str, Callable[[slice], float]] = {
@@ -298,16 +313,10 @@ def _sentence_rows(one: Measured) -> Iterable[dict[str, Any]]:
         for how, of in ways.items():
             row: dict[str, Any] = {"part": "sentences", "problem": trace.problem, "model": trace.model, "kind": trace.kind}
             row |= {"importance": name, "how": how}
-            for target in TARGETS:
-                sentences = [s for s in trace.sentences if target in s.importance]
-                parts = [slice(s.first, s.last + 1) for s in sentences]
-                truth = [s.importance[target] for s in sentences]
-                place = [[float(s.first) for s in sentences], [float(s.last - s.first) for s in sentences]]
-                given = {"alone": [], "place": place, "place and log P": [*place, [float(logprobs[p].mean()) for p in parts]]}
-                mine = [of(part) for part in parts]
-                row |= {
-                    f"{target}, {controls}": round(spearman(mine, truth, columns), 5) for controls, columns in given.items()
-                }
+            for target, parts, by_controls in judges:
+                mine = ranks([of(part) for part in parts])
+                for controls, (basis, truth) in by_controls.items():
+                    row[f"{target}, {controls}"] = round(float(left(mine, basis) @ truth), 5)
             yield row
 
 
@@ -381,13 +390,24 @@ def _left_out(encoder: Encoder, model: str) -> list[tuple[RealTrace, list[dict[s
     return result
 
 
-def _loo_rows(one: Measured, tokens: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+def _recorded(trace: RealTrace, rows: Sequence[dict[str, Any]]) -> Measured:
+    """What `proxy` recorded: log P and mu of the tokens that it left out, and NaN for all else."""
+    signals = {of: np.full(len(trace.token_ids), np.nan) for of in Signals._fields}
+    for of, column in {"logprobs": "logprob", "mean": "mu", "lift": "lift", "mean_all": "mu_all"}.items():
+        signals[of][_inside(trace, rows)] = [row[column] for row in rows]
+    return Measured(trace=trace, signals=Signals(**signals))
+
+
+def _inside(trace: RealTrace, rows: Sequence[dict[str, Any]]) -> list[int]:
+    return [row["position"] - len(trace.prompt_ids) for row in rows]
+
+
+def _loo_rows(one: Measured, rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """The second judge: for each importance, its rank correlations with leave-one-out of single tokens."""
-    inside = [row["position"] - len(one.trace.prompt_ids) for row in tokens]
-    targets = {"sum": [row["loo"] for row in tokens], "mean": [row["loo"] / row["later"] for row in tokens]}
+    inside = _inside(one.trace, rows)
+    targets = {"sum": [row["loo"] for row in rows], "mean": [row["loo"] / row["later"] for row in rows]}
     place = [float(position) for position in inside]
-    for name, values in _importances(one):
-        mine = values[inside].tolist()
+    for name, values in _importances(one, inside):
         for target, truth in targets.items():
             yield {
                 "part": "leave-one-out",
@@ -395,8 +415,8 @@ def _loo_rows(one: Measured, tokens: Sequence[dict[str, Any]]) -> Iterable[dict[
                 "kind": one.trace.kind,
                 "importance": name,
                 "target": target,
-                "alone": round(spearman(mine, truth), 5),
-                "place": round(spearman(mine, truth, [place]), 5),
+                "alone": round(spearman(values.tolist(), truth), 5),
+                "place": round(spearman(values.tolist(), truth, [place]), 5),
             }
 
 

@@ -31,6 +31,11 @@ CONTROLS = {
     "place": "given position and length",
     "place and log P": "given position, length and log P",
 }
+_SEEN = {
+    "after settling": "tokens after settling",
+    "attempts again": "computations made again",
+    "checks": "tokens in doubt and self-checks",
+}
 _OF_ATTEMPTS = (*CONTROLS, "beyond_shuffled")
 _TARGET = "counterfactual_importance_kl"
 _SHOWN_REWARDS = (
@@ -235,11 +240,11 @@ def tables(result: Result) -> list[Table]:
 
 
 def figures(result: Result) -> list[Figure]:
-    """Pairs, settling, categories, sentences, scale."""
+    """Pairs, settling, categories, sentences, and what a reward sees beyond length."""
     summary = result.summary
     of = f"{result.settings['completions']} completions of real models, read by {result.settings['model']}"
     intervals = "Bars are 95 % intervals over problems."
-    categories, scale = summary["categories"], summary["scale"]
+    categories = summary["categories"]
     sentences = summary["sentences"][_TARGET]["protected share"]
     return [
         Figure(
@@ -257,7 +262,7 @@ def figures(result: Result) -> list[Figure]:
             caption="Share of the tokens that each importance protects, before (open) and after (filled) the place from which "
             f"the model's answer no longer changes. The dashed line is chance. Means over problems. {of}.",
             draw=lambda canvas: _draw_settled(canvas, result),
-            size=(8.5, 6.0),
+            size=(8.5, 7.5),
         ),
         Figure(
             name="real-categories",
@@ -290,22 +295,16 @@ def figures(result: Result) -> list[Figure]:
                 chance=0.0,
                 xlabel="rank correlation with counterfactual importance",
             ),
-            size=(9.0, 7.5),
+            size=(9.0, 10.0),
         ),
         Figure(
-            name="real-scale",
-            title="Does one more verification of a step show, at equal length?",
-            caption="How often a reward rises when one step of a real trace is verified once more and as many tokens are "
-            f"dropped at the end. The dashed line is chance. {intervals} {of}.",
-            draw=lambda canvas: _draw_dots(
-                canvas,
-                list(scale),
-                {"one more verification": [row["raised"] for row in scale.values()]},
-                chance=0.5,
-                xlabel="share of steps at which it rises",
-                legend=False,
-            ),
-            size=(8.5, 6.0),
+            name="real-beyond",
+            title="What a reward sees beyond length",
+            caption="Left: how often it rises when one step of a real trace is verified once more and as many tokens are "
+            "dropped at the end. Right: partial rank correlation, given length, with three things that a reward ought to see "
+            f"in a long trace. The dashed lines are chance. {intervals} {of}.",
+            draw=lambda canvas: _draw_beyond(canvas, result),
+            size=(11.0, 7.0),
         ),
     ]
 
@@ -325,6 +324,18 @@ def _draw_pairs(canvas: Any, result: Result) -> None:
     canvas.legend(handles, labels, loc="outside lower center", ncols=2)
 
 
+def _draw_beyond(canvas: Any, result: Result) -> None:
+    scale, beyond = result.summary["scale"], result.summary["beyond_length"]
+    left, right = canvas.subplots(1, 2, sharey=True)
+    dots(left, list(scale), {"one more verification": [row["raised"] for row in scale.values()]})
+    left.axvline(0.5, **REFERENCE)
+    left.set_xlabel("share of steps at which it rises")
+    dots(right, list(scale), {shown: [beyond[of].get(name) for name in scale] for of, shown in _SEEN.items() if of in beyond})
+    right.axvline(0.0, **REFERENCE)
+    right.set_xlabel("partial rank correlation, given length")
+    right.legend(loc="best")
+
+
 def _draw_settled(canvas: Any, result: Result) -> None:
     axes = canvas.subplots()
     prefix = "protected: "
@@ -340,12 +351,9 @@ def _draw_settled(canvas: Any, result: Result) -> None:
     axes.legend(loc="best")
 
 
-def _draw_dots(
-    canvas: Any, labels: Sequence[str], series: Mapping[str, Sequence[Any]], *, chance: float, xlabel: str, legend: bool = True
-) -> None:
+def _draw_dots(canvas: Any, labels: Sequence[str], series: Mapping[str, Sequence[Any]], *, chance: float, xlabel: str) -> None:
     axes = canvas.subplots()
     dots(axes, labels, series)
     axes.axvline(chance, **REFERENCE)
     axes.set_xlabel(xlabel)
-    if legend:
-        axes.legend(loc="best")
+    axes.legend(loc="best")

@@ -300,8 +300,22 @@ def left_out(policy):
     for sample in measuring.shipped(load_traces()).samples[::7][:2]:
         prompt = len(encoder.encode(sample.prompt, sample.completion).prompt)
         about = {"problem": sample.problem, "kind": sample.kind}
-        rows += [{**about, "position": prompt + i, "later": 12 - i, "loo": float(i)} for i in range(11)]
+        recorded = {"logprob": -1.0, "mu": 0.1, "lift": 1.0, "mu_all": 0.1}
+        rows += [{**about, **recorded, "position": prompt + i, "later": 12 - i, "loo": float(i)} for i in range(11)]
     return rows
+
+
+def test_what_proxy_recorded_is_enough_for_most_importances(policy, tmp_path, monkeypatch):
+    (tmp_path / "proxy.json").write_text(json.dumps({"settings": {"model": "smollm2"}, "rows": left_out(policy)}))
+    monkeypatch.setattr(real, "_PROXY", tmp_path / "proxy.json")
+    encoder = Encoder(policy.tokenizer, policy.model, {})
+    assert real._left_out(encoder, "another model") == []
+    trace, rows = real._left_out(encoder, "smollm2")[0]
+    found = {row["importance"]: row for row in real._loo_rows(real._recorded(trace, rows), rows) if row["target"] == "sum"}
+    assert found["position (early first)"]["alone"] == -1
+    assert found["log P"]["alone"] == 0
+    assert {"mu shrunk by 16 queries", "no copies of the completion, n = 2", real_measures.PAPER} <= found.keys()
+    assert not {"gradient", "value-weighted", "mu without the nearest 8"} & found.keys()
 
 
 def test_a_run_goes_on_from_its_cache_and_can_be_drawn_again(policy, folder, tmp_path, monkeypatch, capsys):
