@@ -20,7 +20,7 @@ Decisions taken here:
 - Further windows and the gradient take long. They are judged on the long traces for which some run has measured them, against
   the paper's importance on the same traces.
 - The second judge is `proxy`'s leave-one-out on the shipped traces, for the model that `proxy` measured. What `proxy` recorded
-  is enough for most importances. With `--windows` or `--gradient` the others are measured, too.
+  is enough for most importances. With `--windows` or `--gradient` all others are measured, too.
 """
 
 from __future__ import annotations
@@ -112,10 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--windows",
         action="store_true",
-        help="judge mu without the nearest 8 and 128 queries on all long traces: 20 minutes more",
+        help="judge mu without the nearest 8 and 128 queries on all long traces: one more forward of them",
     )
     parser.add_argument(
-        "--gradient", action="store_true", help="judge the gradient of the later text on all long traces: twice the time"
+        "--gradient",
+        action="store_true",
+        help="judge the gradient of the later text, on all long traces: one backward of them; with either flag what takes a "
+        "forward of the shipped traces is judged by leave-one-out, too",
     )
     parser.add_argument("--seed", type=int, default=0, help="of shuffles (default: %(default)s)")
 
@@ -155,7 +158,8 @@ def run(options: argparse.Namespace) -> Result:
         of_mixed = [measure(trace) for trace in mixed]
         of_steps = [(k, measure(with_tokens(trace, ids))) for trace, k, ids in steps]
         again = options.windows or options.gradient
-        of_left_out = [(measure(trace, **more) if again else _recorded(trace, rows), rows) for trace, rows in left_out]
+        everything = {"all_layers": True, "windows": True, "gradient": True}
+        of_left_out = [(measure(trace, **everything) if again else _recorded(trace, rows), rows) for trace, rows in left_out]
 
     long = [one for one in measured if one.trace.sentences]
     rows = [

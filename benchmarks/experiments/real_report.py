@@ -220,7 +220,8 @@ def tables(result: Result) -> list[Table]:
     result_tables.append(
         Table(
             caption="**Chosen on the other problems.** Each judge chooses one of a family by its mean on all problems but one, "
-            "and judges it on that one. Gain: beyond the paper's importance, or beyond r, with 95 % intervals over problems.",
+            "and judges it on that one. Gain: beyond the paper's importance, or beyond r, with 95 % intervals over problems. "
+            "Fewer problems: only the traces for which all of the family were measured.",
             header=["judge", "family", "chosen", "problems", "gain"],
             rows=[
                 [
@@ -333,7 +334,7 @@ def _draw_beyond(canvas: Any, result: Result) -> None:
     dots(right, list(scale), {shown: [beyond[of].get(name) for name in scale] for of, shown in _SEEN.items() if of in beyond})
     right.axvline(0.0, **REFERENCE)
     right.set_xlabel("partial rank correlation, given length")
-    right.legend(loc="best")
+    canvas.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def _draw_settled(canvas: Any, result: Result) -> None:
