@@ -33,13 +33,23 @@ def spearman(values: Sequence[float], others: Sequence[float], given: Sequence[S
     columns = [ranks(column) for column in (values, others, *given)]
     if len({column.size for column in columns}) > 1:
         raise ValueError(f"lists of {[column.size for column in columns]} numbers; they must be of the same things")
-    controls = np.stack([np.ones(columns[0].size), *columns[2:]], axis=1)
-    left = [column - controls @ np.linalg.lstsq(controls, column, rcond=None)[0] for column in columns[:2]]
+    basis = explained(columns[2:], columns[0].size)
+    return float(left(columns[0], basis) @ left(columns[1], basis))
+
+
+def explained(columns: Sequence[NDArray[np.float64]], size: int) -> NDArray[np.float64]:
+    """An orthonormal basis, [size, at most 1 + the number of columns], of what a constant and the columns explain."""
+    directions, lengths, _ = np.linalg.svd(np.stack([np.ones(size), *columns], axis=1), full_matrices=False)
+    basis: NDArray[np.float64] = directions[:, lengths > 1e-12 * lengths[0]]
+    return basis
+
+
+def left(column: NDArray[np.float64], basis: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the basis leaves unexplained of a column, as a vector of length 1; zeros where it leaves nothing."""
+    residual: NDArray[np.float64] = column - basis @ (basis.T @ column)
     # Residuals of what is explained in full are rounding: some 1e-16 of the ranks per addition.
-    norms = [float(np.linalg.norm(residual)) for residual in left]
-    if any(norm <= 1e-9 * float(np.linalg.norm(column)) for norm, column in zip(norms, columns, strict=False)):
-        return 0.0
-    return float(left[0] @ left[1]) / (norms[0] * norms[1])
+    norm = float(np.linalg.norm(residual))
+    return residual / norm if norm > 1e-9 * float(np.linalg.norm(column)) else np.zeros_like(residual)
 
 
 def top(values: Sequence[float], share: float) -> set[int]:

@@ -14,8 +14,13 @@ Decisions taken here:
 - *Sentences* are ranked within a trace, by the mean, the maximum and the protected share of their tokens. The ranks are
   compared with their measured importance: alone, given position and length, and given their mean log P too.
 - *Scale*: a trace's head, in which one step is verified again k times in its own words; as many tokens are dropped at the end.
+- *Beyond length*: among completions of one sort, a reward's partial rank correlation, given length, with what it ought to see.
 - An interval is over problems, each the mean of its traces. A choice within a family (the n of an n-gram) is judged on the
-  problem that was left out when it was made.
+  problem that was left out when it was made, by the same judge.
+- Further windows and the gradient take long. They are judged on the long traces for which some run has measured them, against
+  the paper's importance on the same traces.
+- The second judge is `proxy`'s leave-one-out on the shipped traces, for the model that `proxy` measured. What `proxy` recorded
+  is enough for most importances. With `--windows` or `--gradient` all others are measured, too.
 """
 
 from __future__ import annotations
@@ -24,30 +29,34 @@ import argparse
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.experiments import measuring
-from benchmarks.experiments.copies import continues
-from benchmarks.experiments.ranks import spearman
+from benchmarks.experiments.ranks import explained, left, ranks, spearman
+from benchmarks.experiments.real_attempts import COMPUTATION, attempt_rows, attempts
 from benchmarks.experiments.real_measures import (
+    ANY,
+    FAMILIES,
     IMPORTANCES,
     NGRAMS,
     PAPER,
     REWARDS,
     SHARED,
-    SHRINK,
     Measured,
     Passage,
+    R,
     protected,
 )
 from benchmarks.experiments.real_report import CATEGORIES, figures, tables
-from benchmarks.experiments.real_signals import cached
-from benchmarks.experiments.real_traces import RealTrace, read, shuffled
+from benchmarks.experiments.real_signals import Signals, cached
+from benchmarks.experiments.real_traces import RealTrace, read, shuffled, with_tokens
 from benchmarks.experiments.results import Result
 from entra.encode import Encoder
 from entra.forward import unwrapped
@@ -76,7 +85,8 @@ _STEPS = (0, 1, 2, 3, 4)
 _HEAD = 600  # tokens of a trace's head in which a step is verified again
 _AGAIN = "Wait, let me check that step again. "
 _PROXY = Path(__file__).parents[1] / "results" / "experiments" / "proxy.json"
-_FAMILY = tuple(f"no copies, n = {n}" for n in NGRAMS)
+_REWARD_FAMILY = tuple(f"entropy of {n}-grams" for n in NGRAMS)
+_CHECKS = ("uncertainty_management", "self_checking")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +109,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a run that was stopped goes on from here (default: %(default)s)",
     )
-    parser.add_argument("--gradient", action="store_true", help="judge the gradient of the later text, too: twice the time")
+    parser.add_argument(
+        "--windows",
+        action="store_true",
+        help="judge mu without the nearest 8 and 128 queries on all long traces: one more forward of them",
+    )
+    parser.add_argument(
+        "--gradient",
+        action="store_true",
+        help="judge the gradient of the later text, on all long traces: one backward of them; with either flag what takes a "
+        "forward of the shipped traces is judged by leave-one-out, too",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of shuffles (default: %(default)s)")
 
 
@@ -122,28 +142,24 @@ def run(options: argparse.Namespace) -> Result:
     traces, faults = read(options.folder, encoder, policy.tokenizer, limits)
     annotated = [trace for trace in traces if trace.sentences]
     generator = random.Random(options.seed)
-    mixed = [(trace, shuffled(trace, generator.shuffle)) for trace in annotated if trace.settled is not None]
+    mixed = [shuffled(trace, generator.shuffle) for trace in annotated if trace.settled is not None]
+    left_out = _left_out(encoder, options.model)
     steps = [(trace, k, ids) for trace in annotated if trace.right for k, ids in _verified_again(trace, policy.tokenizer)]
 
-    with progress_bar(len(traces) + len(mixed) + len(steps), 0, "completions") as bar:
+    with progress_bar(len(traces) + len(mixed) + len(steps) + len(left_out), 0, "completions") as bar:
 
-        def measure(trace: RealTrace, ids: list[int], *, all_layers: bool = False) -> Measured:
-            name = options.model
-            found = cached(
-                options.cache,
-                name,
-                model,
-                trace.prompt_ids,
-                ids,
-                all_layers=all_layers,
-                gradient=all_layers and options.gradient,
-            )
+        def measure(trace: RealTrace, **asked: bool) -> Measured:
+            found = cached(options.cache, options.model, model, trace.prompt_ids, trace.token_ids, **asked)
             bar.update()
             return Measured(trace=trace, signals=found)
 
-        measured = [measure(trace, trace.token_ids, all_layers=bool(trace.sentences)) for trace in traces]
-        of_mixed = [measure(_with(trace, ids), ids) for trace, ids in mixed]
-        of_steps = [(k, measure(_with(trace, ids), ids)) for trace, k, ids in steps]
+        more = {"all_layers": True, "windows": options.windows, "gradient": options.gradient}
+        measured = [measure(trace, **(more if trace.sentences else {})) for trace in traces]
+        of_mixed = [measure(trace) for trace in mixed]
+        of_steps = [(k, measure(with_tokens(trace, ids))) for trace, k, ids in steps]
+        again = options.windows or options.gradient
+        everything = {"all_layers": True, "windows": True, "gradient": True}
+        of_left_out = [(measure(trace, **everything) if again else _recorded(trace, rows), rows) for trace, rows in left_out]
 
     long = [one for one in measured if one.trace.sentences]
     rows = [
@@ -154,9 +170,14 @@ def run(options: argparse.Namespace) -> Result:
         *(_rounded(row) for one in long for row in _settled_rows(one, "as written")),
         *(_rounded(row) for one in of_mixed for row in _settled_rows(one, "shuffled")),
         *(row for k, one in of_steps for row in _scale_rows(one, k)),
-        *_loo_rows(encoder),
+        *(_rounded(row) for one in long for row in attempt_rows(one, "as written")),
+        *(_rounded(row) for one in of_mixed for row in attempt_rows(one, "shuffled")),
+        *(row for one, judged in of_left_out for row in _loo_rows(one, judged)),
     ]
-    settings = {name: getattr(options, name) for name in ("model", "limit", "gradient", "seed")}
+    settings = {name: getattr(options, name) for name in ("model", "limit", "seed")}
+    settings |= {
+        f"with_{of}": sum(not np.isnan(getattr(one.signals, of)).any() for one in long) for of in ("far_8", "gradient")
+    }
     return Result(
         name="real",
         settings={**settings, "completions": len(measured), "tokens": sum(len(one.trace.token_ids) for one in measured)},
@@ -165,22 +186,10 @@ def run(options: argparse.Namespace) -> Result:
     )
 
 
-def _with(trace: RealTrace, ids: list[int]) -> RealTrace:
-    """Other tokens under the same name; what is said of characters and sentences no longer holds."""
-    return RealTrace(
-        **{
-            name: getattr(trace, name) for name in ("set", "problem", "model", "kind", "task", "right", "prompt_ids", "settled")
-        },
-        token_ids=ids,
-        starts=[0] * len(ids),
-        text="",
-    )
-
-
 def _verified_again(trace: RealTrace, tokenizer: Any) -> Iterable[tuple[int, list[int]]]:
     """For each k the head of the trace with one of its computations verified again k times, at equal length."""
     head = min(_HEAD, len(trace.token_ids))
-    places = [s for s in trace.sentences if s.label == "active_computation" and s.last < head // 2 and s.last - s.first >= 8]
+    places = [s for s in trace.sentences if s.label == COMPUTATION and s.last < head // 2 and s.last - s.first >= 8]
     if not places:
         return
     step = places[-1]
@@ -190,11 +199,14 @@ def _verified_again(trace: RealTrace, tokenizer: Any) -> Iterable[tuple[int, lis
         yield k, ids[:head]
 
 
+@cache
 def _rewards(passage: Passage) -> dict[str, float]:
     return {name: round(reward(passage), 6) for name, reward in REWARDS.items()}
 
 
+@cache
 def _whole(one: Measured) -> Passage:
+    """One object for each completion, which is compared with many others."""
     return Passage(measured=one, first=0, end=len(one.trace.token_ids))
 
 
@@ -210,6 +222,17 @@ def _whole_row(one: Measured) -> dict[str, Any]:
         "right": int(trace.right),
         "tokens": len(trace.token_ids),
         **_rewards(_whole(one)),
+        **(_wasted(trace) if trace.sentences else {}),
+    }
+
+
+def _wasted(trace: RealTrace) -> dict[str, float]:
+    """What a reward ought to see: shares of tokens after settling and in checks, and of computations that are made again."""
+    count, made = len(trace.token_ids), attempts(trace.sentences)
+    return {
+        **({"after settling": round(1 - trace.settled / count, 6)} if trace.settled is not None else {}),
+        "attempts again": round(sum(first is not None for _, first in made) / max(len(made), 1), 6),
+        "checks": round(sum(s.last + 1 - s.first for s in trace.sentences if s.label in _CHECKS) / count, 6),
     }
 
 
@@ -263,11 +286,11 @@ def _compared(pair: str, view: str, one: Measured, first: Passage, second: Passa
     }
 
 
-def _importances(one: Measured) -> Iterable[tuple[str, Any]]:
-    """Those that can be had: of what was measured, and of sentences only where these are known."""
+def _importances(one: Measured, inside: Any = slice(None)) -> Iterable[tuple[str, Any]]:
+    """Those of the tokens `inside` that can be had: of what was measured, and of sentences only where these are known."""
     for name, importance in IMPORTANCES.items():
         if name != SHARED or one.trace.sentences:
-            values = importance(one)
+            values = importance(one)[inside]
             if not np.isnan(values).any():
                 yield name, values
 
@@ -275,6 +298,15 @@ def _importances(one: Measured) -> Iterable[tuple[str, Any]]:
 def _sentence_rows(one: Measured) -> Iterable[dict[str, Any]]:
     """For each importance and each way to make a sentence's of its tokens': correlations with every measured importance."""
     trace, logprobs = one.trace, one.signals.logprobs
+    judges = []  # of each measured importance its sentences, and what place and log P leave of it
+    for target in TARGETS:
+        sentences = [s for s in trace.sentences if target in s.importance]
+        parts = [slice(s.first, s.last + 1) for s in sentences]
+        truth = ranks([s.importance[target] for s in sentences])
+        place = [ranks([float(s.first) for s in sentences]), ranks([float(s.last - s.first) for s in sentences])]
+        given = {"alone": [], "place": place, "place and log P": [*place, ranks([float(logprobs[p].mean()) for p in parts])]}
+        bases = {controls: explained(columns, len(parts)) for controls, columns in given.items()}
+        judges.append((target, parts, {controls: (basis, left(truth, basis)) for controls, basis in bases.items()}))
     for name, values in _importances(one):
         kept = protected(values)
         ways: dict[str, Callable[[slice], float]] = {
@@ -285,16 +317,10 @@ def _sentence_rows(one: Measured) -> Iterable[dict[str, Any]]:
         for how, of in ways.items():
             row: dict[str, Any] = {"part": "sentences", "problem": trace.problem, "model": trace.model, "kind": trace.kind}
             row |= {"importance": name, "how": how}
-            for target in TARGETS:
-                sentences = [s for s in trace.sentences if target in s.importance]
-                parts = [slice(s.first, s.last + 1) for s in sentences]
-                truth = [s.importance[target] for s in sentences]
-                place = [[float(s.first) for s in sentences], [float(s.last - s.first) for s in sentences]]
-                given = {"alone": [], "place": place, "place and log P": [*place, [float(logprobs[p].mean()) for p in parts]]}
-                mine = [of(part) for part in parts]
-                row |= {
-                    f"{target}, {controls}": round(spearman(mine, truth, columns), 5) for controls, columns in given.items()
-                }
+            for target, parts, by_controls in judges:
+                mine = ranks([of(part) for part in parts])
+                for controls, (basis, truth) in by_controls.items():
+                    row[f"{target}, {controls}"] = round(float(left(mine, basis) @ truth), 5)
             yield row
 
 
@@ -340,44 +366,62 @@ def _settled_rows(one: Measured, text: str) -> Iterable[dict[str, Any]]:
         yield {**about, "of": name, "before": REWARDS[name](head), "after": REWARDS[name](tail)}
 
 
-def _loo_rows(encoder: Encoder) -> Iterable[dict[str, Any]]:
-    """The second judge: leave-one-out of single tokens, as the experiment `proxy` measured it on the shipped traces."""
-    if not _PROXY.is_file():
-        return
+def _left_out(encoder: Encoder, model: str) -> list[tuple[RealTrace, list[dict[str, Any]]]]:
+    """The shipped traces whose tokens the experiment `proxy` left out one by one, with what it measured of them."""
+    found = json.loads(_PROXY.read_text()) if _PROXY.is_file() else {"settings": {}}
+    if found["settings"].get("model") != model:
+        return []
     judged: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in json.loads(_PROXY.read_text())["rows"]:
+    for row in found["rows"]:
         judged[row["problem"], row["kind"]].append(row)
+    result = []
     for sample in measuring.shipped(load_traces()).samples:
-        tokens = judged.get((sample.problem, sample.kind), [])
-        if not tokens:
-            continue
-        encoded = encoder.encode(sample.prompt, sample.completion)
-        copy = {n: continues(encoded.prompt, encoded.completion, n) for n in NGRAMS}
-        inside = [row["position"] - len(encoded.prompt) for row in tokens]
-        place = [float(position) for position in inside]
-        paper = np.array([row["logprob"] + 2 * row["mu"] for row in tokens])
-        mu, later = (np.array([row[name] for row in tokens]) for name in ("mu", "later"))
-        orders = {
-            PAPER: paper,
-            "log P": np.array([row["logprob"] for row in tokens]),
-            "mu": mu,
-            "lift": np.array([row["lift"] for row in tokens]),
-            "surprisal: -log P + 2 mu": np.array([-row["logprob"] + 2 * row["mu"] for row in tokens]),
-            **{f"no copies, n = {n}": paper - 1e6 * copy[n][inside] for n in NGRAMS},
-            "mu shrunk where few queries are left": mu * later / (later + SHRINK),
-            "position (early first)": -np.array(place),
-        }
-        for name, values in orders.items():
-            for target, truth in (("sum", [r["loo"] for r in tokens]), ("mean", [r["loo"] / r["later"] for r in tokens])):
-                yield {
-                    "part": "leave-one-out",
-                    "problem": sample.problem,
-                    "kind": sample.kind,
-                    "importance": name,
-                    "target": target,
-                    "alone": round(spearman(values.tolist(), truth), 5),
-                    "place": round(spearman(values.tolist(), truth, [place]), 5),
-                }
+        if tokens := judged.get((sample.problem, sample.kind)):
+            encoded = encoder.encode(sample.prompt, sample.completion)
+            trace = RealTrace(
+                set="shipped",
+                problem=sample.problem,
+                model="",
+                kind=sample.kind,
+                task="",
+                right=True,
+                prompt_ids=encoded.prompt,
+                token_ids=encoded.completion,
+                starts=[0] * len(encoded.completion),
+                text="",
+            )
+            result.append((trace, tokens))
+    return result
+
+
+def _recorded(trace: RealTrace, rows: Sequence[dict[str, Any]]) -> Measured:
+    """What `proxy` recorded: log P and mu of the tokens that it left out, and NaN for all else."""
+    signals = {of: np.full(len(trace.token_ids), np.nan) for of in Signals._fields}
+    for of, column in {"logprobs": "logprob", "mean": "mu", "lift": "lift", "mean_all": "mu_all"}.items():
+        signals[of][_inside(trace, rows)] = [row[column] for row in rows]
+    return Measured(trace=trace, signals=Signals(**signals))
+
+
+def _inside(trace: RealTrace, rows: Sequence[dict[str, Any]]) -> list[int]:
+    return [row["position"] - len(trace.prompt_ids) for row in rows]
+
+
+def _loo_rows(one: Measured, rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """The second judge: for each importance, its rank correlations with leave-one-out of single tokens."""
+    inside = _inside(one.trace, rows)
+    targets = {"sum": [row["loo"] for row in rows], "mean": [row["loo"] / row["later"] for row in rows]}
+    place = [float(position) for position in inside]
+    for name, values in _importances(one, inside):
+        for target, truth in targets.items():
+            yield {
+                "part": "leave-one-out",
+                "problem": one.trace.problem,
+                "kind": one.trace.kind,
+                "importance": name,
+                "target": target,
+                "alone": round(spearman(values.tolist(), truth), 5),
+                "place": round(spearman(values.tolist(), truth, [place]), 5),
+            }
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:
@@ -396,6 +440,10 @@ def _scale_rows(one: Measured, k: int) -> Iterable[dict[str, Any]]:
 
 def _of(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def _trace_of(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["problem"], row.get("model", ""), row["kind"]
 
 
 def _problem_means(rows: Iterable[dict[str, Any]], of: str | Callable[[dict[str, Any]], float]) -> dict[str, float]:
@@ -426,6 +474,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "categories": _categories(rows),
         "settled": _settled(rows),
         "scale": _scale(rows),
+        "attempts": _attempts(rows),
+        "beyond_length": _beyond_length(rows),
         "chosen": _chosen(rows),
         "leave_one_out": _leave_one_out(rows),
     }
@@ -508,8 +558,9 @@ def _sentences(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _paired(mine: Sequence[dict[str, Any]], paper: Sequence[dict[str, Any]], column: str) -> list[float] | None:
-    """The problems' differences from the paper's importance."""
-    ours, theirs = (_problem_means(rows, column) for rows in (mine, paper))
+    """The problems' differences from the paper's importance, over the traces that both have."""
+    traces = {_trace_of(row) for row in mine} & {_trace_of(row) for row in paper}
+    ours, theirs = (_problem_means([row for row in rows if _trace_of(row) in traces], column) for rows in (mine, paper))
     return _interval(value - theirs[problem] for problem, value in ours.items())
 
 
@@ -549,19 +600,27 @@ def _settled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _scale(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """By reward, how often one more verification raises it, and the mean at each k."""
     found = _of(rows, part="scale")
-    names = [name for name in REWARDS if found and name in found[0]]
+    return {
+        name: {
+            "raised": _share(raised.values()),
+            "means": [fmean(row[name] for row in _of(found, k=k)) for k in _STEPS if _of(found, k=k)],
+        }
+        for name, raised in _raised(rows).items()
+    }
+
+
+def _raised(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By reward and problem, how often one more verification raises it."""
+    found = _of(rows, part="scale")
     traces: dict[tuple[str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
     for row in found:
         traces[row["problem"], row["model"]][row["k"]] = row
     result = {}
-    for name in names:
+    for name in [name for name in REWARDS if found and name in found[0]]:
         rises: dict[str, list[float]] = defaultdict(list)
         for (problem, _), by_k in traces.items():
             rises[problem] += [float(by_k[k][name] > by_k[k - 1][name]) for k in by_k if k - 1 in by_k]
-        result[name] = {
-            "raised": _share(fmean(values) for values in rises.values()),
-            "means": [fmean(row[name] for row in _of(found, k=k)) for k in _STEPS if _of(found, k=k)],
-        }
+        result[name] = {problem: fmean(values) for problem, values in rises.items()}
     return result
 
 
@@ -580,24 +639,114 @@ def _leave_one_out(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The n of "no copies", judged on the problem that was left out when it was chosen.
+def _attempts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of everything that is judged of sentences: first attempts and attempts again, and the correlations with being again."""
+    found = _of(rows, part="attempts")
+    result = {}
+    for of in dict.fromkeys(row["of"] for row in found):
+        written, mixed = (_of(found, of=of, text=text) for text in ("as written", "shuffled"))
+        result[of] = {
+            "traces": len(written),
+            "computations": sum(row["computations"] for row in written),
+            "repeated": sum(row["repeated"] for row in written),
+            "problems": len({row["problem"] for row in written}),
+            **{side: fmean(_problem_means(written, side).values()) for side in ("first", "again") if written},
+            **{
+                control: _interval(_problem_means(written, control).values())
+                for control in ("alone", "place", "place and log P")
+            },
+            "beyond_shuffled": _paired(written, mixed, "place"),
+        }
+    return result
 
-    It is chosen by how much more is protected before settling than after.
+
+def _beyond_length(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By what a reward ought to see, among completions of one sort, the partial rank correlations given length.
+
+    Problems are drawn again for the interval. The ranks stay those of all completions.
     """
-    found = [row for row in _of(rows, part="settled", text="as written") if row["of"].startswith("protected: ")]
-    by_name = {
-        name: _problem_means(_of(found, of=f"protected: {name}"), lambda row: row["before"] - row["after"])
-        for name in (PAPER, *_FAMILY)
+    whole = _of(rows, part="whole")
+    long = [row for row in whole if "checks" in row]
+    sorts: dict[str, tuple[list[dict[str, Any]], Callable[[dict[str, Any]], float]]] = {
+        name: ([row for row in long if name in row], lambda row, name=name: row[name])  # type: ignore[misc]
+        for name in ("after settling", "attempts again", "checks")
     }
-    gains, picks = [], []
-    for problem in by_name[PAPER]:
-        others = (
-            {name: fmean(v for p, v in by_name[name].items() if p != problem) for name in _FAMILY}
-            if len(by_name[PAPER]) > 1
-            else {}
-        )
-        if others:
-            picks.append(max(others, key=lambda name: others[name]))
-            gains.append(by_name[picks[-1]][problem] - by_name[PAPER][problem])
-    return {"picks": picks, "gain": _interval(gains)}
+    sorts["wrong, long traces"] = (long, lambda row: 1 - row["right"])
+    for model in ("Qwen3-8B", "Qwen3.5-9B"):
+        sorts[f"wrong, {model} thinking"] = (_of(whole, model=model, kind="thinking"), lambda row: 1 - row["right"])
+    result = {}
+    for name, (inside, truth) in sorts.items():
+        problems = sorted({row["problem"] for row in inside})
+        if len(problems) >= 3 and len({truth(row) for row in inside}) > 1:
+            columns = [[row["tokens"] for row in inside], [truth(row) for row in inside]]
+            columns += [[row[reward] for row in inside] for reward in REWARDS]
+            draws = np.random.default_rng(0).multinomial(len(problems), [1 / len(problems)] * len(problems), size=2000)
+            weights = np.concatenate([np.ones((1, len(inside))), draws[:, [problems.index(row["problem"]) for row in inside]]])
+            found = _partial(np.array([ranks(column) for column in columns]), weights)
+            result[name] = {
+                "completions": len(inside),
+                "problems": len(problems),
+                **{
+                    reward: [float(of[0]), *(float(end) for end in np.nanquantile(of[1:], [0.025, 0.975]))]
+                    for reward, of in zip(REWARDS, found.T, strict=True)
+                    if np.isfinite(of[0])
+                },
+            }
+    return result
+
+
+def _partial(columns: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of [K, n] columns, for each row of weights [D, n], the correlation of those from 2 on with 1 given 0; [D, K - 2]."""
+    weights = weights / weights.sum(1, keepdims=True)
+    means = weights @ columns.T
+    moments = np.einsum("dn,kn,ln->dkl", weights, columns, columns, optimize=True) - means[:, :, None] * means[:, None]
+    left = moments - moments[:, :, :1] * moments[:, :1] / np.maximum(moments[:, :1, :1], 1e-12)
+    spread = np.einsum("dkk->dk", left)
+    spread = np.where(spread > 1e-9 * np.einsum("dkk->dk", moments), spread, np.nan)
+    partial: NDArray[np.float64] = left[:, 1, 2:] / np.sqrt(spread[:, 1:2] * spread[:, 2:])
+    return partial
+
+
+def _chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What each judge chooses of a family, judged by the same judge on the problem that was left out for the choice."""
+    settled = [row for row in _of(rows, part="settled", text="as written") if row["of"].startswith("protected: ")]
+    sentences = _of(rows, part="sentences", how="protected share")
+    left_out = _of(rows, part="leave-one-out", target="sum")
+    judges: dict[str, tuple[dict[str, list[dict[str, Any]]], Callable[[dict[str, Any]], float]]] = {
+        "share protected before settling less that after": (
+            {name: _of(settled, of=f"protected: {name}") for name in IMPORTANCES},
+            lambda row: row["before"] - row["after"],
+        ),
+        "sentences, given position and length": (
+            {name: _of(sentences, importance=name) for name in IMPORTANCES},
+            lambda row: row[f"{TARGETS[0]}, place"],
+        ),
+        "leave-one-out in sum, given position": (
+            {name: _of(left_out, importance=name) for name in IMPORTANCES},
+            lambda row: row["place"],
+        ),
+    }
+    result: dict[str, Any] = {}
+    for judge, (found, of) in judges.items():
+        result[judge] = {}
+        complete = [name for name in IMPORTANCES if len(found[name]) == len(found[PAPER])]
+        for family, names in FAMILIES.items():
+            # Further windows and the gradient may be there for a part of the traces: a small family is judged on these.
+            candidates = [name for name in names if name in complete] if family == ANY else list(names)
+            traces = set.intersection(*({_trace_of(row) for row in found[name]} for name in candidates))
+            common = {name: [row for row in found[name] if _trace_of(row) in traces] for name in (PAPER, *candidates)}
+            means = {name: _problem_means(mine, of) for name, mine in common.items()}
+            result[judge][family] = _left_one_out(means, candidates, PAPER)
+    result["one more verification raises it"] = {"entropy of n-grams": _left_one_out(_raised(rows), _REWARD_FAMILY, R)}
+    return result
+
+
+def _left_one_out(scores: Mapping[str, dict[str, float]], names: Iterable[str], basis: str) -> dict[str, Any]:
+    """For each problem the name with the highest mean on the others, and its gain over `basis` on that problem."""
+    problems = list(scores.get(basis, {}))
+    picks, gains = [], []
+    for problem in problems if len(problems) > 1 else []:
+        means = {name: fmean(scores[name][other] for other in problems if other != problem) for name in names}
+        picks.append(max(means, key=lambda name: means[name]))
+        gains.append(scores[picks[-1]][problem] - scores[basis][problem])
+    return {"picks": picks, "problems": len(problems), "gain": _interval(gains)}

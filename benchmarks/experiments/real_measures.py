@@ -7,7 +7,7 @@ Decisions taken here:
 
 - The paper's importance has lambda = 2, and the share tau = 0.2 is protected, ties to the lower index: `entra.ScoreConfig()`.
 - A passage is ranked by itself: it protects a fifth of its own tokens. Its log P and mu are those of the whole completion.
-- A copy is a token that ends an n-gram which prompt or completion had before.
+- A copy is a token that ends an n-gram which prompt or completion had before. "Of the completion" counts the completion alone.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ from entra_kernels import redundancy
 Array = NDArray[np.float64]
 
 PAPER = "log P + 2 mu"
+SURPRISAL = "surprisal: -log P + 2 mu"
+NO_COPIES_SHOWN = ("no copies, n = 2", "no copies, n = 4")
 SHARED = "shared by a sentence"
 NGRAMS = (2, 3, 4, 5, 6)
 POSITIONS = 100
 """Unprotected positions of the rarefied r."""
 _CONFIG = ScoreConfig()
-SHRINK = 64
+SHRINK = (16, 64, 256)
 """Later queries at which a shrunk mean counts half."""
 
 
@@ -51,6 +53,11 @@ class Measured:
     def copies(self) -> dict[int, NDArray[np.bool_]]:
         """By n, which tokens continue an n-gram of prompt or completion; bool [n]."""
         return {n: copies.continues(self.trace.prompt_ids, self.trace.token_ids, n) for n in NGRAMS}
+
+    @cached_property
+    def copies_inside(self) -> dict[int, NDArray[np.bool_]]:
+        """By n, which tokens continue an n-gram of the completion alone; bool [n]."""
+        return {n: copies.continues([], self.trace.token_ids, n) for n in (2, 4)}
 
     @cached_property
     def explained(self) -> Array:
@@ -77,6 +84,10 @@ def _no_copies(n: int) -> Callable[[Measured], Array]:
     return lambda measured: _last(measured.paper, measured.copies[n])
 
 
+def _shrunk(half: int) -> Callable[[Measured], Array]:
+    return lambda measured: measured.signals.mean * measured.later / (measured.later + half)
+
+
 def _shared(measured: Measured) -> Array:
     """Each sentence's tokens get the mean of its importance; what is in no sentence keeps its own."""
     result = measured.paper.copy()
@@ -101,12 +112,16 @@ IMPORTANCES: dict[str, Callable[[Measured], Array]] = {
     "mu": lambda m: m.signals.mean,
     "lift": lambda m: m.signals.lift,
     "mu of all layers": lambda m: m.signals.mean_all,
-    "surprisal: -log P + 2 mu": lambda m: -m.signals.logprobs + 2 * m.signals.mean,
+    SURPRISAL: lambda m: -m.signals.logprobs + 2 * m.signals.mean,
     **{f"no copies, n = {n}": _no_copies(n) for n in NGRAMS},
+    "no copies of the completion, n = 2": lambda m: _last(m.paper, m.copies_inside[2]),
+    "no copies of the completion, n = 4": lambda m: _last(m.paper, m.copies_inside[4]),
     "surprisal, no copies, n = 4": lambda m: _last(-m.signals.logprobs + 2 * m.signals.mean, m.copies[4]),
     "discounted: log P - log(1 + n) + 2 mu": lambda m: m.paper - np.log1p(_runs(m)),
-    "mu shrunk where few queries are left": lambda m: m.signals.mean * m.later / (m.later + SHRINK),
+    **{f"mu shrunk by {half} queries": _shrunk(half) for half in SHRINK},
+    "mu without the nearest 8": lambda m: m.signals.far_8,
     "mu without the nearest 32": lambda m: m.signals.far,
+    "mu without the nearest 128": lambda m: m.signals.far_128,
     "value-weighted": lambda m: m.signals.value,
     "log P + value-weighted": lambda m: m.signals.logprobs + _scaled(m.signals.value),
     SHARED: _shared,
@@ -114,6 +129,14 @@ IMPORTANCES: dict[str, Callable[[Measured], Array]] = {
     "position (early first)": lambda m: m.later,
 }
 """Orders of a completion's tokens, by name."""
+ANY = "any importance"
+FAMILIES = {
+    "copies last": tuple(name for name in IMPORTANCES if name.startswith("no copies")),
+    "mu without the nearest": tuple(name for name in IMPORTANCES if name.startswith("mu without")),
+    "mu shrunk": tuple(name for name in IMPORTANCES if name.startswith("mu shrunk")),
+    ANY: tuple(name for name in IMPORTANCES if not name.startswith("position")),
+}
+"""Importances of which one is chosen, by the name of the choice. Position is no candidate: it looks at no token."""
 
 
 def protected(importance: Array, share: float = _CONFIG.protect_fraction) -> NDArray[np.bool_]:
@@ -198,6 +221,7 @@ REWARDS: dict[str, Callable[[Passage], float]] = {
     **{f"entropy of {n}-grams": _entropy(n) for n in NGRAMS},
     "D of 4-grams": lambda p: int(p.unprotected.sum()) * (1 - copies.entropy(p.ids, p.unprotected, 4)),
     "copied share (n = 4)": lambda p: float(p.cut(p.measured.copies[4]).mean()),
+    "copied share (n = 4) of the completion": lambda p: float(p.cut(p.measured.copies_inside[4]).mean()),
     "copied share, by address": lambda p: float(p.cut(p.measured.explained).mean()),
     "copied share, by address and probability": lambda p: float(
         (p.cut(p.measured.explained) * np.exp(p.cut(p.measured.signals.logprobs))).mean()

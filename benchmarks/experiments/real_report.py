@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.experiments.drawing import COLOURS, REFERENCE, dots
-from benchmarks.experiments.real_measures import PAPER, REWARDS, R
+from benchmarks.experiments.real_measures import NO_COPIES_SHOWN, PAPER, REWARDS, SURPRISAL, R
 from benchmarks.experiments.results import Figure, Result, Table, with_interval
 
 VIEWS = {
@@ -30,6 +31,12 @@ CONTROLS = {
     "place": "given position and length",
     "place and log P": "given position, length and log P",
 }
+_SEEN = {
+    "after settling": "tokens after settling",
+    "attempts again": "computations made again",
+    "checks": "tokens in doubt and self-checks",
+}
+_OF_ATTEMPTS = (*CONTROLS, "beyond_shuffled")
 _TARGET = "counterfactual_importance_kl"
 _SHOWN_REWARDS = (
     R,
@@ -41,7 +48,7 @@ _SHOWN_REWARDS = (
     "entropy of 4-grams",
     "copied share, by address",
 )
-_SHOWN_IMPORTANCES = (PAPER, "surprisal: -log P + 2 mu", "no copies, n = 2", "no copies, n = 4")
+_SHOWN_IMPORTANCES = (PAPER, SURPRISAL, *NO_COPIES_SHOWN)
 
 
 def _cell(interval: Sequence[float] | None, scale: float = 1, digits: int = 2) -> str:
@@ -49,7 +56,7 @@ def _cell(interval: Sequence[float] | None, scale: float = 1, digits: int = 2) -
 
 
 def tables(result: Result) -> list[Table]:
-    """Pairs, length, tasks, settling, sentences, categories and the scale."""
+    """Pairs, length, tasks, settling, sentences, categories, the scale, attempts again, both judges and what they choose."""
     settings, summary = result.settings, result.summary
     of = f"{settings['completions']} completions of real models, {settings['tokens']:,} tokens, read by {settings['model']}"
     pairs = {name: views for name, views in summary["pairs"].items() if name != "by_task"}
@@ -152,7 +159,9 @@ def tables(result: Result) -> list[Table]:
     labels = [label for label in CATEGORIES if any(label in row for row in categories.values())]
     result_tables.append(
         Table(
-            caption="**What is protected, by category of sentence, %.** 20 by chance. Means over problems with 95 % intervals.",
+            caption="**What is protected, by category of sentence, %.** 20 by chance. Means over problems with 95 % intervals. "
+            f"Of the long traces {settings['with_far_8']} have mu without the nearest 8 and 128, and "
+            f"{settings['with_gradient']} the gradient.",
             header=["", *(CATEGORIES[label] for label in labels)],
             rows=[[name, *(_cell(row.get(label), 100, 0) for label in labels)] for name, row in categories.items()],
         )
@@ -169,6 +178,32 @@ def tables(result: Result) -> list[Table]:
             ],
         )
     )
+    made = summary["attempts"]
+    counts = next(iter(made.values()), dict.fromkeys(("computations", "repeated", "traces", "problems"), 0))
+    result_tables.append(
+        Table(
+            caption=f"**Computations that are made again.** Of {counts['computations']:,} computations {counts['repeated']} "
+            "are attempts again: same result, half of the numbers, and doubt in between. First: what is made again later. "
+            "Rank correlation within a trace with being an attempt again, among all computations; partial ones given position "
+            "and length, and given mean log P too. Beyond shuffled: given position and length, less that of the trace with its "
+            f"sentences shuffled. {counts['traces']} traces; intervals over {counts['problems']} problems.",
+            header=["", "first", "again", *CONTROLS.values(), "beyond shuffled"],
+            rows=[
+                [name, *(f"{row[side]:.3g}" for side in ("first", "again")), *(_cell(row[of]) for of in _OF_ATTEMPTS)]
+                for name, row in made.items()
+            ],
+        )
+    )
+    beyond = summary["beyond_length"]
+    result_tables.append(
+        Table(
+            caption="**What a reward knows beyond length.** Partial rank correlation, given length, among completions of one "
+            "sort, with what a reward ought to see: the share of tokens after the answer has settled, of computations that "
+            "are attempts again, of tokens in doubt and self-checks; and being wrong. 95 % intervals, problems drawn again.",
+            header=["", *(f"{name} ({of['completions']} of {of['problems']} problems)" for name, of in beyond.items())],
+            rows=[[name, *(_cell(of.get(name)) for of in beyond.values())] for name in REWARDS if name != "length"],
+        )
+    )
     judged = summary["leave_one_out"]
     result_tables.append(
         Table(
@@ -182,26 +217,35 @@ def tables(result: Result) -> list[Table]:
             ],
         )
     )
-    chosen = summary["chosen"]
-    picks = ", ".join(f"{name} {chosen['picks'].count(name)} times" for name in dict.fromkeys(chosen["picks"]))
     result_tables.append(
         Table(
-            caption="**No copies, with n chosen on the other problems**: the protected share before settling "
-            "less that after it, "
-            "beyond the paper's importance.",
-            header=["chosen", "gain"],
-            rows=[[picks, _cell(chosen["gain"], digits=3)]],
+            caption="**Chosen on the other problems.** Each judge chooses one of a family by its mean on all problems but one, "
+            "and judges it on that one. Gain: beyond the paper's importance, or beyond r, with 95 % intervals over problems. "
+            "Fewer problems: only the traces for which all of the family were measured.",
+            header=["judge", "family", "chosen", "problems", "gain"],
+            rows=[
+                [
+                    judge,
+                    family,
+                    ", ".join(f"{name} ({count})" for name, count in Counter(of["picks"]).items()),
+                    str(of["problems"]),
+                    _cell(of["gain"], digits=3),
+                ]
+                for judge, families in summary["chosen"].items()
+                for family, of in families.items()
+                if of["picks"]
+            ],
         )
     )
     return result_tables
 
 
 def figures(result: Result) -> list[Figure]:
-    """Pairs, settling, categories, sentences, scale."""
+    """Pairs, settling, categories, sentences, and what a reward sees beyond length."""
     summary = result.summary
     of = f"{result.settings['completions']} completions of real models, read by {result.settings['model']}"
     intervals = "Bars are 95 % intervals over problems."
-    categories, scale = summary["categories"], summary["scale"]
+    categories = summary["categories"]
     sentences = summary["sentences"][_TARGET]["protected share"]
     return [
         Figure(
@@ -219,7 +263,7 @@ def figures(result: Result) -> list[Figure]:
             caption="Share of the tokens that each importance protects, before (open) and after (filled) the place from which "
             f"the model's answer no longer changes. The dashed line is chance. Means over problems. {of}.",
             draw=lambda canvas: _draw_settled(canvas, result),
-            size=(8.5, 6.0),
+            size=(8.5, 7.5),
         ),
         Figure(
             name="real-categories",
@@ -252,22 +296,16 @@ def figures(result: Result) -> list[Figure]:
                 chance=0.0,
                 xlabel="rank correlation with counterfactual importance",
             ),
-            size=(9.0, 7.5),
+            size=(9.0, 10.0),
         ),
         Figure(
-            name="real-scale",
-            title="Does one more verification of a step show, at equal length?",
-            caption="How often a reward rises when one step of a real trace is verified once more and as many tokens are "
-            f"dropped at the end. The dashed line is chance. {intervals} {of}.",
-            draw=lambda canvas: _draw_dots(
-                canvas,
-                list(scale),
-                {"one more verification": [row["raised"] for row in scale.values()]},
-                chance=0.5,
-                xlabel="share of steps at which it rises",
-                legend=False,
-            ),
-            size=(8.5, 6.0),
+            name="real-beyond",
+            title="What a reward sees beyond length",
+            caption="Left: how often it rises when one step of a real trace is verified once more and as many tokens are "
+            "dropped at the end. Right: partial rank correlation, given length, with three things that a reward ought to see "
+            f"in a long trace. The dashed lines are chance. {intervals} {of}.",
+            draw=lambda canvas: _draw_beyond(canvas, result),
+            size=(11.0, 7.0),
         ),
     ]
 
@@ -287,6 +325,18 @@ def _draw_pairs(canvas: Any, result: Result) -> None:
     canvas.legend(handles, labels, loc="outside lower center", ncols=2)
 
 
+def _draw_beyond(canvas: Any, result: Result) -> None:
+    scale, beyond = result.summary["scale"], result.summary["beyond_length"]
+    left, right = canvas.subplots(1, 2, sharey=True)
+    dots(left, list(scale), {"one more verification": [row["raised"] for row in scale.values()]})
+    left.axvline(0.5, **REFERENCE)
+    left.set_xlabel("share of steps at which it rises")
+    dots(right, list(scale), {shown: [beyond[of].get(name) for name in scale] for of, shown in _SEEN.items() if of in beyond})
+    right.axvline(0.0, **REFERENCE)
+    right.set_xlabel("partial rank correlation, given length")
+    canvas.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
 def _draw_settled(canvas: Any, result: Result) -> None:
     axes = canvas.subplots()
     prefix = "protected: "
@@ -302,12 +352,9 @@ def _draw_settled(canvas: Any, result: Result) -> None:
     axes.legend(loc="best")
 
 
-def _draw_dots(
-    canvas: Any, labels: Sequence[str], series: Mapping[str, Sequence[Any]], *, chance: float, xlabel: str, legend: bool = True
-) -> None:
+def _draw_dots(canvas: Any, labels: Sequence[str], series: Mapping[str, Sequence[Any]], *, chance: float, xlabel: str) -> None:
     axes = canvas.subplots()
     dots(axes, labels, series)
     axes.axvline(chance, **REFERENCE)
     axes.set_xlabel(xlabel)
-    if legend:
-        axes.legend(loc="best")
+    axes.legend(loc="best")

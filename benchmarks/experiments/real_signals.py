@@ -1,14 +1,14 @@
 """What one model says of every token of a real trace: log P, and what each token receives from later ones, in several ways.
 
-One forward gives everything but the gradient. An attention function of ours computes the layer's output by SDPA, as the model
-would. Besides, it sums the columns of the probabilities, a block of queries at a time. The gradient takes one backward.
+An attention function of ours computes the layer's output by SDPA, as the model would. Besides, it sums the columns of the
+probabilities, a block of queries at a time. So one forward gives most of it. The gradient takes one backward.
 
 Decisions taken here:
 
 - N tokens of prompt and completion; results are for the n completion tokens. Later queries are those with j > i.
 - *mu* is the last layer's mean over heads and over the N - i later queries, as `entra.score_batch` computes it; a test
   holds the two together. *mu_all* is the mean of the same over all layers.
-- *mu_far* leaves out the nearest `NEAREST` later queries. It is 0 where no others are left.
+- *far* leaves out the nearest later queries, 8, 32 or 128 of them. It is 0 where no others are left.
 - *value* weighs each head's attention by the norm of the value that it fetches.
 - *gradient* is the derivative of the completion's log-likelihood by a gate on key i, in all layers and heads at once. The
   gate's logarithm is added to every score of that key. The token's own query sees the gate too.
@@ -29,33 +29,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface
 
-NEAREST = 32
-"""Later queries that `mu_far` leaves out."""
+NEAREST = (8, 32, 128)
+"""Later queries that `far_8`, `far` and `far_128` leave out."""
 _BLOCK = 256  # queries at a time
 _NAME = "entra_real_traces"
 
 
-class Signals(NamedTuple):
-    """Of the n tokens of a completion; float64 [n] each."""
+Array = NDArray[np.float64]
 
-    logprobs: NDArray[np.float64]
+
+class Signals(NamedTuple):
+    """Of the n tokens of a completion; float64 [n] each. The last four are all NaN where they were not asked for."""
+
+    logprobs: Array
     """log P(x_i | x_<i), natural log."""
-    mean: NDArray[np.float64]
+    mean: Array
     """mu."""
-    lift: NDArray[np.float64]
+    lift: Array
     """mu with each query's attention as a multiple of its uniform share."""
-    mean_all: NDArray[np.float64]
-    """mu, the mean of all layers; all NaN where it was not asked for."""
-    far: NDArray[np.float64]
-    """mu without the nearest `NEAREST` queries."""
-    value: NDArray[np.float64]
+    far: Array
+    """mu without the nearest 32 queries."""
+    value: Array
     """Attention times the norm of the value, the mean over heads and later queries."""
-    gradient: NDArray[np.float64]
-    """Of the completion's log-likelihood by the logarithm of a gate on key i, in nats; all NaN where it was not asked for."""
+    mean_all: Array
+    """mu, the mean of all layers."""
+    far_8: Array
+    """mu without the nearest 8 queries."""
+    far_128: Array
+    """mu without the nearest 128 queries."""
+    gradient: Array
+    """Of the completion's log-likelihood by the logarithm of a gate on key i, in nats."""
 
 
 class _Columns(NamedTuple):
-    """Sums over later queries of one layer's probabilities, the mean over heads: float32 [N] each."""
+    """Sums over later queries of one layer's probabilities, the mean over heads: float32 [N] each, `far` [3, N]."""
 
     total: Tensor
     lifted: Tensor
@@ -63,36 +70,91 @@ class _Columns(NamedTuple):
     value: Tensor
 
 
-def signals(
-    model: Any, prompt_ids: list[int], token_ids: list[int], *, all_layers: bool = False, gradient: bool = False
+def cached(
+    folder: Path,
+    name: str,
+    model: Any,
+    prompt_ids: list[int],
+    token_ids: list[int],
+    *,
+    all_layers: bool = False,
+    windows: bool = False,
+    gradient: bool = False,
 ) -> Signals:
-    """One forward, and with `gradient` one backward, over prompt and completion.
+    """The signals, kept in `folder` under a hash of the model's name and the tokens, so that a run that was stopped goes on.
+
+    Further windows and the gradient have files of their own: a run that asks for them later measures nothing else again. Those
+    that an earlier run left are used in any case.
 
     Args:
+        folder: of the files; it is made where it is missing.
+        name: of the model.
         model: a transformers causal LM in eval mode and float32 whose layers all attend to every earlier token.
         prompt_ids: at least one token.
         token_ids: of the completion, at least one.
-        all_layers: whether to look at more than the last one.
-        gradient: whether to compute it. Each of the two about doubles the time.
+        all_layers: whether to look at more than the last one, which about doubles the time.
+        windows: whether to measure `far_8` and `far_128`, which takes one more forward.
+        gradient: whether to measure it, which takes a forward and a backward.
     """
-    ids = torch.tensor([prompt_ids + token_ids], device=model.device)
-    tokens = ids.shape[1]
+    ids, count = torch.tensor([prompt_ids + token_ids], device=model.device), len(token_ids)
+    asked = [name, prompt_ids, token_ids, all_layers]
+    found = {
+        **dict.fromkeys(Signals._fields, np.full(count, np.nan)),
+        **_kept(folder, [*asked, False, 32], lambda: _forward(model, ids, count, all_layers)),
+        **_kept(folder, [*asked, "gradient"], (lambda: {"gradient": _gradient(model, ids, count)}) if gradient else None),
+        **_kept(folder, [*asked, "windows"], (lambda: _windows(model, ids, count)) if windows else None),
+    }
+    return Signals(**found)
+
+
+def _kept(folder: Path, asked: list[Any], measure: Callable[[], dict[str, Any]] | None) -> dict[str, Any]:
+    """The arrays of an earlier run that asked the same, or else those of `measure`, where there is one."""
+    path = folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.npz"
+    if path.is_file():
+        with np.load(path) as stored:
+            return dict(stored)
+    if measure is None:
+        return {}
+    found = measure()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, **found)
+    partial.rename(path)
+    return found
+
+
+def _forward(model: Any, ids: Tensor, count: int, all_layers: bool) -> dict[str, Array]:
+    """What one forward gives of the last `count` tokens."""
     with _attention(model, all_layers=all_layers) as layers, torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(token_ids) + 1).logits[0, :-1]
-    logprobs = logits.log_softmax(-1).gather(1, ids[0, -len(token_ids) :, None])[:, 0]
-    later = torch.arange(tokens - 1, -1, -1.0)
-    far = (later - NEAREST).clamp(min=0)
-    last, absent = layers[-1], torch.full((tokens,), torch.nan)
-    columns = (
-        logprobs,
-        last.total / later.clamp(min=1),
-        last.lifted / later.clamp(min=1),
-        torch.stack([layer.total for layer in layers]).mean(0) / later.clamp(min=1) if all_layers else absent,
-        last.far / far.clamp(min=1),
-        last.value / later.clamp(min=1),
-        _gradient(model, ids, len(token_ids)) if gradient else absent,
-    )
-    return Signals(*(column[-len(token_ids) :].double().numpy() for column in columns))
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
+    later, last = _later(ids), layers[-1]
+    columns = {
+        "logprobs": logits.log_softmax(-1).gather(1, ids[0, -count:, None])[:, 0],
+        "mean": last.total / later.clamp(min=1),
+        "lift": last.lifted / later.clamp(min=1),
+        "far": last.far[NEAREST.index(32)] / (later - 32).clamp(min=1),
+        "value": last.value / later.clamp(min=1),
+    }
+    if all_layers:
+        columns["mean_all"] = torch.stack([layer.total for layer in layers]).mean(0) / later.clamp(min=1)
+    return {of: column[-count:].double().numpy() for of, column in columns.items()}
+
+
+def _windows(model: Any, ids: Tensor, count: int) -> dict[str, Array]:
+    """Of the last `count` tokens what the two windows other than 32 give; no logits are needed."""
+    with _attention(model) as layers, torch.no_grad():
+        model.base_model(input_ids=ids, use_cache=False)
+    later = _later(ids)
+    return {
+        f"far_{nearest}": (far / (later - nearest).clamp(min=1))[-count:].double().numpy()
+        for nearest, far in zip(NEAREST, layers[-1].far, strict=True)
+        if nearest != 32
+    }
+
+
+def _later(ids: Tensor) -> Tensor:
+    """How many later queries each token has; float32 [N]."""
+    return torch.arange(ids.shape[1] - 1, -1, -1.0)
 
 
 @contextlib.contextmanager
@@ -129,7 +191,8 @@ def _attention(model: Any, gate: Tensor | None = None, *, all_layers: bool = Fal
 def _columns(query: Tensor, key: Tensor, value: Tensor) -> _Columns:
     """Column sums of one layer, [H, N, D] each; the query is scaled already."""
     tokens = key.shape[1]
-    total, lifted, far, weighted = (torch.zeros(tokens) for _ in range(4))
+    total, lifted, weighted = (torch.zeros(tokens) for _ in range(3))
+    far = torch.zeros(len(NEAREST), tokens)
     norms = value.norm(dim=-1)
     keys = torch.arange(tokens)
     for start in range(0, tokens, _BLOCK):
@@ -142,13 +205,14 @@ def _columns(query: Tensor, key: Tensor, value: Tensor) -> _Columns:
         mean = probabilities.mean(0)
         total[:end] += mean.sum(0)
         lifted[:end] += (mean * (queries + 1)).sum(0)
-        far[:end] += (mean * (queries - rest > NEAREST)).sum(0)
+        for nearest, sums in zip(NEAREST, far, strict=True):
+            sums[:end] += (mean * (queries - rest > nearest)).sum(0)
         weighted[:end] += (probabilities.sum(1) * norms[:, :end]).mean(0)
     return _Columns(total, lifted, far, weighted)
 
 
-def _gradient(model: Any, ids: Tensor, count: int) -> Tensor:
-    """Of the log-likelihood of the last `count` tokens by the gate on each key; float32 [N]."""
+def _gradient(model: Any, ids: Tensor, count: int) -> Array:
+    """Of the log-likelihood of the last `count` tokens by the gate on each of their keys; float64 [count]."""
     gate = torch.zeros(ids.shape[1], requires_grad=True)
     with _attention(model, gate):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -count - 1 : -1]
@@ -158,46 +222,4 @@ def _gradient(model: Any, ids: Tensor, count: int) -> Tensor:
             (-torch.nn.functional.cross_entropy(model.lm_head(piece), targets, reduction="sum")).backward()
         hidden.backward(leaf.grad)
     assert gate.grad is not None
-    return gate.grad
-
-
-def cached(
-    folder: Path,
-    name: str,
-    model: Any,
-    prompt_ids: list[int],
-    token_ids: list[int],
-    *,
-    all_layers: bool = False,
-    gradient: bool = False,
-) -> Signals:
-    """`signals`, kept in `folder` under a hash of the model's name and the tokens, so that a run that was stopped goes on.
-
-    The gradient has a file of its own: a run that asks for it later measures nothing else again.
-    """
-
-    asked = [name, prompt_ids, token_ids, all_layers]
-    found = _kept(
-        folder, [*asked, False, NEAREST], lambda: signals(model, prompt_ids, token_ids, all_layers=all_layers)._asdict()
-    )
-    if gradient:
-        ids = torch.tensor([prompt_ids + token_ids], device=model.device)
-        count = len(token_ids)
-        found |= _kept(
-            folder, [*asked, "gradient"], lambda: {"gradient": _gradient(model, ids, count)[-count:].double().numpy()}
-        )
-    return Signals(**found)
-
-
-def _kept(folder: Path, asked: list[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The arrays of `measure`, or those of an earlier run that asked the same."""
-    path = folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.npz"
-    if path.is_file():
-        with np.load(path) as stored:
-            return dict(stored)
-    found = measure()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **found)
-    partial.rename(path)
-    return found
+    return gate.grad[-count:].double().numpy()

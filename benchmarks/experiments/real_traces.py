@@ -12,10 +12,9 @@ Decisions taken here:
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ class Sentence:
     """Its category, as the data calls it: `active_computation`, `self_checking` and so on."""
     importance: dict[str, float]
     """Resampling and counterfactual importance by name, as the data has them."""
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,8 @@ def _trace(name: str, row: dict[str, Any], encoder: Encoder, tokenizer: Any) -> 
             first, end = token_at(note["start"]), token_at(note["end"])
             if end > first:
                 importance = {key: value for key, value in note.items() if "_importance_" in key and value is not None}
-                sentences.append(Sentence(first=first, last=end - 1, label=note["label"], importance=importance))
+                said = text[note["start"] : note["end"]]
+                sentences.append(Sentence(first=first, last=end - 1, label=note["label"], importance=importance, text=said))
     settled = row.get("settled_at")
     return RealTrace(
         set=name,
@@ -137,14 +138,25 @@ def _trace(name: str, row: dict[str, Any], encoder: Encoder, tokenizer: Any) -> 
     )
 
 
-def shuffled(trace: RealTrace, order: Callable[[list[int]], None]) -> list[int]:
-    """The token ids with the sentences in another order; `order` shuffles a list of sentence numbers in place.
+def shuffled(trace: RealTrace, order: Callable[[list[int]], None]) -> RealTrace:
+    """The trace with its sentences in another order; `order` shuffles a list of sentence numbers in place.
 
-    What stands between two sentences stays with the first.
+    What stands between two sentences stays with the first. What was measured of the sentences no longer holds, and is gone.
     """
-    starts = [sentence.first for sentence in trace.sentences]
-    bounds = [0, *sorted(set(starts[1:])), len(trace.token_ids)]
-    pieces = [trace.token_ids[a:b] for a, b in itertools.pairwise(bounds)]
-    numbers = list(range(len(pieces)))
+    bounds = [0, *sorted({sentence.first for sentence in trace.sentences[1:]}), len(trace.token_ids)]
+    numbers = list(range(len(bounds) - 1))
     order(numbers)
-    return [token for number in numbers for token in pieces[number]]
+    token_ids: list[int] = []
+    sentences: list[Sentence] = []
+    for number in numbers:
+        start, end = bounds[number : number + 2]
+        by = len(token_ids) - start
+        inside = [sentence for sentence in trace.sentences if start <= sentence.first < end]
+        sentences += [replace(s, first=s.first + by, last=min(s.last, end - 1) + by, importance={}) for s in inside]
+        token_ids += trace.token_ids[start:end]
+    return with_tokens(trace, token_ids, sentences)
+
+
+def with_tokens(trace: RealTrace, token_ids: list[int], sentences: Sequence[Sentence] = ()) -> RealTrace:
+    """Other tokens under the same name; what is said of characters no longer holds."""
+    return replace(trace, token_ids=token_ids, starts=[0] * len(token_ids), text="", sentences=list(sentences))
