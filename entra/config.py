@@ -9,11 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
-<<<<<<< HEAD
-from entra_kernels._checks import check_number, shown
-=======
-from entra_kernels._checks import check_ngram, check_number
->>>>>>> ngram
+from entra_kernels._checks import check_ngram, check_number, shown
 
 Class = TypeVar("Class", bound=type)
 

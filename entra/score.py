@@ -19,12 +19,8 @@ from entra.encode import EncodedRow, Encoder, as_ids
 from entra.forward import TokenSignals, token_signals, unwrapped
 from entra.policy import Policy, bound_rollout, resolve_policy
 from entra.rarefaction import rarefied_redundancy
-<<<<<<< HEAD
-from entra_kernels import redundancy
-from entra_kernels._checks import shown
-=======
 from entra_kernels import first_places, redundancy
->>>>>>> ngram
+from entra_kernels._checks import shown
 
 if TYPE_CHECKING:
     from entra.view.notebook import NotebookView

@@ -151,11 +151,7 @@ def check_window(sliding_window: int | None) -> int | None:
 def check_ngram(ngram: int, name: str = "ngram") -> int:
     """`ngram` as an int that any kernel can add to a position: no sequence has an n-gram of more than 2**30 tokens."""
     if isinstance(ngram, bool) or not isinstance(ngram, numbers.Integral):
-<<<<<<< HEAD
-        raise TypeError(f"ngram={shown(ngram)} must be an int, not {type(ngram).__name__}; pass tokens")
-=======
-        raise TypeError(f"{name}={ngram!r} must be an int, not {type(ngram).__name__}; pass tokens")
->>>>>>> ngram
+        raise TypeError(f"{name}={shown(ngram)} must be an int, not {type(ngram).__name__}; pass tokens")
     if ngram < 1:
         raise ValueError(f"{name}={ngram} must be at least 1 token; 4 is a start")
     return min(int(ngram), 2**30)

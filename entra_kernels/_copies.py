@@ -75,10 +75,5 @@ def _found(operation: Any, token_ids: Tensor, cu_seqlens: Tensor, ngram: int, ba
         raise ValueError(f"token_ids has shape {list(token_ids.shape)}; it must be packed, [T]")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1]")
-<<<<<<< HEAD
-    copied: Tensor = _custom_ops.copies(token_ids, cu_seqlens, check_ngram(ngram), check_backend(backend, token_ids))
-    return copied
-=======
-    found: Tensor = operation(token_ids, cu_seqlens, check_ngram(ngram), choose_backend(backend, token_ids))
+    found: Tensor = operation(token_ids, cu_seqlens, check_ngram(ngram), check_backend(backend, token_ids))
     return found
->>>>>>> ngram
