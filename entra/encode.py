@@ -14,8 +14,6 @@ import operator
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from entra_kernels._checks import shown
-
 
 class EncodedRow(NamedTuple):
     """One sequence as token ids: `prompt` at least one id, `completion` without pads and trailing EOS, maybe empty."""
@@ -131,7 +129,7 @@ class Encoder:
         elif _is_chat(prompt):
             ids = self._chat_ids(_as_list(prompt))
         else:
-            raise TypeError(f"prompt={shown(prompt)} must be text, a list of chat messages, or a list of token ids")
+            raise TypeError(f"prompt={short(prompt)} must be text, a list of chat messages, or a list of token ids")
         if not ids:
             if self._bos_id is None:
                 raise ValueError(
@@ -145,7 +143,7 @@ class Encoder:
         tokenizer = self._tokenizer_for("chat messages")
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
-                f"prompt={shown(messages)} holds chat messages but the tokenizer has no chat template; "
+                f"prompt={short(messages)} holds chat messages but the tokenizer has no chat template; "
                 "set tokenizer.chat_template or pass the prompt as text"
             )
         continued = messages[-1].get("role") == "assistant"
@@ -159,7 +157,7 @@ class Encoder:
                 **self._chat_template_kwargs,
             )
         except Exception as error:  # a template is a program: it raises what it likes, such as jinja2's TemplateError
-            raise ValueError(f"the chat template refuses prompt={shown(messages)}: {error}; change the messages") from error
+            raise ValueError(f"the chat template refuses prompt={short(messages)}: {error}; change the messages") from error
         return list(ids)
 
     def _tokenizer_for(self, what: str) -> Any:
@@ -178,20 +176,20 @@ def completion_text(completion: Any) -> str:
     if isinstance(completion, str):
         return completion
     if not _is_chat(completion):
-        raise TypeError(f"completion={shown(completion)} must be text, a list of assistant messages, or a list of token ids")
+        raise TypeError(f"completion={short(completion)} must be text, a list of assistant messages, or a list of token ids")
     for message in completion:
         if message.get("role") != "assistant":
             raise ValueError(
-                f"completion={shown(completion)} holds a message of role {message.get('role')!r}; only the assistant's can be "
+                f"completion={short(completion)} holds a message of role {message.get('role')!r}; only the assistant's can be "
                 "scored: pass completion_ids for tool-using rollouts"
             )
         if message.get("reasoning_content"):
             raise ValueError(
-                f"completion={shown(completion)} holds reasoning_content, which would go unscored; put the reasoning into "
+                f"completion={short(completion)} holds reasoning_content, which would go unscored; put the reasoning into "
                 "content as the model wrote it, or pass completion_ids"
             )
         if not isinstance(message.get("content"), str):
-            raise TypeError(f"completion={shown(completion)} holds a message whose content is not text")
+            raise TypeError(f"completion={short(completion)} holds a message whose content is not text")
     return "".join(message["content"] for message in completion)
 
 
@@ -245,3 +243,9 @@ def _ids(value: Any) -> list[int]:
 def _text_config(model: Any) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def short(value: Any) -> str:
+    """`value` as an error message shows it. (The one of `entra_kernels` brings torch, which reading a file does without.)"""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -42,7 +42,7 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
 def shown(value: object) -> str:
     """`repr(value)` for an error message: of an array its type and shape, of anything else at most 80 characters."""
     shape = getattr(value, "shape", None)
-    if shape is not None:
+    if shape:
         return f"{type(value).__name__} of shape {list(shape)}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
