@@ -166,7 +166,7 @@ experiments: $(VENV)/dev.done
 # What importance and reward say about traces of real models, about two hours on two cores; a run that was stopped goes on. The
 # traces are not ours: benchmarks/README.md says how to make the folder.  make real-traces TRACES=folder
 real-traces: $(VENV)/dev.done
-	$(BIN)/python -m benchmarks.experiments real --gradient --folder $(TRACES) --output benchmarks/results/experiments
+	$(BIN)/python -m benchmarks.experiments real --gradient --windows --folder $(TRACES) --output benchmarks/results/experiments
 	$(BIN)/python -m benchmarks.experiments.report benchmarks/results/experiments docs/real-traces.md
 
 compile-all: $(VENV)/dev.done
