@@ -12,7 +12,7 @@ VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
 
 .PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm bench evidence evidence-full experiments \
-    real-traces gpu gpu-again gpu-train gpu-wheels compile-all compile-tritons static-proof clean
+    real-traces gpu gpu-again gpu-train gpu-wheels rehearse compile-all compile-tritons static-proof clean
 .NOTPARALLEL:  # targets share environments, and use all cores by themselves
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
@@ -86,9 +86,10 @@ test-lowest: .venv-lowest/done
 # The whole suite, what of it can run, with other versions: the lowest, the newest that the registry has, and what pip makes of
 # vLLM beside us. Each in an environment that is removed afterwards, whatever happens: a build of torch for CUDA takes 6 GB. Not in
 # `.ci/run`: hours. vLLM brings packages for pictures and sound, which fit one build of torch only: they go.
-# One of them:  make test-versions SETS=lowest
+# One of them:  make test-versions SETS=lowest    What a GPU machine had, on its Python:  SETS=gpu PYTHON=python3.12
 SETS := lowest newest vllm
 SET_lowest = torch==2.11.0 $(LOWEST) -e ".[demo,plot,inspect,train,reasoning,dev]"
+SET_gpu = torch==2.11.0 triton==3.6.0 transformers==5.17.0 -e ".[demo,plot,inspect,train,reasoning,dev]"
 SET_newest = -e ".[demo,plot,inspect,train,reasoning,dev]"
 SET_vllm = "trl[vllm]" -e ".[demo,plot,inspect,train,reasoning,dev]"
 
@@ -161,6 +162,13 @@ gpu-wheels:
 	$(PYTHON) -m pip --disable-pip-version-check wheel -q --no-deps -w .whl $(PEERS) $(TRAINING)
 	@du -ch .whl/*.whl | tail -1
 	@git ls-files -z | xargs -0 du -ch | tail -1
+
+# The tests that need a GPU and the benchmarks' code for one, on a GPU that is none (tests/fake_cuda.py): half an hour of a core.
+# `make test` has a selection. Left out is what only PyTorch's CUDA build or its compiler does.
+REHEARSED := not opcheck and not compiles and not cuda_backends and not no_wait_for_the_device_and_no_quadratic
+rehearse: $(VENV)/dev.done
+	PYTHONPATH=.:tests $(BIN)/pytest tests -p fake_cuda -m gpu -k "$(REHEARSED)" $(XDIST)
+	PYTHONPATH=.:tests BENCH_SIZES=tiny $(BIN)/pytest benchmarks -p fake_cuda --benchmark-only -q
 
 # A model made on the spot, trained to overthink and then by GRPO not to: accuracy only and gated ENTRA, one seed. Into build/evidence.
 evidence: $(VENV)/dev.done

@@ -25,9 +25,10 @@ time.sleep(60)
 WRITES = """
 import json, pathlib, sys
 CASE = {"operation": "linear_token_logprobs", "case": "8192 x 4096 x 131072"}
+TAKEN = {"ms": 10.0, "peak_bytes": 1, "logits_bytes": 100}
 folder = pathlib.Path(sys.argv[-1])
 folder.mkdir()
-content = {"device": "device", "date": "today", "cuda": "13.0", "records": [{**CASE, "ms": 10.0, "peak_bytes": 1, "logits_bytes": 100, "name": sys.argv[1]}]}
+content = {"device": "device", "date": "today", "cuda": "13.0", "records": [{**CASE, **TAKEN, "name": sys.argv[1]}]}
 (folder / "device.json").write_text(json.dumps(content))
 """
 
