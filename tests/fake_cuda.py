@@ -24,15 +24,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
-WAITS = frozenset(
-    "item tolist __bool__ __int__ __float__ __index__ __contains__ nonzero argwhere masked_select unique unique_consecutive "
-    "equal allclose is_nonzero cpu numpy __array__ bincount".split()
-)
+WAITS = {
+    *("item", "tolist", "cpu", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "__contains__"),
+    *("equal", "allclose", "is_nonzero", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"),
+}
 """What returns a value to the host, or a shape that depends on one."""
 
-MIXING = frozenset(
-    "copy_ to type_as set_ is_set_to __getitem__ __setitem__ index_put_ index_put cuda cpu __get__ __set__".split()
-)
+MIXING = {
+    *("to", "cuda", "cpu", "copy_", "type_as", "set_", "is_set_to", "__getitem__", "__setitem__", "index_put", "index_put_"),
+    *("__get__", "__set__"),
+}
 """What takes tensors of both kinds."""
 
 launching = False
@@ -168,13 +169,13 @@ PROPERTIES = SimpleNamespace(major=9, minor=0, multi_processor_count=2, name="no
 
 def install():
     """Puts it all in place, for as long as the process lives."""
-    given = {
-        "is_available": True, "is_initialized": True, "is_bf16_supported": True, "current_device": 0, "device_count": 1,
-        "get_device_name": "no GPU", "get_device_properties": PROPERTIES, "get_device_capability": (9, 0), "_exchange_device": 0,
-        "_maybe_exchange_device": 0, "memory_allocated": 0, "max_memory_allocated": 1, "mem_get_info": (64 << 30, 80 << 30),
-    }  # fmt: skip
-    nothing = "synchronize empty_cache reset_peak_memory_stats init _lazy_init manual_seed manual_seed_all set_device".split()
-    for name, value in {**given, **dict.fromkeys(nothing)}.items():
+    numbers = {"current_device": 0, "device_count": 1, "_exchange_device": 0, "_maybe_exchange_device": 0}
+    memory = {"memory_allocated": 0, "max_memory_allocated": 1, "mem_get_info": (64 << 30, 80 << 30)}
+    truths = dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True)
+    chip = {"get_device_name": "no GPU", "get_device_properties": PROPERTIES, "get_device_capability": (9, 0)}
+    nothing = dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "init", "_lazy_init", "set_device"))
+    seeds = dict.fromkeys(("manual_seed", "manual_seed_all"))
+    for name, value in {**numbers, **memory, **truths, **chip, **nothing, **seeds}.items():
         setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)  # one each: Dynamo tells them apart
     torch.cuda.Event = Event
     torch.Tensor.pin_memory = pinned

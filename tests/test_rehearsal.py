@@ -34,7 +34,7 @@ tries = {
     "brought": lambda: q + torch.ones(16).cuda(),
     "to numpy": lambda: q.numpy(),
     "the host's copy": lambda: q.cpu().numpy(),
-    "bounds of the host": lambda: redundancy(q[0, 0, :, 0], q[0, 0, :, 1], torch.arange(20, device="cuda"), bounds, backend="triton"),
+    "bounds of the host": lambda: redundancy(*q[0, 0, :, :2].T, torch.arange(20, device="cuda"), bounds, backend="triton"),
     "read back": lambda: launching(lambda: q.max().item()),
     "a mask": lambda: launching(lambda: q[q > 0]),
     "pageable": lambda: launching(lambda: bounds.to("cuda", non_blocking=True)),
