@@ -121,7 +121,7 @@ def count(listing: Listing, exponentials: int = 0) -> Counts | None:
         matrix_in_kernel=_matches(MATRIX, [each.name for each in listing.instructions]),
         overlapped=_overlapped(inner),
         copies_left=min(
-            (int(found[1], 16) for each in inner if (found := _COPY_WAIT.match(f"{each.name} {each.operands}"))), default=None
+            (int(wait[1], 16) for each in inner if (wait := _COPY_WAIT.match(f"{each.name} {each.operands}"))), default=None
         ),
     )
 
