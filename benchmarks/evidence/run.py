@@ -45,6 +45,9 @@ def run(
     score_config: ScoreConfig | None = None,
     kinds: Sequence[str] = KINDS,
     save_to: Path | None = None,
+    device: str = "cpu",
+    max_seconds: float | None = None,
+    added: Callable[[], float] | None = None,
     progress: Progress = lambda line: None,
 ) -> dict[str, Any]:
     """Trains one arm and evaluates it.
@@ -59,10 +62,17 @@ def run(
         score_config: of the arms that score; None: the defaults.
         kinds: of the training problems; the held-out ones are of all kinds.
         save_to: folder for the trained model; None: it is not kept.
+        device: "cpu" or "cuda".
+        max_seconds: of training; after them no step begins. None: all steps are taken.
+        added: gives the seconds that ENTRA has added to the training so far. The curve then holds `step_seconds` and
+            `entra_seconds` of each step.
         progress: called with a line now and then.
 
     Returns:
         Config, versions, seconds, training curve, `held_out` as `evaluated` returns it.
+
+    Raises:
+        ValueError: a weight is not finite after the training.
     """
     started = time.monotonic()
     model, tokenizer, curve = _trained(
@@ -74,9 +84,15 @@ def run(
         learning_rate,
         score_config,
         kinds,
+        device,
+        max_seconds,
+        added,
         lambda line: progress(f"{arm} seed {seed}: {line}"),
     )
     trained_at = time.monotonic()
+    lost = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if lost:
+        raise ValueError(f"{len(lost)} weights are not finite after {len(curve['tokens'])} steps of {arm}, first {lost[0]}")
     if save_to is not None:
         model.save_pretrained(save_to)
         tokenizer.save_pretrained(save_to)
@@ -134,7 +150,8 @@ def evaluated(model: Any, tokenizer: Any, sft: Path, seed: int, held_out: int = 
 
     problems = held_out_problems(seed, held_out)
     completions = sample(model, tokenizer, problems, seed)
-    improbable = mean_logprobs(AutoModelForCausalLM.from_pretrained(sft), tokenizer, problems, completions)
+    before = AutoModelForCausalLM.from_pretrained(sft).to(model.device)
+    improbable = mean_logprobs(before, tokenizer, problems, completions)
     return {
         "correct": _bits(graded(tokenizer, problems, completions)),
         "finished": _bits([ids[-1:] == [tokenizer.eos_token_id] for ids in completions]),
@@ -173,11 +190,26 @@ def _trained(
     learning_rate: float,
     score_config: ScoreConfig | None,
     kinds: Sequence[str],
+    device: str,
+    max_seconds: float | None,
+    added: Callable[[], float] | None,
     progress: Progress,
 ) -> tuple[Any, Any, dict[str, list[float]]]:
     import trl
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    class Clock(TrainerCallback):
+        """Notes what each step took, where that is asked for, and ends the training when its time is over."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.begun, self.before = time.monotonic(), added() if added else 0.0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if added:
+                trainer.curve.setdefault("entra_seconds", []).append(added() - self.before)
+                trainer.curve.setdefault("step_seconds", []).append(time.monotonic() - self.begun)
+            control.should_training_stop |= max_seconds is not None and time.monotonic() - began > max_seconds
 
     tokenizer = AutoTokenizer.from_pretrained(sft)
     model = AutoModelForCausalLM.from_pretrained(sft)
@@ -203,7 +235,7 @@ def _trained(
             gradient_checkpointing=False,
             logging_strategy="no",
             report_to=[],
-            use_cpu=True,
+            use_cpu=device == "cpu",
             bf16=False,
             save_strategy="no",
             disable_tqdm=True,
@@ -214,8 +246,10 @@ def _trained(
             args=args,
             train_dataset=Dataset.from_list([vars(problem) for problem in problems]),
             processing_class=tokenizer,
+            callbacks=[Clock()],
         )
         trainer.say = progress
+        began = time.monotonic()
         trainer.train()
     return model, tokenizer, trainer.curve
 

@@ -26,6 +26,8 @@ def train_sft(
     seed: int = 0,
     hidden: int | None = None,
     layers: int | None = None,
+    device: str = "cpu",
+    max_seconds: float | None = None,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> dict[str, Any]:
     """Trains a fresh model on `steps` batches of freshly written traces and saves model and tokenizer into `folder`.
@@ -36,6 +38,8 @@ def train_sft(
         problems: how many problems the traces are about.
         seed: of weights, problems and traces.
         hidden, layers: of the model; None: its defaults.
+        device: where it is trained.
+        max_seconds: after them no step begins, and the model is saved as it is; None: all steps are taken.
         progress: called with step, steps and the loss now and then.
 
     Returns:
@@ -46,7 +50,7 @@ def train_sft(
     started = time.monotonic()
     tokenizer = build_tokenizer()
     sizes = {name: size for name, size in (("hidden", hidden), ("layers", layers)) if size is not None}
-    model = build_model(tokenizer, seed, **sizes)
+    model = build_model(tokenizer, seed, **sizes).to(device)
     rng = random.Random(seed)
     pool = mixed(problems, "train", seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
@@ -55,9 +59,12 @@ def train_sft(
     )
     loss = 0.0
     batches: list[list[tuple[str, str]]] = []
+    done = 0
     for step in range(steps):
+        if max_seconds is not None and time.monotonic() - started > max_seconds:
+            break
         batches = batches or _of_like_length(pool, rng)
-        ids, labels = _batch(tokenizer, batches.pop())
+        ids, labels = (tensor.to(device) for tensor in _batch(tokenizer, batches.pop()))
         output = model(input_ids=ids, use_cache=False).logits[:, :-1]
         step_loss = torch.nn.functional.cross_entropy(output.transpose(1, 2), labels[:, 1:], reduction="sum") / TOKENS
         optimizer.zero_grad()
@@ -65,17 +72,17 @@ def train_sft(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        loss = step_loss.item()
+        loss, done = step_loss.item(), step + 1
         if step % 20 == 0 or step == steps - 1:
-            progress(step + 1, steps, loss)
+            progress(done, steps, loss)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "final_loss": round(loss, 4),
         "seconds": round(time.monotonic() - started, 1),
-        "steps": steps,
-        "traces": steps * BATCH,
+        "steps": done,
+        "traces": done * BATCH,
         "seed": seed,
     }
 

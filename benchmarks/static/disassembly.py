@@ -18,6 +18,7 @@ SHUFFLE = re.compile(r"SHFL|ds_bpermute|ds_swizzle|v_permlane|\w+_dpp")
 
 _CUDA = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>[^;]*);")
 _ROCM = re.compile(r"\t(?P<guard>)(?P<name>[a-z]\w+)[ \t]*(?P<operands>[^;]*)")
+_COPY_WAIT = re.compile(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)")  # cp.async.wait_group
 _LABEL = re.compile(r"(?P<label>[.\w$]+):")
 _TARGET = re.compile(r"(?P<label>\.L\w+)")
 
@@ -87,6 +88,9 @@ class Counts:
     matrix_in_kernel: int
     overlapped: int | None
     """Exponentials taken while a matrix product of the same warp is under way; None where the code does not show it."""
+    copies_left: int | None = None
+    """Groups of copies into shared memory that the strictest wait of a trip leaves under way; None where it waits for none.
+    With 0 each trip waits for the copy that was issued last."""
 
 
 def count(listing: Listing, exponentials: int = 0) -> Counts | None:
@@ -116,6 +120,9 @@ def count(listing: Listing, exponentials: int = 0) -> Counts | None:
         matrix_name=matrix[0],
         matrix_in_kernel=_matches(MATRIX, [each.name for each in listing.instructions]),
         overlapped=_overlapped(inner),
+        copies_left=min(
+            (int(wait[1], 16) for each in inner if (wait := _COPY_WAIT.match(f"{each.name} {each.operands}"))), default=None
+        ),
     )
 
 

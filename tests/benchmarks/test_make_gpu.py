@@ -24,9 +24,12 @@ time.sleep(60)
 
 WRITES = """
 import json, pathlib, sys
+CASE = {"operation": "linear_token_logprobs", "case": "8192 x 4096 x 131072"}
+TAKEN = {"ms": 10.0, "peak_bytes": 1, "logits_bytes": 100}
 folder = pathlib.Path(sys.argv[-1])
 folder.mkdir()
-(folder / "device.json").write_text(json.dumps({"device": "device", "records": [{"name": sys.argv[1]}]}))
+content = {"device": "device", "date": "today", "cuda": "13.0", "records": [{**CASE, **TAKEN, "name": sys.argv[1]}]}
+(folder / "device.json").write_text(json.dumps(content))
 """
 
 
@@ -39,7 +42,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "GRACE", 0.5)
 
     def main(parts, *words):
-        monkeypatch.setattr(gpu, "first_parts", lambda rehearse: parts)
+        monkeypatch.setattr(gpu, "all_parts", lambda rehearse: {each.name: each for each in parts})
+        monkeypatch.setitem(gpu.CALLS, "first", (7, tuple(each.name for each in parts)))
         code = gpu.main([str(tmp_path), *words])
         return code, (tmp_path / "summary.txt").read_text().splitlines()
 
@@ -67,8 +71,9 @@ def test_a_part_that_fails_or_hangs_stops_no_other(run, tmp_path):
         "missing: not run: no-such-program is not on the PATH",
         "passes: passed",
     ]
-    assert (tmp_path / "passes.log").read_text() == "done\n"
-    child = int((tmp_path / "hangs.log").read_text())
+    log = (tmp_path / "log.txt").read_text()
+    assert log.endswith("=== passes\ndone\n")
+    child = int(log.partition("=== hangs\n")[2].split()[0])
     deadline = time.monotonic() + 10
     while is_alive(child) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -79,19 +84,59 @@ def test_all_parts_pass(run):
     assert run([part("passes", "")])[0] == 0
 
 
-def test_records_of_all_parts_are_in_one_file_of_their_device(run, tmp_path, monkeypatch):
+def test_records_of_all_parts_are_in_one_file_of_their_device(run, tmp_path, monkeypatch, capsys):
     rendered = []
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, **options: rendered.append(command))
     late = WRITES + "import time; time.sleep(60)"
     parts = [
-        part("first", WRITES, "ours", is_benchmark=True),
-        part("killed", late, "theirs", is_benchmark=True, seconds=3.0),
-        part("third", WRITES, "another", is_benchmark=True),
+        part("first", WRITES, "ours", "@records"),
+        part("killed", late, "matmul", "@records", seconds=3.0),
+        part("third", WRITES, "another", "@records"),
     ]
     assert run(parts)[0] == 1
     records = json.loads((tmp_path / "device.json").read_text())["records"]
-    assert [record["name"] for record in records] == ["ours", "theirs", "another"]
+    assert [record["name"] for record in records] == ["ours", "matmul", "another"]
     assert len(rendered) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"device.json", "log.txt", "summary.txt"}
+    assert capsys.readouterr().out.count("| 100% of the rate, 1.0% of the memory | met |") == 1
+
+
+def test_the_training_ends_in_a_table(run, tmp_path, capsys):
+    """Steps that compile are not counted."""
+    curve = {"step_seconds": [9.0, 9.0, 9.0, 2.0, 4.0], "entra_seconds": [9.0, 9.0, 9.0, 0.3, 0.3]}
+    lines = [
+        {"arm": "start", "held_out": {"correct": "0110", "tokens": [40, 60, 50, 50]}},
+        {"arm": "kimi", "held_out": {"correct": "0000", "tokens": [9] * 4}, "curve": curve},
+        {"arm": "kimi", "held_out": {"correct": "1110", "tokens": [10] * 4}, "curve": curve},
+    ]
+    write = "import pathlib, sys; (pathlib.Path(sys.argv[2]) / 'training.jsonl').write_text(sys.argv[1])"
+    assert run([part("trains", write, "\n".join(map(json.dumps, lines)), "@results")])[0] == 0
+    out = capsys.readouterr().out
+    assert "| start | 0 |  |  | 0.500 | 50.0 |" in out
+    assert "| kimi | 5 | 3.00 | 300.0 (10.0%) | 0.750 | 10.0 |" in out
+    assert "| accuracy | not measured |" in out
+
+
+def test_parts_share_a_folder_that_is_gone_afterwards(run, tmp_path):
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('kept'); print(sys.argv[1])"
+    read = "import pathlib, sys; assert pathlib.Path(sys.argv[1]).read_text() == 'kept'"
+    code, summary = run([part("writes", write, "@scratch/model"), part("reads", read, "@scratch/model")])
+    assert code == 0, summary
+    assert not Path((tmp_path / "log.txt").read_text().splitlines()[1]).exists()
+
+
+def test_each_call_fits_into_its_share_of_a_quarter_of_an_hour():
+    """Two starts of two minutes and both calls fit. A training ends before its part does."""
+    parts = gpu.all_parts(rehearse=False)
+    minutes = {name: limit for name, (limit, _) in gpu.CALLS.items()}
+    assert minutes["first"] + minutes["again"] + 2 * 2 <= 15
+    assert minutes["train"] + 2 <= 15
+    for name, (limit, names) in gpu.CALLS.items():
+        assert set(names) <= set(parts)
+        assert parts[names[-1]].seconds < 60 * limit, name
+    for name in ("sft", *gpu.train.ARMS):
+        assert parts[name].command[-2] == "--seconds"
+        assert float(parts[name].command[-1]) + 30 < parts[name].seconds
 
 
 def test_what_is_late_is_not_run(run):
@@ -102,7 +147,7 @@ def test_what_is_late_is_not_run(run):
 def test_a_part_that_is_none_is_named(capsys, tmp_path):
     with pytest.raises(SystemExit):
         gpu.main([str(tmp_path), "--parts", "smoke", "speed"])
-    assert "'speed' is no part; there are lengths, logprobs, machine, memcheck" in capsys.readouterr().err
+    assert "'speed' is no part; there are accuracy, entra-banded, kimi, lengths, logprobs, machine" in capsys.readouterr().err
 
 
 def test_wheels_are_used_without_what_they_depend_on(run, tmp_path):
@@ -129,8 +174,8 @@ def test_every_benchmark_that_is_asked_for_is_there():
     names = [line for line in done.stdout.splitlines() if "::" in line]
     assert names, done.stdout + done.stderr
     found = {}
-    for each in gpu.first_parts(rehearse=False):
-        if each.is_benchmark:
+    for each in gpu.all_parts(rehearse=False).values():
+        if "@records" in each.command:
             matches = Expression.compile(each.command[each.command.index("-k") + 1])
             found[each.name] = [name for name in names if matches.evaluate(lambda word, name=name, **_: word in name)]
     assert {name.rpartition("[")[2] for name in found["lengths"]} == {f"{2**power}]" for power in range(10, 16)}

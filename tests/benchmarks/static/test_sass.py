@@ -123,6 +123,18 @@ def test_no_overlap_is_claimed_without_hgmma():
     assert disassembly.count(code, exponentials=1).overlapped is None
 
 
+@pytest.mark.parametrize(
+    ("waits", "left"),
+    [((), None), (("DEPBAR.LE SB0, 0x1",), 1), (("DEPBAR.LE SB0, 0x2", "DEPBAR.LE SB0, 0x0"), 0), ((WAIT,), None)],
+)
+def test_copies_under_way_at_the_strictest_wait(waits, left):
+    """A wait for products, or outside the loop, is none."""
+    code = listing(
+        "DEPBAR.LE SB0, 0x0", ".L_x_0:", *waits, "HMMA.16816.F32.BF16 R4, R8, R12, R4", EXP, "@P0 BRA `(.L_x_0)", "EXIT"
+    )
+    assert disassembly.count(code, exponentials=1).copies_left == left
+
+
 def test_rocm_assembly():
     """The loop is rotated: it is entered in the middle, and its last branch goes back to before the entry."""
     code = rocm(
