@@ -179,11 +179,13 @@ class EntraRewardManager(RewardManagerBase):
 
 def actors(options: Options, pool: Pool) -> list[Any]:
     """Handles of the run's scorers. Who asks first starts them; they end with the process that started them."""
-    scorer = ray.remote(Scorer).options(
-        num_gpus=pool.num_gpus,
-        num_cpus=pool.num_cpus,
-        max_concurrency=1_000,  # requests that wait cost nothing
-        max_restarts=-1,
-        max_task_retries=_REPEATS,
-    )
-    return [scorer.options(name=f"entra_scorer_{i}", get_if_exists=True).remote(options, pool) for i in range(pool.actors)]
+    scorer = ray.remote(Scorer)
+    settings = {
+        "num_gpus": pool.num_gpus,
+        "num_cpus": pool.num_cpus,
+        "max_concurrency": 1_000,  # requests that wait cost nothing
+        "max_restarts": -1,
+        "max_task_retries": _REPEATS,
+        "get_if_exists": True,
+    }
+    return [scorer.options(name=f"entra_scorer_{i}", **settings).remote(options, pool) for i in range(pool.actors)]

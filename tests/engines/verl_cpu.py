@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import functools
 import types
 from collections import Counter
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import ray
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
+from verl.utils import distributed
 from verl.workers.rollout import base, replica
 
 # verl asks the device for its memory, too.
@@ -20,6 +22,7 @@ vars(CPU).update(vars(torch.cpu))
 CPU.max_memory_allocated = CPU.max_memory_reserved = CPU.memory_allocated = CPU.memory_reserved = lambda *_: 0
 CPU.mem_get_info = lambda *_: (0, 0)
 CPU.empty_cache = CPU.ipc_collect = lambda: None
+CPU.get_device_name = lambda *_: "CPU"
 
 
 @PlatformRegistry.register(platform="cpu")
@@ -73,7 +76,7 @@ class PlatformCPU(PlatformBase):
         pass
 
     def ray_resource_name(self):
-        return "tiny"  # of the cluster that the tests start
+        return "GPU"  # verl counts these; a cluster may have them by declaration
 
     def ray_noset_envvars(self):
         return []
@@ -137,5 +140,9 @@ class Rollout(base.BaseRollout):
         await asyncio.wrap_future(server.load.remote(held, global_steps).future())
 
 
+# verl asks for a backend of the CPU and one of the device, which here are the same.
+distributed.initialize_global_process_group_ray = functools.partial(
+    distributed.initialize_global_process_group_ray, backend="gloo"
+)
 replica.RolloutReplicaRegistry.register("tiny", lambda: Replica)
 base._ROLLOUT_REGISTRY["tiny", "async"] = f"{__name__}.Rollout"
