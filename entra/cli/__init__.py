@@ -27,6 +27,7 @@ COMMANDS = {
     "train": ("entra.cli.train.command", "train a model with ENTRA rewards"),
     "doctor": ("entra.cli.doctor", "check a model, the versions and a training's arguments"),
     "experiment": ("entra.cli.experiment", None),
+    "serve": ("entra.cli.serve", "score over HTTP, for any engine that can POST"),
     "demo": ("entra.cli.demo", "score the shipped traces with SmolLM2-135M-Instruct and look at them"),
 }
 """By name: the module, which is imported when the command is called and not before, and its line in `entra --help`."""
