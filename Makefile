@@ -132,7 +132,7 @@ test-vllm: .venv-vllm/done
 
 # The engines that ENTRA is asked from, real packages, in an environment of their own: one file of tests an engine. OpenRLHF and
 # ms-swift come without their dependencies, which are flash-attn and other versions of transformers; what they import here follows.
-ENGINES := openrlhf==0.11.2 ms-swift==4.6.0 modelscope==1.39.0 modelscope-hub==0.2.0
+ENGINES := openrlhf==0.11.2 ms-swift==4.6.0 modelscope==1.40.2 modelscope-hub==0.5.1
 ENGINES_NEED := aiohttp pylatexenc pillow cryptography dacite json-repair simplejson requests
 ENGINES_TESTS := tests/engines/test_serve.py tests/engines/test_openrlhf.py tests/engines/test_slime.py tests/engines/test_swift.py
 .venv-engines/done: pyproject.toml constraints.txt

@@ -64,7 +64,7 @@ def test_several_servers_share_the_rows_of_a_call(port):
     texts = [f"it is {i}, it is {i}" for i in range(5)]
     found = asyncio.run(executor._fetch_rewards_via_http([PROMPT + text for text in texts], [PROMPT] * 5, ["4"] * 5))
     assert [len(answer["rewards"]) for answer in found] == [3, 2]
-    assert sum((answer["rewards"] for answer in found), []) == pytest.approx([expected(text) for text in texts])
+    assert [reward for answer in found for reward in answer["rewards"]] == pytest.approx([expected(text) for text in texts])
 
 
 @pytest.fixture
@@ -86,14 +86,13 @@ def test_the_file_of_the_page_pays_for_right_answers_alone(file, monkeypatch):
         assert (wrong["reward"], wrong["scores"]) == ([0.0], [0.0])
 
 
-def test_a_wrong_token_is_said_and_no_log_holds_it(file, monkeypatch, capfd):
+def test_a_wrong_token_is_said_and_no_log_holds_it(file, monkeypatch, caplog):
     with running(create_app(POLICY, token=TOKEN)) as port:
         monkeypatch.setenv("ENTRA_SERVE_URL", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("ENTRA_SERVE_TOKEN", "a-guess-of-the-tests")
         assert rolled_out(SingleTurnAgentExecutor(file))["reward"] is None
-    printed = "".join(capfd.readouterr())
-    assert "this server wants its token" in printed
-    assert "a-guess-of-the-tests" not in printed
+    assert "this server wants its token" in caplog.text
+    assert "a-guess-of-the-tests" not in caplog.text
 
 
 def test_every_flag_of_the_page_is_openrlhfs():

@@ -3,6 +3,7 @@
 import http.client
 import json
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from page import blocks
 from serving import Client, entra_serve, running, until
 from tiny_models import build
 from tiny_tokenizer import build_tokenizer
@@ -116,6 +118,17 @@ class TestShapes:
     def test_what_they_get_for_a_bad_row_is_the_servers_option(self):
         with running(create_app(POLICY, limits=Limits(bad_row_reward=-1.5))) as port:
             assert Client(port).post("/slime", {"prompt": "say", "response": ""}) == (200, -1.5)
+
+
+def test_the_page_asks_as_it_says(client):
+    start, ask = blocks("Any engine that can POST: entra serve", "bash")
+    assert start.splitlines()[1].startswith("entra serve --model smollm2 ")
+    words = shlex.split(ask)
+    assert words[:2] == ["curl", "http://127.0.0.1:8000/score"]
+    body = json.loads(words[words.index("-d") + 1])
+    expected = scored(body["prompts"], body["completions"], **body["options"]).rewards
+    assert expected[0] > expected[1]
+    assert client.post("/score", body) == (200, {"rewards": pytest.approx(expected), "errors": [None, None]})
 
 
 class TestRefusals:
