@@ -1,6 +1,6 @@
 """The command line. For files of traces: `entra score`, `entra inspect` to look at them, `entra eval` to compare two, and
-`entra select` for what to train on. For a model: `entra train`, and `entra doctor` before that. `entra serve` scores over HTTP. `entra demo` is a
-first look.
+`entra select` for what to train on. For a model: `entra train`, and `entra doctor` before that. `entra serve` scores over HTTP.
+`entra demo` is a first look.
 
 Exit codes: 0 finished, 1 stopped by something that the message names, 2 bad usage, 130 interrupted with Ctrl-C. Bad rows do not
 stop a command: they are in the output, with an `error`.

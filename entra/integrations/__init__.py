@@ -1,1 +1,1 @@
-"""ENTRA in the engines that people train with: one file an engine, imported only where its engine is used."""
+"""ENTRA's reward in the engines that people already run: one module an engine, which loads the engine where it is used."""
