@@ -1,5 +1,5 @@
-"""slime's request, and the function of docs/engines.md. slime is on no index: a sample here has the fields of the public source,
-THUDM/slime, slime/utils/types.py at commit 0d234f3e3a83c81b7d37209994e0b994deacbb24."""
+"""slime's request, and the function of docs/engines.md. slime is on no index: a sample here has the fields of its public
+source, THUDM/slime, slime/utils/types.py at commit 0d234f3e3a83c81b7d37209994e0b994deacbb24."""
 
 import asyncio
 from types import SimpleNamespace
