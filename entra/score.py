@@ -283,6 +283,22 @@ def score_batch(
     return scores if details else scores.rewards
 
 
+def score_rows(rows: list[EncodedRow], policy: Policy, config: ScoreConfig) -> list[CompletionScores | str]:
+    """The scores of rows that are token ids already, or "not finite: message" where a value is not finite."""
+    signals = _run(rows, policy, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # rows that are not finite: they get an error
+        scores = _assemble(rows, signals, copied_tokens(rows, config, _device(signals)), config, policy.tokenizer)
+    return list(map(finite, scores))
+
+
+def finite(scores: CompletionScores) -> CompletionScores | str:
+    """The scores, or "kind: message" where a value of theirs is not finite."""
+    if scores.reward is None:
+        return "not finite: a log-probability or attention of this row is not finite under this model"
+    return scores
+
+
 @overload
 def _listed(name: str, rows: Sequence[Any], count: None = ...) -> list[Any]: ...
 @overload

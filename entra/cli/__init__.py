@@ -1,5 +1,6 @@
 """The command line. For files of traces: `entra score`, `entra inspect` to look at them, `entra eval` to compare two, and
-`entra select` for what to train on. For a model: `entra train`, and `entra doctor` before that. `entra demo` is a first look.
+`entra select` for what to train on. For a model: `entra train`, and `entra doctor` before that. `entra serve` scores over HTTP.
+`entra demo` is a first look.
 
 Exit codes: 0 finished, 1 stopped by something that the message names, 2 bad usage, 130 interrupted with Ctrl-C. Bad rows do not
 stop a command: they are in the output, with an `error`.
@@ -27,6 +28,7 @@ COMMANDS = {
     "train": ("entra.cli.train.command", "train a model with ENTRA rewards"),
     "doctor": ("entra.cli.doctor", "check a model, the versions and a training's arguments"),
     "experiment": ("entra.cli.experiment", None),
+    "serve": ("entra.cli.serve", "score over HTTP, for any engine that can POST"),
     "demo": ("entra.cli.demo", "score the shipped traces with SmolLM2-135M-Instruct and look at them"),
 }
 """By name: the module, which is imported when the command is called and not before, and its line in `entra --help`."""

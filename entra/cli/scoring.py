@@ -18,12 +18,12 @@ import torch
 from entra.cli import CommandError, one_line, say
 from entra.commands import ending_at_once
 from entra.config import ScoreConfig
-from entra.encode import Encoder
+from entra.encode import RowChecker
 from entra.flags import add_flags
 from entra.forward import unwrapped
 from entra.policy import Policy, load_policy, load_tokenizer
 from entra.rows import Row
-from entra.score import CompletionScores, score_batch
+from entra.score import CompletionScores, finite, score_batch
 
 INPUT = "files of traces (JSON Lines, JSON, Parquet, CSV; also .gz and .zst), folders of them, patterns, or - for stdin"
 """The help of what is read."""
@@ -39,14 +39,19 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
         help="a prompt that is text becomes a user message of the model's chat template (default: it stays as it is)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    add_model_flags(parser)
+    parser.add_argument("--batch-size", type=int, default=16, help="rows that are scored together (default: %(default)s)")
+    add_flags(parser.add_argument_group("options of the method (entra.ScoreConfig)"), ScoreConfig)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how the model is loaded: what `load_as` reads."""
     parser.add_argument("--device", help="where the model runs, for example cpu or cuda:1 (default: the GPU, if there is one)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (default: what it was saved in)"
     )
     parser.add_argument("--revision", help="of a model on the hub: a branch, a tag or a commit (default: the newest)")
     add_quiet(parser)
-    parser.add_argument("--batch-size", type=int, default=16, help="rows that are scored together (default: %(default)s)")
-    add_flags(parser.add_argument_group("options of the method (entra.ScoreConfig)"), ScoreConfig)
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +77,11 @@ def check_scoring_flags(options: argparse.Namespace) -> None:
     """CommandError for a batch without rows, and for a device that is not there."""
     if options.batch_size < 1:
         raise CommandError(f"--batch-size {options.batch_size} must be at least 1 row")
+    check_device(options)
+
+
+def check_device(options: argparse.Namespace) -> None:
+    """CommandError for a device that is not there."""
     if options.device is not None:
         try:
             torch.empty(0, device=options.device)
@@ -136,10 +146,7 @@ class Scorer:
             raise CommandError("--apply-chat-template: the model's tokenizer has no chat template; leave it out")
         self._policy = policy
         self._config = config
-        model = unwrapped(policy.model)
-        self._encoder = Encoder(policy.tokenizer, model, config.chat_template_kwargs)
-        self._unlimited = Encoder(policy.tokenizer, model, config.chat_template_kwargs)
-        self._unlimited.vocab_size = self._unlimited.context = None
+        self._checker = RowChecker(policy.tokenizer, unwrapped(policy.model), config.chat_template_kwargs)
 
     def lines(self, rows: Iterable[Row]) -> list[str]:
         """What becomes of prompts that are text, for people; nothing where the first prompt in `rows` is none."""
@@ -169,8 +176,8 @@ class Scorer:
             raise CommandError(f"out of memory; use a smaller --token-budget ({one_line(error)})", 1) from error
         except (ValueError, RuntimeError) as error:
             raise CommandError(f"cannot score with this model: {one_line(error)}", 1) from error
-        scored = iter(scores)
-        return [_finite(next(scored)) if fault is None else fault for fault in faults]
+        scored = map(finite, scores)
+        return [next(scored) if fault is None else fault for fault in faults]
 
     def _prompt(self, row: Row) -> Any:
         text = self._apply_chat_template and isinstance(row.prompt, str)
@@ -181,26 +188,5 @@ class Scorer:
             return f"malformed: {row.malformed}"
         if row.fault is not None:
             return row.fault
-        try:
-            encoded = self._encoder.encode(self._prompt(row), row.completion)
-        except TypeError as error:
-            return f"not text: {error}"
-        except ValueError as error:
-            return f"{self._limit(self._prompt(row), row.completion)}: {error}"
-        return None if encoded.completion else "empty completion: it has no tokens but EOS and pads"
-
-    def _limit(self, prompt: Any, completion: Any) -> str:
-        """Which of the model's limits a row breaks, or that it has no token ids at all."""
-        try:
-            encoded = self._unlimited.encode(prompt, completion)
-        except ValueError:
-            return "cannot be tokenised"
-        size = self._encoder.vocab_size
-        inside = size is None or all(0 <= i < size for ids in encoded for i in ids)
-        return "longer than the context" if inside else "outside the vocabulary"
-
-
-def _finite(scores: CompletionScores) -> CompletionScores | str:
-    if scores.reward is None:
-        return "not finite: a log-probability or attention of this row is not finite under this model"
-    return scores
+        encoded = self._checker.encode(self._prompt(row), row.completion)
+        return encoded if isinstance(encoded, str) else None
