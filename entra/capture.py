@@ -198,8 +198,8 @@ class Capture:
         self._positions: Any = None
         self.expect()
         self.inspect: Callable[[Tensor, Tensor, dict[str, Any], OverRanks], None] | None = None
-        """Called with q, k, the other arguments of `incoming_attention`, and what makes a result of these heads one of all heads;
-        for `entra.verify`."""
+        """Called with q, k, the other arguments of `incoming_attention`, and what makes a result of these heads that of all
+        heads, for `entra.verify`."""
         self.refuse_other_rope = True
         """Whether rows that have another RoPE in the forward than alone are an error; False for who leaves them out."""
 

@@ -100,7 +100,8 @@ def token_signals(
     Returns:
         One `TokenSignals` per row, on the model's device, not dependent on how the rows were split into forwards. Where ranks
         hold parts of the model, every rank must call this the same number of times, with as many rows as it likes. Ranks with
-        fewer forwards run empty ones until all have run the same number. The ranks of a tensor-parallel model pass the same rows.
+        fewer forwards run empty ones until all have run the same number. The ranks of a tensor-parallel model must
+        pass the same rows.
 
     Raises:
         ValueError: no layer of the model can be scored (see `entra.capture`).

@@ -1,4 +1,5 @@
-"""Training and scoring on two CPU processes (gloo): DDP, tensor parallelism, FSDP2, a rank that is killed, and ZeRO-3 with `make test-deepspeed`.
+"""Training and scoring on two CPU processes (gloo): DDP, tensor parallelism, FSDP2, a rank that is killed, and ZeRO-3 with
+`make test-deepspeed`.
 
 FSDP2 comes in two ways. transformers shards a model as it loads it (`DistributedConfig`), which needs nothing special on a CPU.
 accelerate's (`fsdp=True`) is silently DDP on a CPU, so the worker tells accelerate to go on. Not run here: FSDP1, which torch
