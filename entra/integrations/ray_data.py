@@ -177,7 +177,7 @@ def _source(options: argparse.Namespace) -> Source:
     from entra.commands import CommandError
 
     try:
-        import ray.data  # type: ignore[import-not-found]  # noqa: F401
+        import ray.data  # noqa: F401
     except ImportError:
         raise CommandError("--engine ray needs Ray Data; get it with: pip install 'entra-reward[ray]'") from None
     output = options.output
@@ -228,7 +228,7 @@ def _stage(source: Source, folder: Path, batch_size: int) -> None:
 def _run(options: argparse.Namespace, config: ScoreConfig, staged: Path, checkpoint: Path) -> None:
     """Score the rows that the checkpoint does not know."""
     import ray
-    from ray.data.checkpoint import CheckpointConfig  # type: ignore[import-not-found]
+    from ray.data.checkpoint import CheckpointConfig
 
     from entra.cli import one_line
     from entra.commands import CommandError
@@ -243,7 +243,8 @@ def _run(options: argparse.Namespace, config: ScoreConfig, staged: Path, checkpo
         workers = options.workers or max(1, int(gpus / per_worker) if per_worker else 1)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = not options.quiet
-        context.use_datasource_v2 = False  # which makes one piece of work of all files up to 128 MiB (Ray 2.60)
+        # Ray 2.60 makes one piece of work of all files up to 128 MiB, unless this says how many bytes.
+        os.environ.setdefault("RAY_DATA_PARQUET_BIN_PACKING_BYTES", "1")
         context.checkpoint_config = CheckpointConfig(
             id_column=ROW, checkpoint_path=str(checkpoint.resolve()), delete_checkpoint_on_success=False
         )
