@@ -16,6 +16,7 @@ Decisions taken here:
   config decides only which layer is scored.
 - Attention runs first. Where it computes the log-sum-exp of these scores anyway, the reduction takes it, and the Triton kernels
   need one pass over them instead of two (`entra/attention_lse.py`).
+- Tensor parallelism gives each rank some of the heads. One all-reduce of the result, [B, N], makes it that of all of them.
 - The name that is registered ends in the original one (`entra_capture|flash_attention_2`), because models ask whether
   "flash" is in the name before they pad v (MLA).
 """
@@ -31,6 +32,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from entra.attention_lse import OBSERVABLE, LseObserver, flex_attention_lse
@@ -152,6 +154,10 @@ class _Doubt(NamedTuple):
             raise RuntimeError(self.message.format(row=row, token=token, name=self.name, implementation=self.implementation))
 
 
+OverRanks = Callable[[Tensor], Tensor]
+"""From a result over the heads of this rank to that over the heads of all ranks; every rank must call it."""
+
+
 class Capture:
     """What `capture_incoming_attention` yields: the result of the last forward run inside the block."""
 
@@ -166,6 +172,7 @@ class Capture:
         unpackable: str | None,
         rope: RopeGroups,
         position_ids: Callable[..., Any],
+        device_mesh: Any,
         statistic: str,
         head_reduction: str,
         backend: str,
@@ -181,6 +188,7 @@ class Capture:
         self._unpackable = unpackable
         self._rope = rope
         self._position_ids = position_ids
+        self._device_mesh = device_mesh
         self._statistic = statistic
         self._head_reduction = head_reduction
         self._backend = backend
@@ -190,8 +198,9 @@ class Capture:
         self._checked = False
         self._positions: Any = None
         self.expect()
-        self.inspect: Callable[[Tensor, Tensor, dict[str, Any]], None] | None = None
-        """Called with q, k and the other arguments of `incoming_attention`, for `entra.verify`."""
+        self.inspect: Callable[[Tensor, Tensor, dict[str, Any], OverRanks], None] | None = None
+        """Called with q, k, the other arguments of `incoming_attention`, and what makes a result of these heads that of all
+        heads, for `entra.verify`."""
         self.refuse_other_rope = True
         """Whether rows that have another RoPE in the forward than alone are an error; False for who leaves them out."""
 
@@ -398,12 +407,14 @@ class Capture:
         known = None if known_lse is None else known_lse(q, k, scale=scale, sliding_window=window, softcap=softcap)
         lse, lse_source = (None, None) if known is None else known
 
+        over_ranks = partial(_over_ranks, self._heads_over(module), self._head_reduction)
         options: dict[str, Any] = {"scale": scale, "sliding_window": window, "softcap": softcap, "sinks": sinks}
         if packed is None:
             start = None if self._start is None else self._start.to(q.device)
             length = None if self._length is None else self._length.to(q.device)
             weights = _visible_keys(batch, tokens, start, window, q.device) if self._statistic == "lift" else None
-            incoming = self._incoming(q, k, lse, {"start": start, "length": length, **options, "row_weights": weights})
+            given = {"start": start, "length": length, **options, "row_weights": weights}
+            incoming = self._incoming(q, k, lse, given, over_ranks)
         else:
             parts = []
             for row, cu_seqlens in enumerate(packed):
@@ -412,12 +423,12 @@ class Capture:
                 length = None if self._length is None else self._length.to(q.device)
                 spans = cu_seqlens if length is None else shortened(cu_seqlens, length)
                 given = {"cu_seqlens": spans, **options, "row_weights": weights}
-                part = self._incoming(q[row].transpose(0, 1), k[row].transpose(0, 1), None, given)
+                part = self._incoming(q[row].transpose(0, 1), k[row].transpose(0, 1), None, given, over_ranks)
                 # What is left of a sequence beyond its length was scored as one.
                 parts.append(part if length is None else part.masked_fill(position > length[sequence], 0.0))
             incoming = torch.stack(parts)
         self._result = (
-            incoming,
+            over_ranks(incoming),
             CapturedLayer(
                 index=self._index,
                 name=self._name,
@@ -431,13 +442,26 @@ class Capture:
             packed,
         )
 
-    def _incoming(self, q: Tensor, k: Tensor, lse: Tensor | None, options: dict[str, Any]) -> Tensor:
-        """`incoming_attention` reduced over heads as asked for: [B, N] of padded, [T] of packed q and k."""
+    def _incoming(self, q: Tensor, k: Tensor, lse: Tensor | None, options: dict[str, Any], over_ranks: OverRanks) -> Tensor:
+        """`incoming_attention` reduced over this rank's heads as asked for: [B, N] of padded, [T] of packed q and k."""
         if self.inspect is not None:
-            self.inspect(q, k, options)
+            self.inspect(q, k, options, over_ranks)
         per_head = self._head_reduction == "max"
         incoming = incoming_attention(q, k, lse=lse, per_head=per_head, backend=self._backend, **options)
         return incoming.amax(dim=-2) if per_head else incoming
+
+    def _heads_over(self, module: Any) -> Any:
+        """The process group that tensor parallelism spreads the module's heads over; None where this rank has all of them."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return None
+        from torch.distributed.tensor import DTensor
+
+        # What FSDP2 parts is whole while the module runs. transformers before 5.17 parts weights into plain tensors.
+        meshes = (weight.device_mesh for weight in module.parameters() if isinstance(weight, DTensor))
+        mesh = next(meshes, self._device_mesh)
+        if mesh is None:
+            return None
+        return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 
     def _window(self, module: Any, arguments: dict[str, Any]) -> int | None:
         """The window of this call: what is passed, else that of the mask that the model builds."""
@@ -485,7 +509,8 @@ def capture_incoming_attention(
     time may run a model that is captured.
 
     Args:
-        model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, torch.compile with or without fullgraph).
+        model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, torch.compile with or without fullgraph), or
+            tensor-parallel. The ranks of one tensor-parallel group run the same rows, and each gets the whole result.
         start: int [B], each row's first token. None: 0. With start or length a row is one sequence.
         length: int [B], each row's count of tokens. None: all from `start` on. Pads outside the span count for nothing. The
             model's attention_mask is up to you: right padding needs none. With cu_seqlens it is int [S]: how many tokens of
@@ -537,6 +562,7 @@ def capture_incoming_attention(
         unpackable=_unpackable(model),
         rope=RopeGroups(_transformers_model(model)),
         position_ids=_position_ids_of(model),
+        device_mesh=_tensor_parallel_mesh(model),
         statistic=statistic,
         head_reduction=head_reduction,
         backend=backend,
@@ -557,6 +583,22 @@ def capture_incoming_attention(
         module.config = config
         if handle is not None:
             handle.remove()
+
+
+def _tensor_parallel_mesh(model: nn.Module) -> Any:
+    """The device mesh that transformers spread the model's heads over when it loaded it; None where it did not."""
+    inner = _transformers_model(model)
+    return getattr(inner, "_device_mesh", None) if (getattr(inner, "_tp_size", None) or 1) > 1 else None
+
+
+def _over_ranks(group: Any, head_reduction: str, incoming: Tensor) -> Tensor:
+    """Mean or maximum over the ranks of a group, each of which has as many heads as the next, or all of them."""
+    if group is None:
+        return incoming
+    if head_reduction == "mean":
+        incoming = incoming / dist.get_world_size(group)  # gloo has no mean
+    dist.all_reduce(incoming, dist.ReduceOp.MAX if head_reduction == "max" else dist.ReduceOp.SUM, group)
+    return incoming
 
 
 def _whole_numbers(name: str, value: Tensor | Sequence[int] | None) -> Tensor | None:

@@ -225,7 +225,7 @@ def _look(inner: Any, ids: list[int], config: ScoreConfig) -> tuple[CapturedLaye
         capture_incoming_attention(inner, backend=config.backend) as captured,
     ):
         forget()
-        captured.inspect = lambda q, k, options: shown.extend((q, k))
+        captured.inspect = lambda q, k, *_: shown.extend((q, k))
         inner(input_ids=_row(inner, ids), use_cache=False)
     return captured.layer, shown[0], shown[1]
 

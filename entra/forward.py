@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from entra.capture import capture_incoming_attention, scored_layer
+from entra.capture import OverRanks, capture_incoming_attention, scored_layer
 from entra.config import ScoreConfig
 from entra.rope import RopeGroups, forgetful_rope
 from entra_kernels import linear_token_logprobs, token_logprobs
@@ -64,8 +64,8 @@ class _LogitTransform(NamedTuple):
 class Inspector(Protocol):
     """Looks at what the kernels are given, in the middle of a forward (`entra.verify`)."""
 
-    def attention(self, q: Tensor, k: Tensor, options: dict[str, Any]) -> None:
-        """q and k of the scored layer, and the other arguments of `incoming_attention`."""
+    def attention(self, q: Tensor, k: Tensor, options: dict[str, Any], over_ranks: OverRanks) -> None:
+        """q and k of the scored layer, the other arguments of `incoming_attention`, and how ranks put heads together."""
 
     def head(self, logprobs_by: LogprobsBy, weight: Tensor | None, hidden: Tensor, ids: Tensor) -> None:
         """Hidden states on their way into the head, the ids that they predict, and their log-probs by any backend."""
@@ -100,7 +100,8 @@ def token_signals(
     Returns:
         One `TokenSignals` per row, on the model's device, not dependent on how the rows were split into forwards. Where ranks
         hold parts of the model, every rank must call this the same number of times, with as many rows as it likes. Ranks with
-        fewer forwards run empty ones until all have run the same number.
+        fewer forwards run empty ones until all have run the same number. The ranks of a tensor-parallel model must
+        pass the same rows.
 
     Raises:
         ValueError: no layer of the model can be scored (see `entra.capture`).

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from entra.capture import OverRanks
 from entra.config import ScoreConfig
 from entra.forward import token_signals
 from entra.rollout import Rollout
@@ -119,7 +120,7 @@ class _Reference:
     def __init__(self, config: ScoreConfig) -> None:
         self._reduction = config.head_reduction
 
-    def attention(self, q: Tensor, k: Tensor, options: dict[str, Any]) -> None:
+    def attention(self, q: Tensor, k: Tensor, options: dict[str, Any], over_ranks: OverRanks) -> None:
         """q [1, H, N, D], k [1, G, N, D] of the scored layer, and the other arguments of `incoming_attention`."""
         heads, group = q.shape[1], q.shape[1] // k.shape[1]
         total = torch.zeros(q.shape[2], dtype=torch.float32, device=q.device)
@@ -132,7 +133,7 @@ class _Reference:
                 backend="reference",
             )[0]
             total = torch.maximum(total, one) if self._reduction == "max" else total + one / heads
-        self.incoming = total
+        self.incoming = over_ranks(total)
         # Norms and RoPE may leave q in float32 where autocast runs the model's products in another precision.
         device = q.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype

@@ -78,6 +78,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--details", action="store_true", help=f"add the tokens' {', '.join(DETAIL_COLUMNS)}")
     parser.add_argument("--overwrite", action="store_true", help="start again; an output that exists is replaced at the end")
+    ray = parser.add_argument_group("Ray Data, for several machines or GPUs (pip install 'entra-reward[ray]')")
+    ray.add_argument("--engine", choices=("ray",), help="a pool of workers; OUTPUT is then a folder of Parquet files")
+    ray.add_argument("--workers", type=int, metavar="N", help="models that score at once (default: one per GPU, else 1)")
+    ray.add_argument("--gpus-per-worker", type=float, metavar="F", help="may be a fraction (default: 1, without GPUs 0)")
     add_scoring_flags(parser)
     parser.set_defaults(run=run)
     return parser
@@ -89,6 +93,12 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         CommandError: what stops a run; rows that cannot be scored do not.
     """
+    if options.engine == "ray":
+        from entra.integrations.ray_data import score_folder
+
+        return score_folder(options)
+    if options.workers is not None or options.gpus_per_worker is not None:
+        raise CommandError("--workers and --gpus-per-worker belong to --engine ray; give that, too, or leave them out")
     started = time.monotonic()
     config = config_of(options)
     source = Source(

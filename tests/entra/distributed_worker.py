@@ -21,14 +21,16 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from tiny_models import build
+from tiny_models import FAMILIES, build
 from tiny_tokenizer import build_tokenizer
 from torch import nn
 
 import entra
 from entra import forward
 from entra.policy import bound_rollout, resolve_policy
+from entra.rollout import Rollout
 from entra.rope import transformers_version
+from entra.verify import verify
 
 STEPS = 4
 """Optimisation steps of a whole run."""
@@ -214,10 +216,50 @@ def _gathered(weights: list[nn.Parameter]) -> AbstractContextManager[None]:
     return deepspeed.zero.GatheredParameters(weights)
 
 
+HEADS_OVER_RANKS = ("qwen3", "gemma2")
+"""Families whose plan gives each rank some of the heads, here 2 of 4 with 1 of 2 kv heads."""
+HEADS_ON_EVERY_RANK = ("phi3", "deepseek_v3")
+"""Those whose plan leaves all heads on each rank: q, k and v in one product, or latents (MLA)."""
+TENSOR_PARALLEL = tuple(f for f in (*HEADS_OVER_RANKS, *HEADS_ON_EVERY_RANK) if f in FAMILIES)
+
+
+def build_divisible(family: str) -> nn.Module:
+    """A tiny model with an even vocabulary: some versions of transformers refuse to halve an odd one."""
+    return build(family, vocab_size=102)
+
+
+def score_all_rows(model: nn.Module, head_reduction: str) -> entra.Scores:
+    """Details of two rows that every rank of a tensor-parallel model scores, in two forwards."""
+    prompts, completions = (rows[:2] for rows in unequal_rows(0))
+    config = entra.ScoreConfig(token_budget=40, head_reduction=head_reduction)
+    return entra.score_batch(prompts, completions, model=model, config=config, details=True)
+
+
+def tensor_parallel(folder: Path, family: str, rank: int) -> dict[str, Any]:
+    """A model in parts, scored: scores of both head reductions, how many query heads this rank has, what `verify` says."""
+    from transformers import AutoModelForCausalLM
+
+    whole = build_divisible(family)
+    if rank == 0:
+        whole.save_pretrained(folder / family)
+    dist.barrier()
+    how = whole.config._attn_implementation  # which is not saved
+    model = AutoModelForCausalLM.from_pretrained(folder / family, tp_plan="auto", attn_implementation=how)
+    seen: dict[str, Any] = {reduction: score_all_rows(model, reduction) for reduction in ("mean", "max")}
+    with entra.capture_incoming_attention(model) as captured:
+        captured.inspect = lambda q, *_: seen.update(heads=q.shape[1])
+        model(torch.tensor([[1, 7, 8, 9]]), use_cache=False)
+    prompts, completions = unequal_rows(0)
+    rollout = Rollout(model, None, prompts, prompts, completions)
+    seen["verified"] = verify(rollout, 0, entra.ScoreConfig()).breach()
+    return seen
+
+
 def ddp(folder: Path, rank: int) -> None:
-    """Scoring and riding under DDP, then a run that does not live to its end."""
+    """Scoring tensor-parallel models, scoring and riding under DDP, then a run that does not live to its end."""
     wrapped = nn.parallel.DistributedDataParallel(build("qwen3"))
     seen = {"unequal": score_unequal(wrapped, rank), "failure": failure(wrapped, rank)}
+    seen["tensor_parallel"] = {family: tensor_parallel(folder, family, rank) for family in TENSOR_PARALLEL}
     seen["riding"] = train(folder, build("qwen3"), rank, riding=True, steps=2)
     torch.save(seen, folder / f"ddp.{rank}.pt")
     train(folder, build("qwen3"), rank, checkpoints="killed", kill=True)

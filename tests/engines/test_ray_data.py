@@ -1,0 +1,198 @@
+"""`entra score --engine ray` on a local cluster with real worker processes, some of which are killed: `make test-engines`."""
+
+import inspect
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import build
+from tiny_tokenizer import build_tokenizer
+
+pytest.importorskip("ray.data", reason="needs Ray Data: pip install 'entra-reward[ray]'")
+import pyarrow as pa
+import ray
+from pyarrow import parquet
+from ray.data.checkpoint import CheckpointConfig
+
+from entra.integrations.ray_data import ROW, RayScorer
+
+pytestmark = pytest.mark.timeout(1_200)
+
+ROOT = Path(__file__).parents[2]
+ROWS = 900
+BAD = {5: None, 400: ""}
+"""Completions of rows that cannot be scored."""
+LIMIT = 400
+"""Seconds that a run may take; on two idle cores it takes some 30."""
+
+# Batches differ from those of one process, and so does rounding: a few float32 roundings of log-probs of up to 10 nats.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, and its traces in two Parquet files and one of JSON Lines."""
+    folder = tmp_path_factory.mktemp("ray")
+    build("qwen3").save_pretrained(folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
+    draw = random.Random(0)
+    rows = [
+        {"name": f"trace {i}", "prompt": f"{i}+{i}=", "completion": " ".join(str(draw.randrange(99)) for _ in range(80))}
+        for i in range(ROWS)
+    ]
+    for i, completion in BAD.items():
+        rows[i]["completion"] = completion
+    (folder / "traces").mkdir()
+    parquet.write_table(pa.Table.from_pylist(rows[:300]), folder / "traces/a.parquet")
+    parquet.write_table(pa.Table.from_pylist(rows[300:600]), folder / "traces/b.parquet")
+    (folder / "traces/c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[600:]))
+    return folder
+
+
+def command(folder: Path, output: str, *more: str) -> list[str]:
+    names = [str(folder / "traces"), "--model", str(folder / "model"), "--output", str(folder / output)]
+    return [sys.executable, "-m", "entra", "score", *names, "--batch-size", "4", "--quiet", *more]
+
+
+def start(folder: Path) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env.pop("RAY_ADDRESS", None)
+    flags = ["--engine", "ray", "--workers", "2"]
+    log = (folder / "log").open("ab")
+    return subprocess.Popen(command(folder, "scores", *flags), env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def wait_for(condition, run: subprocess.Popen, folder: Path):
+    """What `condition` yields once that is something; the run must still be under way."""
+    end = time.monotonic() + LIMIT
+    while not (found := condition()):
+        assert run.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < end, (folder / "log").read_text()
+        time.sleep(0.05)
+    return found
+
+
+def workers_of(run: subprocess.Popen) -> list[int]:
+    """Processes that score: below the run, and called so by Ray."""
+    parents, names = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            names[int(entry.name)] = (entry / "cmdline").read_text()
+        except OSError:  # it has ended
+            continue
+
+    def below(pid):
+        return pid == run.pid or (pid in parents and below(parents[pid]))
+
+    return [pid for pid, name in names.items() if "MapBatches(RayScorer)" in name and below(pid)]
+
+
+@pytest.fixture(scope="module")
+def killed(folder):
+    """How many rows were there when a run was killed, after one of its workers; the folder that a second run filled."""
+
+    def files(count):
+        return lambda: len(list((folder / "scores").glob("*.parquet"))) >= count
+
+    run = start(folder)
+    try:
+        wait_for(files(1), run, folder)
+        victim = wait_for(lambda: workers_of(run), run, folder)[0]
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: victim not in workers_of(run), run, folder)
+        now = len(list((folder / "scores").glob("*.parquet")))
+        wait_for(files(now + 2), run, folder)
+    finally:
+        run.kill()
+        run.wait()
+    before = len(rows_of(folder / "scores"))
+    again = start(folder)
+    try:
+        assert again.wait(LIMIT) == 0, (folder / "log").read_text()
+    finally:
+        again.kill()
+    return before, folder / "scores"
+
+
+def rows_of(output: Path) -> list[dict]:
+    rows = []
+    for path in output.glob("*.parquet"):
+        try:
+            rows += parquet.read_table(path).to_pylist()
+        except pa.ArrowException:  # half a file, of a run that was killed
+            continue
+    return rows
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The rows as one process scores them."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(folder, "alone.jsonl"), env=env, check=True, timeout=LIMIT)
+    return [json.loads(line) for line in (folder / "alone.jsonl").read_text().splitlines()]
+
+
+def assert_same(got: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        assert got[name] == (pytest.approx(value, abs=TOLERANCE) if isinstance(value, float) else value), name
+
+
+def test_every_row_is_there_once_and_as_of_one_process_whatever_was_killed(killed, alone):
+    before, output = killed
+    assert 0 < before < ROWS
+    rows = sorted(rows_of(output), key=lambda row: row[ROW])
+    assert [row[ROW] for row in rows] == list(range(ROWS))
+    assert len(alone) == ROWS
+    assert [row[ROW] for row in rows if row["error"] is not None] == list(BAD)
+    for got, expected in zip(rows, alone, strict=True):
+        assert_same(got, expected)
+
+
+def test_a_finished_run_is_not_done_again_and_another_model_is_refused(killed, folder, capsys):
+    from entra.cli import main
+
+    files = {path: path.stat().st_mtime_ns for path in killed[1].glob("*.parquet")}
+    again = command(folder, "scores", "--engine", "ray")[3:]
+    main(again)
+    assert {path: path.stat().st_mtime_ns for path in killed[1].glob("*.parquet")} == files
+    with pytest.raises(SystemExit):
+        main([*again, "--attention-weight", "1"])
+    assert "attention_weight=2.0" in capsys.readouterr().err
+
+
+def test_the_class_scores_tables_of_anybody(folder, alone):
+    table = parquet.read_table(folder / "traces/a.parquet").slice(0, 8)
+    scored = RayScorer(str(folder / "model"), details=True)(table)
+    assert scored.column_names[:3] == table.column_names
+    for got, expected in zip(scored.to_pylist(), alone, strict=False):
+        assert_same(got, expected)
+        if got["error"] is None:
+            assert len(got["logprobs"]) == len(got["protected"]) == got["tokens"]
+
+
+def test_what_is_used_of_ray_is_there():
+    """Every symbol and keyword of Ray that `entra.integrations.ray_data` uses."""
+    uses = {
+        ray.init: ("address", "num_cpus"),
+        ray.is_initialized: (),
+        ray.cluster_resources: (),
+        ray.data.read_parquet: ("paths", "override_num_blocks"),
+        ray.data.Dataset.map_batches: ("fn_constructor_kwargs", "batch_size", "batch_format", "compute", "num_gpus"),
+        ray.data.Dataset.write_parquet: ("path",),
+        ray.data.ActorPoolStrategy: ("size",),
+        ray.data.DataContext.get_current: (),
+        CheckpointConfig: ("id_column", "checkpoint_path", "delete_checkpoint_on_success"),
+    }
+    for symbol, names in uses.items():
+        assert set(names) <= set(inspect.signature(symbol).parameters), symbol
+    context = ray.data.DataContext.get_current()
+    assert hasattr(context, "checkpoint_config")
+    assert hasattr(context, "enable_progress_bars")
+    assert issubclass(ray.exceptions.RayTaskError, ray.exceptions.RayError)
