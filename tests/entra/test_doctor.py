@@ -365,7 +365,7 @@ def test_vllm_with_its_correction_rides(tmp_path):
     ("options", "message"),
     [
         ({"reward_weights": [0.0, 0.0]}, "are all zero"),
-        ({"fsdp": True, "fsdp_config": {"version": 1}}, "set fsdp_version: 2"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "Set fsdp_version: 2"),
     ],
 )
 def test_training_arguments_that_a_trainer_refuses(tmp_path, options, message):
