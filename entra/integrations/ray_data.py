@@ -150,7 +150,7 @@ def score_folder(options: argparse.Namespace) -> None:
         "model_files": fingerprint(options.model, options.revision, options.quiet),
     }
     if staged.exists():
-        check(staged, identity)
+        check(staged, identity, f"use another --output, or remove the folder {output}")
     elif output.exists() and any(path.name != ".entra" for path in output.iterdir()):
         raise CommandError(f"--output {output} is a folder with other files; name one that is empty, or is not there")
     else:
