@@ -303,8 +303,10 @@ def recorded_threads(path: Path) -> int | None:
     return threads
 
 
-def check(path: Path, identity: Mapping[str, Any]) -> None:
+def check(path: Path, identity: Mapping[str, Any], remedy: str = "use another --output, or --overwrite to start again") -> None:
     """Refuse an output that was made from something other than `identity` (which may be a part of the whole).
+
+    The message ends with `remedy`.
 
     Raises:
         CommandError: names the first thing that differs, its value then and now.
@@ -313,7 +315,6 @@ def check(path: Path, identity: Mapping[str, Any]) -> None:
     if before is None:
         return
     part, sidecar = _places(path)
-    remedy = "use another --output, or --overwrite to start again"
     if part != path and sidecar == _sidecar(part):
         path, remedy = part, f"use another --output, --overwrite to start again, or remove {part}"
     if before.get("format") != _FORMAT:

@@ -165,6 +165,15 @@ def _check_options(options: argparse.Namespace, source: Source, once: bool) -> N
     else:
         check_output(options.output, source.paths, options.overwrite)
     check_scoring_flags(options)
+    choose_prefix(options, source)
+
+
+def choose_prefix(options: argparse.Namespace, source: Source) -> None:
+    """Settle `options.prefix`, so that no added column has the name of one of the input.
+
+    Raises:
+        CommandError: the given prefix, or our own, does not do that.
+    """
     found = options.prefix is None
     options.prefix = options.prefix or ""
     taken = [name for name in _added_columns(options) if name in source.columns]

@@ -150,7 +150,7 @@ def score_folder(options: argparse.Namespace) -> None:
         "model_files": fingerprint(options.model, options.revision, options.quiet),
     }
     if staged.exists():
-        check(staged, identity)
+        check(staged, identity, f"use another --output, or remove the folder {output}")
     elif output.exists() and any(path.name != ".entra" for path in output.iterdir()):
         raise CommandError(f"--output {output} is a folder with other files; name one that is empty, or is not there")
     else:
@@ -172,7 +172,7 @@ def score_folder(options: argparse.Namespace) -> None:
 
 def _source(options: argparse.Namespace) -> Source:
     """The input, after a look at everything that can be refused before it is copied."""
-    from entra.cli.score import _added_columns
+    from entra.cli.score import choose_prefix
     from entra.cli.scoring import check_scoring_flags
     from entra.commands import CommandError
 
@@ -193,9 +193,10 @@ def _source(options: argparse.Namespace) -> Source:
     if inside or source.piped:
         what = f"{inside[0]} is in --output" if inside else "a pipe can be read only once"
         raise CommandError(f"--engine ray: {what}, so a run could not go on; name files elsewhere")
-    taken = [name for name in (*_added_columns(options), ROW, _STAGED) if name in source.columns]
+    choose_prefix(options, source)
+    taken = [name for name in (ROW, _STAGED) if name in source.columns]
     if taken:
-        raise CommandError(f"the input has columns that would be added: {', '.join(taken)}; use --prefix, e.g. --prefix entra_")
+        raise CommandError(f"--engine ray adds a column that the input has: {', '.join(taken)}; rename or drop it")
     return source
 
 

@@ -1,6 +1,7 @@
 """`entra score --engine ray` on a local cluster with real worker processes, some of which are killed: `make test-engines`."""
 
 import inspect
+import io
 import json
 import os
 import random
@@ -18,6 +19,7 @@ pytest.importorskip("ray.data", reason="needs Ray Data: pip install 'entra-rewar
 import pyarrow as pa
 import ray
 from pyarrow import parquet
+from ray.data._internal.datasource_v2.formats.parquet import parquet_datasource_v2
 from ray.data.checkpoint import CheckpointConfig
 
 from entra.integrations.ray_data import ROW, RayScorer
@@ -25,11 +27,11 @@ from entra.integrations.ray_data import ROW, RayScorer
 pytestmark = pytest.mark.timeout(1_200)
 
 ROOT = Path(__file__).parents[2]
-ROWS = 900
-BAD = {5: None, 400: ""}
+ROWS = 200
+BAD = {5: None, 130: ""}
 """Completions of rows that cannot be scored."""
 LIMIT = 400
-"""Seconds that a run may take; on two idle cores it takes some 30."""
+"""Seconds that a run may take; on two busy cores it took some 60."""
 
 # Batches differ from those of one process, and so does rounding: a few float32 roundings of log-probs of up to 10 nats.
 TOLERANCE = 1e-5
@@ -39,19 +41,25 @@ TOLERANCE = 1e-5
 def folder(tmp_path_factory):
     """A model, and its traces in two Parquet files and one of JSON Lines."""
     folder = tmp_path_factory.mktemp("ray")
-    build("qwen3").save_pretrained(folder / "model")
+    # So many layers that a run is still under way after the first files, whatever the machine.
+    build("qwen3", num_hidden_layers=16).save_pretrained(folder / "model")
     build_tokenizer().save_pretrained(folder / "model")
     draw = random.Random(0)
     rows = [
-        {"name": f"trace {i}", "prompt": f"{i}+{i}=", "completion": " ".join(str(draw.randrange(99)) for _ in range(80))}
+        {
+            "name": f"trace {i}",
+            "prompt": f"{i}+{i}=",
+            "completion": " ".join(str(draw.randrange(99)) for _ in range(80)),
+            "reward": i % 2,  # so the added names get a prefix
+        }
         for i in range(ROWS)
     ]
     for i, completion in BAD.items():
         rows[i]["completion"] = completion
     (folder / "traces").mkdir()
-    parquet.write_table(pa.Table.from_pylist(rows[:300]), folder / "traces/a.parquet")
-    parquet.write_table(pa.Table.from_pylist(rows[300:600]), folder / "traces/b.parquet")
-    (folder / "traces/c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[600:]))
+    parquet.write_table(pa.Table.from_pylist(rows[:60]), folder / "traces/a.parquet")
+    parquet.write_table(pa.Table.from_pylist(rows[60:120]), folder / "traces/b.parquet")
+    (folder / "traces/c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[120:]))
     return folder
 
 
@@ -61,7 +69,8 @@ def command(folder: Path, output: str, *more: str) -> list[str]:
 
 
 def start(folder: Path) -> subprocess.Popen:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Ray makes its workers nicer by 15: on a busy machine they would get next to nothing.
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     env.pop("RAY_ADDRESS", None)
     flags = ["--engine", "ray", "--workers", "2"]
     log = (folder / "log").open("ab")
@@ -78,8 +87,8 @@ def wait_for(condition, run: subprocess.Popen, folder: Path):
     return found
 
 
-def workers_of(run: subprocess.Popen) -> list[int]:
-    """Processes that score: below the run, and called so by Ray."""
+def busy_workers(run: subprocess.Popen) -> list[int]:
+    """Processes below the run that score a piece of the rows; Ray calls a worker by what it does."""
     parents, names = {}, {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -91,34 +100,34 @@ def workers_of(run: subprocess.Popen) -> list[int]:
     def below(pid):
         return pid == run.pid or (pid in parents and below(parents[pid]))
 
-    return [pid for pid, name in names.items() if "MapBatches(RayScorer)" in name and below(pid)]
+    return [pid for pid, name in names.items() if "MapBatches(RayScorer)).submit" in name and below(pid)]
 
 
 @pytest.fixture(scope="module")
 def killed(folder):
-    """How many rows were there when a run was killed, after one of its workers; the folder that a second run filled."""
+    """A folder that two runs filled, the first of which was killed, and a worker of the second.
 
-    def files(count):
-        return lambda: len(list((folder / "scores").glob("*.parquet"))) >= count
-
-    run = start(folder)
+    Returns:
+        how many rows were there when the first was killed, how many when the worker was; the folder.
+    """
+    scores = folder / "scores"
+    first = start(folder)
     try:
-        wait_for(files(1), run, folder)
-        victim = wait_for(lambda: workers_of(run), run, folder)[0]
-        os.kill(victim, signal.SIGKILL)
-        wait_for(lambda: victim not in workers_of(run), run, folder)
-        now = len(list((folder / "scores").glob("*.parquet")))
-        wait_for(files(now + 2), run, folder)
+        wait_for(lambda: rows_of(scores), first, folder)
     finally:
-        run.kill()
-        run.wait()
-    before = len(rows_of(folder / "scores"))
-    again = start(folder)
+        first.kill()
+        first.wait()
+    before = len(rows_of(scores))
+    second = start(folder)
     try:
-        assert again.wait(LIMIT) == 0, (folder / "log").read_text()
+        wait_for(lambda: len(rows_of(scores)) > before, second, folder)
+        os.kill(wait_for(lambda: busy_workers(second), second, folder)[0], signal.SIGKILL)
+        between = len(rows_of(scores))
+        assert second.wait(LIMIT) == 0, (folder / "log").read_text()
     finally:
-        again.kill()
-    return before, folder / "scores"
+        second.kill()
+        second.wait()
+    return before, between, scores
 
 
 def rows_of(output: Path) -> list[dict]:
@@ -126,7 +135,7 @@ def rows_of(output: Path) -> list[dict]:
     for path in output.glob("*.parquet"):
         try:
             rows += parquet.read_table(path).to_pylist()
-        except pa.ArrowException:  # half a file, of a run that was killed
+        except (pa.ArrowException, OSError):  # half a file, of a run that was killed, or one that Ray removed just now
             continue
     return rows
 
@@ -145,12 +154,12 @@ def assert_same(got: dict, expected: dict) -> None:
 
 
 def test_every_row_is_there_once_and_as_of_one_process_whatever_was_killed(killed, alone):
-    before, output = killed
-    assert 0 < before < ROWS
+    before, between, output = killed
+    assert 0 < before < between < ROWS
     rows = sorted(rows_of(output), key=lambda row: row[ROW])
     assert [row[ROW] for row in rows] == list(range(ROWS))
     assert len(alone) == ROWS
-    assert [row[ROW] for row in rows if row["error"] is not None] == list(BAD)
+    assert [row[ROW] for row in rows if row["entra_error"] is not None] == list(BAD)
     for got, expected in zip(rows, alone, strict=True):
         assert_same(got, expected)
 
@@ -158,23 +167,54 @@ def test_every_row_is_there_once_and_as_of_one_process_whatever_was_killed(kille
 def test_a_finished_run_is_not_done_again_and_another_model_is_refused(killed, folder, capsys):
     from entra.cli import main
 
-    files = {path: path.stat().st_mtime_ns for path in killed[1].glob("*.parquet")}
+    files = {path: path.stat().st_mtime_ns for path in killed[2].glob("*.parquet")}
     again = command(folder, "scores", "--engine", "ray")[3:]
-    main(again)
-    assert {path: path.stat().st_mtime_ns for path in killed[1].glob("*.parquet")} == files
-    with pytest.raises(SystemExit):
-        main([*again, "--attention-weight", "1"])
-    assert "attention_weight=2.0" in capsys.readouterr().err
+    assert main(again) == 0
+    assert {path: path.stat().st_mtime_ns for path in killed[2].glob("*.parquet")} == files
+    assert main([*again, "--attention-weight", "1"]) == 2
+    told = capsys.readouterr().err
+    assert "attention_weight=2.0" in told
+    assert "remove the folder" in told
+
+
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        ("--overwrite does not go with --engine ray", {"more": ["--overwrite"]}),
+        ("writes a folder of Parquet files; name a folder", {"output": "scores.parquet"}),
+        ("writes a folder of Parquet files; name a folder", {"output": "model/config.json"}),
+        ("is a folder with other files", {"output": "model"}),
+        ("is in --output", {"output": "traces"}),
+        ("a pipe can be read only once", {"traces": "-"}),
+        ("adds a column that the input has: entra_row", {"traces": "scored.jsonl"}),
+        (
+            "columns that would be added: x_reward; choose another --prefix",
+            {"traces": "scored.jsonl", "more": ["--prefix", "x_"]},
+        ),
+    ],
+)
+def test_what_is_refused_leaves_nothing_behind(rule, change, folder, capsys, monkeypatch):
+    from entra.cli import main
+
+    row = b'{"prompt": "1+1=", "completion": "2", "x_reward": 0, "entra_row": 7}\n'
+    (folder / "scored.jsonl").write_bytes(row)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(row)))
+    there = set(folder.rglob("*"))
+    traces = change.get("traces", "traces")
+    more = ["--engine", "ray", "--output", str(folder / change.get("output", "refused")), *change.get("more", [])]
+    assert main(["score", traces if traces == "-" else str(folder / traces), "--model", str(folder / "model"), *more]) == 2
+    assert rule in capsys.readouterr().err
+    assert set(folder.rglob("*")) == there
 
 
 def test_the_class_scores_tables_of_anybody(folder, alone):
     table = parquet.read_table(folder / "traces/a.parquet").slice(0, 8)
-    scored = RayScorer(str(folder / "model"), details=True)(table)
-    assert scored.column_names[:3] == table.column_names
+    scored = RayScorer(str(folder / "model"), prefix="entra_", details=True)(table)
+    assert scored.column_names[: table.num_columns] == table.column_names
     for got, expected in zip(scored.to_pylist(), alone, strict=False):
         assert_same(got, expected)
-        if got["error"] is None:
-            assert len(got["logprobs"]) == len(got["protected"]) == got["tokens"]
+        if got["entra_error"] is None:
+            assert len(got["entra_logprobs"]) == len(got["entra_protected"]) == got["entra_tokens"]
 
 
 def test_what_is_used_of_ray_is_there():
@@ -196,3 +236,4 @@ def test_what_is_used_of_ray_is_there():
     assert hasattr(context, "checkpoint_config")
     assert hasattr(context, "enable_progress_bars")
     assert issubclass(ray.exceptions.RayTaskError, ray.exceptions.RayError)
+    assert '"RAY_DATA_PARQUET_BIN_PACKING_BYTES"' in inspect.getsource(parquet_datasource_v2)
