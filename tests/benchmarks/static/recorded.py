@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -70,7 +71,7 @@ def scaled():
 
 def main():
     calls = re.compile(r"sm_90 bf16 (d=72|d=128|one token|given lse)$|sm_90 fp32 $|gfx942 bf16 (d=128)?$")
-    with aot.processes(2) as pool:
+    with ThreadPoolExecutor(1) as pool:  # processes would import torch twice more, which takes longer than the recording
         found = {
             name: [as_dict(case) for case in aot.cases(selection, pool)]
             for name, selection in (
