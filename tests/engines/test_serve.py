@@ -395,7 +395,7 @@ def test_throughput(tmp_path):
                 start = time.perf_counter()
                 run()
                 taken.append(time.perf_counter() - start)
-    over_http, at_once = (sorted(taken)[len(taken) // 2] for taken in times.values())
+    over_http, at_once = map(min, times.values())  # what else runs on the machine only ever adds time
     print(f"\nthroughput: {tokens / over_http:.0f} tokens/s over HTTP, {tokens / at_once:.0f} by score_batch")
     print(f"ratio {at_once / over_http:.3f}, {threads} threads; {times}")
     assert at_once / over_http >= 0.9
