@@ -31,7 +31,7 @@ from entra.rows import format_of, is_finite, read_rows
 from entra.source import PIPE, SIDECAR
 from entra.whole_file import write_whole
 
-_FORMAT = 3
+FORMAT = 3
 """Of the sidecar. Those of earlier versions do not say what was taken for prompt and completion, or note other things of the
 model."""
 _MOST_THREADS = 4096
@@ -76,7 +76,7 @@ class Output:
                         f"{path} is not as entra score left it; restore it, use another --output, or --overwrite to start again"
                     )
                 if overwrite or recorded(path) is None:
-                    content = {"written_by": "entra score", "format": _FORMAT, **identity, **facts}
+                    content = {"written_by": "entra score", "format": FORMAT, **identity, **facts}
                     write_whole(self._sidecar, json.dumps(content, indent=1, default=json_value) + "\n")
             self._opened = opened.pop_all()
 
@@ -105,7 +105,7 @@ class Output:
         self._file.seek(0)
         end = 0
         for number, (line, given) in enumerate(zip(self._file, chain(expected, _nothing()), strict=False), start=1):
-            carried = b"" if given is None else _line(given)
+            carried = b"" if given is None else json_line(given)
             if not line.endswith(b"\n"):
                 # Columns come before scores, so all of them is the start of the line, or the line is the start of all of them.
                 if given is not None and any(line.startswith(c) or c.startswith(line) for c in _beginnings(given)):
@@ -114,7 +114,7 @@ class Output:
             row = _row(line, error, numbers)
             if row is None:
                 raise self._wrong(number, "a row of scores", line)
-            if given is None or _line({name: value for name, value in row.items() if name not in own}) != carried:
+            if given is None or json_line({name: value for name, value in row.items() if name not in own}) != carried:
                 raise self._wrong(number, f"row {number} of the input", line)
             end += len(line)
             yield row
@@ -157,7 +157,7 @@ class Output:
             CommandError: they cannot be written; the rows before them are on disk.
         """
         with _writing(self._path, f"the rows before are there; make room, and {self.going_on}", 1):
-            self._file.write(b"".join(map(_line, rows)))
+            self._file.write(b"".join(map(json_line, rows)))
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -196,7 +196,7 @@ class Stream:
         """
         try:
             with _writing(self._path, "give the command again", 1):
-                self._file.write(b"".join(map(_line, rows)))
+                self._file.write(b"".join(map(json_line, rows)))
                 self._file.flush()
         except CommandError:
             if self._stdout:  # Python would try once more when it ends
@@ -317,7 +317,7 @@ def check(path: Path, identity: Mapping[str, Any], remedy: str = "use another --
     part, sidecar = _places(path)
     if part != path and sidecar == _sidecar(part):
         path, remedy = part, f"use another --output, --overwrite to start again, or remove {part}"
-    if before.get("format") != _FORMAT:
+    if before.get("format") != FORMAT:
         raise CommandError(f"{path} was written by another version of entra, which noted other things; {remedy}")
     then = dict(flat(before))
     now = dict(flat(json.loads(json.dumps(identity, default=json_value))))
@@ -439,10 +439,11 @@ def json_value(value: Any) -> Any:
 
 def _beginnings(row: Mapping[str, Any]) -> list[bytes]:
     """How a line with these columns may begin, up to what follows them."""
-    return [_line(row)[:-2], json.dumps(row, default=json_value).encode("ascii")[:-1]]
+    return [json_line(row)[:-2], json.dumps(row, default=json_value).encode("ascii")[:-1]]
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """A row as a line of JSON Lines."""
     try:
         text = json.dumps(row, ensure_ascii=False, default=json_value).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only hold escaped

@@ -47,7 +47,7 @@ from entra.rows import format_of, read_rows
 from entra.score import CompletionScores
 from entra.source import PIPE, Source
 
-_IDENTITY = ("prefix", "details", "batch_size", "limit", "apply_chat_template", "dtype", "revision")
+IDENTITY = ("prefix", "details", "batch_size", "limit", "apply_chat_template", "dtype", "revision")
 """Options that rows depend on, but for those of the method."""
 _PREFIX = "entra_"
 """Stands before the names of the added columns where the input has one of them: what people have needs no flag."""
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
     identity: dict[str, Any] = {
         "input": source.record(),
         "config": asdict(config),
-        **{name: getattr(options, name) for name in _IDENTITY},
+        **{name: getattr(options, name) for name in IDENTITY},
         "versions": versions(),
     }
     if not options.overwrite and not once:
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> None:
     scorer = Scorer(policy, config, options.apply_chat_template)
     tell(options, *scorer.lines(source.read()))
     identity |= {"device": device_name(policy), "model_files": fingerprint(options.model, options.revision, options.quiet)}
-    summary = _Summary(options.prefix)
+    summary = Summary(options.prefix)
     facts = {"model": options.model, "threads": torch.get_num_threads()}
     if once:
         tell(options, json.dumps({**identity, **facts}, default=json_value))
@@ -190,7 +190,7 @@ def _added_columns(options: argparse.Namespace) -> list[str]:
 
 
 def _score_missing(
-    options: argparse.Namespace, source: Source, scorer: Scorer, output: Output | Stream, summary: _Summary
+    options: argparse.Namespace, source: Source, scorer: Scorer, output: Output | Stream, summary: Summary
 ) -> None:
     first = summary.rows - summary.rows % options.batch_size
     rows = source.read(first)
@@ -198,7 +198,8 @@ def _score_missing(
         while summary.rows < source.rows:
             batch = list(islice(rows, options.batch_size))
             scored = [
-                {**row.columns, **_added(scores, options)} for row, scores in zip(batch, scorer.score(batch), strict=True)
+                {**row.columns, **added_to(scores, options.prefix, options.details)}
+                for row, scores in zip(batch, scorer.score(batch), strict=True)
             ][summary.rows - first :]
             output.append(scored)
             for row in scored:
@@ -209,10 +210,10 @@ def _score_missing(
             bar.update(len(scored))
 
 
-def _added(scores: CompletionScores | str, options: argparse.Namespace) -> dict[str, Any]:
+def added_to(scores: CompletionScores | str, prefix: str, details: bool) -> dict[str, Any]:
     """The columns that a row gets."""
     if isinstance(scores, str):
-        return {options.prefix + ERROR_COLUMN: scores}
+        return {prefix + ERROR_COLUMN: scores}
     values = (
         scores.reward,
         scores.logprobs.numel(),
@@ -221,12 +222,12 @@ def _added(scores: CompletionScores | str, options: argparse.Namespace) -> dict[
         int(scores.protected.sum()),
     )
     added: dict[str, Any] = dict(zip(SCORE_COLUMNS, values, strict=True))
-    if options.details:
+    if details:
         added.update({name: getattr(scores, name).tolist() for name in DETAIL_COLUMNS})
-    return {options.prefix + name: value for name, value in added.items()}
+    return {prefix + name: value for name, value in added.items()}
 
 
-class _Summary:
+class Summary:
     """What is counted over all rows of the output."""
 
     def __init__(self, prefix: str) -> None:

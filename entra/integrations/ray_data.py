@@ -77,7 +77,7 @@ class RayScorer:
         from entra.cli.scoring import Scorer, load
 
         self._columns = (prompt_column, completion_column)
-        self.prefix, self.details = prefix, details
+        self._prefix, self._details = prefix, details
         policy = load(model, **{name: value for name, value in how.items() if value is not None})
         self._scorer = Scorer(policy, ScoreConfig() if config is None else config, apply_chat_template)
 
@@ -89,10 +89,10 @@ class RayScorer:
         """
         import pyarrow as pa  # type: ignore[import-untyped]
 
-        from entra.cli.score import _added
+        from entra.cli.score import added_to
 
         rows = [self._staged(columns) for columns in table.to_pylist()] if _STAGED in table.column_names else self._rows(table)
-        added = [_added(scores, self) for scores in self._scorer.score(rows)]  # type: ignore[arg-type]
+        added = [added_to(scores, self._prefix, self._details) for scores in self._scorer.score(rows)]
         for name, kind in self._kinds().items():
             table = table.append_column(name, pa.array([row.get(name) for row in added], kind))
         return table.drop_columns([_STAGED]) if _STAGED in table.column_names else table
@@ -118,10 +118,10 @@ class RayScorer:
 
         whole = {"tokens", "protected_tokens"}
         kinds = {name: pa.int64() if name in whole else pa.float64() for name in SCORE_COLUMNS}
-        if self.details:
+        if self._details:
             inside = {"token_ids": pa.int64(), "protected": pa.bool_()}
             kinds |= {name: pa.list_(inside.get(name, pa.float64())) for name in DETAIL_COLUMNS}
-        return {self.prefix + name: kind for name, kind in {**kinds, ERROR_COLUMN: pa.string()}.items()}
+        return {self._prefix + name: kind for name, kind in {**kinds, ERROR_COLUMN: pa.string()}.items()}
 
 
 def score_folder(options: argparse.Namespace) -> None:
@@ -131,8 +131,8 @@ def score_folder(options: argparse.Namespace) -> None:
         CommandError: what stops a run; rows that cannot be scored do not.
     """
     from entra.cli.fingerprint import fingerprint
-    from entra.cli.output import _FORMAT, check, json_value
-    from entra.cli.score import _IDENTITY, _Summary, versions
+    from entra.cli.output import FORMAT, check, json_value
+    from entra.cli.score import IDENTITY, Summary, versions
     from entra.cli.scoring import config_of, tell
     from entra.commands import CommandError
 
@@ -145,7 +145,7 @@ def score_folder(options: argparse.Namespace) -> None:
         "engine": "ray",
         "input": source.record(),
         "config": asdict(config),
-        **{name: getattr(options, name) for name in _IDENTITY},
+        **{name: getattr(options, name) for name in IDENTITY},
         "versions": versions(),
         "model_files": fingerprint(options.model, options.revision, options.quiet),
     }
@@ -155,14 +155,14 @@ def score_folder(options: argparse.Namespace) -> None:
         raise CommandError(f"--output {output} is a folder with other files; name one that is empty, or is not there")
     else:
         staged.parent.mkdir(parents=True, exist_ok=True)
-        content = {"written_by": "entra score", "format": _FORMAT, **identity, "model": options.model}
+        content = {"written_by": "entra score", "format": FORMAT, **identity, "model": options.model}
         write_whole(staged.with_name(staged.name + SIDECAR), json.dumps(content, indent=1, default=json_value) + "\n")
         _stage(source, staged, options.batch_size)
     earlier = _rows_of(output)
     if len(earlier) < source.rows:
         _run(options, config, staged, checkpoint)
     _check_rows(output, source.rows)
-    summary = _Summary(options.prefix)
+    summary = Summary(options.prefix)
     for row in _scores(output, [options.prefix + name for name in ("reward", "tokens", "error")]):
         summary.add(row)
     summary.earlier = len(earlier)
@@ -205,7 +205,7 @@ def _stage(source: Source, folder: Path, batch_size: int) -> None:
     from pyarrow import Table, parquet
 
     from entra.cli.formats import convert
-    from entra.cli.output import _line
+    from entra.cli.output import json_line
 
     unfinished = folder.with_name("unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -214,7 +214,7 @@ def _stage(source: Source, folder: Path, batch_size: int) -> None:
     with lines.open("wb") as file:
         for number, row in enumerate(source.read()):
             beside = json.dumps([row.malformed, row.prompt, row.completion, row.fault], default=str)
-            file.write(_line({**row.columns, ROW: number, _STAGED: beside}))
+            file.write(json_line({**row.columns, ROW: number, _STAGED: beside}))
     convert(lines, whole)
     lines.unlink()
     # Several batches a file, and more files than a small cluster has workers.

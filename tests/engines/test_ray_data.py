@@ -164,7 +164,7 @@ def test_every_row_is_there_once_and_as_of_one_process_whatever_was_killed(kille
         assert_same(got, expected)
 
 
-def test_a_finished_run_is_not_done_again_and_another_model_is_refused(killed, folder, capsys):
+def test_a_finished_run_is_not_done_again_and_another_option_is_refused(killed, folder, capsys):
     from entra.cli import main
 
     files = {path: path.stat().st_mtime_ns for path in killed[2].glob("*.parquet")}

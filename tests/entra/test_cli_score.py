@@ -113,7 +113,7 @@ import os, signal, sys
 import entra.cli.scoring as scoring
 from entra.cli import main
 from entra.cli.output import Output
-from entra.cli.output import _line
+from entra.cli.output import json_line
 
 where, call, share = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 owner, name = {"score": (scoring, "score_batch"), "append": (Output, "append")}[where]
@@ -127,7 +127,7 @@ def deadly(*args, **kwargs):
         return original(*args, **kwargs)
     if where == "append":
         output, rows = args
-        data = b"".join(map(_line, rows))
+        data = b"".join(map(json_line, rows))
         output._file.write(data[: int(len(data) * share)])
         output._file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
