@@ -1,21 +1,24 @@
 """Times other launch sizes of the attention passes on this GPU: `python -m benchmarks.static.tune --head-dim 128`.
 
-Prints one row per size, fastest first, as a table to paste beside the choice in `launch.py`. The size in use is marked, one
-whose result differs from it is named as wrong, and one that the chip cannot run is listed with the reason. `make static-proof`
-shows what the same sizes cost in instructions, registers and shared memory.
+Prints one row per size, fastest first. The size in use is marked, one whose result differs from it is named as wrong, and one
+that the chip cannot run is listed with the reason. `--write entra_kernels/_triton/launch.json` makes the size with the fastest
+two passes the one in use. `make static-proof` shows what sizes cost in instructions, registers and shared memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -153,6 +156,24 @@ def table(found: Sequence[Trial], current: AttentionLaunch, flops: float) -> str
     return "\n".join(lines)
 
 
+def as_text(sizes: dict[str, list[dict[str, Any]]]) -> str:
+    """The table of launch sizes as its file has it, an entry on each line."""
+    kinds = [f'"{kind}": [\n  ' + ",\n  ".join(map(json.dumps, entries)) + "\n]" for kind, entries in sizes.items()]
+    return "{\n" + ",\n".join(kinds) + "\n}\n"
+
+
+def with_fastest(text: str, found: Sequence[Trial], key: dict[str, Any], measured: dict[str, str]) -> str:
+    """`text`, a table of launch sizes, with the fastest of the trials for what `key` says: a chip, bytes per element, a head
+    dim, and whether there are options. It takes the place of the entry with the same key, or stands before all."""
+    fastest = min((trial for trial in found if trial.both is not None), key=lambda trial: trial.both or 0.0).size
+    size = {name: value for name, value in fastest._asdict().items() if name != "least_piece" and value not in (None, False)}
+    entry = {**key, "size": size, "measured": measured}
+    sizes = json.loads(text)
+    others = [each for each in sizes["attention"] if any(each.get(name) != key.get(name) for name in (*key, "up_to"))]
+    sizes["attention"] = [entry, *others]
+    return as_text(sizes)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; 1 when the size in use has no time."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -164,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", choices=VARIANTS, default="plain")
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each size")
     parser.add_argument("--most", type=int, help="try only this many sizes, the one in use first")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="make the fastest size the one in use, in this table")
     options = parser.parse_args(arguments)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not interpreted:
@@ -189,6 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.heads} query and {options.kv_heads} kv heads, D = {options.head_dim}\n"
     )
     print(table(found, current, options.heads * options.tokens**2 * options.head_dim))
+    if options.write and found[0].column is not None:
+        key = {"chip": chip.arch, "element_size": dtype.itemsize, "head_dim": options.head_dim}
+        measured = {"device": name, "date": date.today().isoformat(), "triton": triton.__version__}
+        key["options"] = options.variant != "plain"
+        options.write.write_text(with_fastest(options.write.read_text(), found, key, measured))
     return int(found[0].column is None)
 
 

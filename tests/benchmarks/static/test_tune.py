@@ -1,6 +1,7 @@
 """The command that times launch sizes, in the interpreter, where its times mean nothing but its checks do."""
 
 import importlib
+import json
 import os
 
 import pytest
@@ -42,6 +43,43 @@ def test_command(tune, variant, capsys):
     assert "wrong" not in out
     times = [float(row.split("|")[6]) for row in rows[2:]]
     assert times == sorted(times)
+
+
+def test_the_fastest_size_is_written_and_used(tune, monkeypatch, tmp_path):
+    launch = importlib.import_module("entra_kernels._triton.launch")
+    text = launch.TABLE.read_text()
+    assert tune.as_text(json.loads(text)) == text
+    a100, measured = launch.Chip("sm_80", 163 * 1024), {"device": "A100", "date": "2026-12-01", "triton": "3.7.1"}
+    before = {d: launch.attention_launch(d, 4, 2, a100, options=False) for d in (64, 128)}
+    slow, fast = before[128], before[128]._replace(num_stages=3, max_registers=128)
+    found = [tune.Trial(slow, 1.0, 3.0), tune.Trial(fast, 1.1, 2.0), tune.Trial(slow._replace(streamed=32), None, None)]
+    key = {"chip": "sm_80", "element_size": 2, "head_dim": 128, "options": False}
+    once = tune.with_fastest(text, found, key, measured)
+    assert tune.with_fastest(once, found, key, measured) == once
+    assert len(json.loads(once)["attention"]) == len(json.loads(text)["attention"]) + 1
+    monkeypatch.setattr(launch, "TABLE", tmp_path / "launch.json")
+    launch.TABLE.write_text(once)
+    for cached in (launch._table, launch.attention_launch):
+        cached.cache_clear()
+    try:
+        assert launch.attention_launch(128, 4, 2, a100, options=False) == fast
+        assert launch.attention_launch(64, 4, 2, a100, options=False) == before[64]
+        assert launch.attention_launch(128, 4, 2, a100, options=True) != fast
+    finally:
+        monkeypatch.undo()
+        for cached in (launch._table, launch.attention_launch):
+            cached.cache_clear()
+
+
+def test_the_command_writes(tune, tmp_path):
+    launch = importlib.import_module("entra_kernels._triton.launch")
+    file = tmp_path / "launch.json"
+    file.write_text(launch.TABLE.read_text())
+    assert tune.main([*SMALL, "--most", "2", "--write", str(file)]) == 0
+    entry = json.loads(file.read_text())["attention"][0]
+    assert (entry["chip"], entry["head_dim"], entry["options"]) == ("sm_90", 16, False)
+    assert entry["measured"]["device"] == "Triton's interpreter, whose times mean nothing"
+    assert entry["size"]["depth"] == 16
 
 
 def test_wrong_and_impossible_sizes_are_named(tune, monkeypatch):
