@@ -1,21 +1,24 @@
 """Times other launch sizes of the attention passes on this GPU: `python -m benchmarks.static.tune --head-dim 128`.
 
-Prints one row per size, fastest first, as a table to paste beside the choice in `launch.py`. The size in use is marked, one
-whose result differs from it is named as wrong, and one that the chip cannot run is listed with the reason. `make static-proof`
-shows what the same sizes cost in instructions, registers and shared memory.
+Prints one row per size, fastest first. The size in use is marked, one whose result differs from it is named as wrong, and one
+that the chip cannot run is listed with the reason. `--write entra_kernels/_triton/launch.json` makes the size with the fastest
+two passes the one in use. `make static-proof` shows what sizes cost in instructions, registers and shared memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,33 +46,76 @@ class Trial(NamedTuple):
     reason: str = ""
 
 
-def candidates(current: AttentionLaunch, element_size: int, chip: Chip) -> Iterator[AttentionLaunch]:
-    """First the size in use. Where that has a ring, the other rings and the plain passes follow. Then all plain sizes that fit
-    into shared memory and leave a thread registers next to its accumulators."""
-    yield current
+PRODUCTS = {"sm_90": 2048, "sm_100": 4096}
+"""Products of two numbers that an SM's matrix unit adds up in a clock, in bfloat16; elsewhere 1024."""
+
+
+def shared_bytes(size: AttentionLaunch, element_size: int) -> int:
+    """What a program takes of the shared memory: a ring has the log-sum-exp of its tiles, and barriers, besides."""
+    stages = size.ring.stages if size.ring else size.num_stages
+    tiles = (size.resident + stages * size.streamed) * size.depth * element_size
+    return tiles + (4 * stages * size.streamed + 1024 if size.ring else 0)
+
+
+def clocks(size: AttentionLaunch, element_size: int, chip: Chip) -> float:
+    """Modelled clocks of an SM for a score, both passes: how candidates are ordered, and no prediction.
+
+    A score takes matrix products, an exponential (16 in a clock), instructions (128) and copies (32 bytes). A product reads
+    shared memory (128 bytes): the streamed tile once per 64 resident rows, or per rows of a warp where the chip has no HGMMA.
+    These run at the same time where two programs share the SM, where a program starts its products ahead, or in a ring; else
+    the products wait for the rest. The instructions are a line through the counts in benchmarks/README.md: a thread with more
+    scores takes fewer for each.
+    """
+    warps = 8 if size.ring else size.num_warps
+    accumulators = size.resident * size.streamed // (32 * warps)
+    scores = size.streamed if size.ring else accumulators
+    rows = 64 if chip.arch in PRODUCTS else size.resident // warps
+    kept = chip.arch not in PRODUCTS or bool(size.ring and size.ring.in_registers)
+    reads = size.depth * element_size * (1 / rows + (0 if kept else 1 / size.streamed)) / 128
+    products = max(size.depth / PRODUCTS.get(chip.arch, 1024), reads)
+    instructions = 4 + 140 / scores + (0 if chip.arch in PRODUCTS else size.depth / 64)
+    copies = size.depth * element_size / size.resident / 32
+    rest = max(1 / 16, instructions / 128)
+    registers = size.max_registers or min(96 + accumulators * (1 + size.ahead), 255)
+    programs = min(65_536 // (registers * 32 * warps), (chip.shared_memory + 1024) // (shared_bytes(size, element_size) + 1024))
+    side_by_side = size.ring or size.ahead or programs > 1
+    parts = [products, rest, copies] if side_by_side else [products + rest, copies]
+    # With one stage a program waits for its copies. What does not limit costs a little, too.
+    return 2 * ((max(parts) if size.ring or size.num_stages > 1 else sum(parts)) + sum(parts) / 8)
+
+
+def candidates(current: AttentionLaunch, element_size: int, chip: Chip) -> list[AttentionLaunch]:
+    """First the size in use, then the others, the most promising first: the first 12 are worth a try."""
+    others = {size for size in sizes_that_fit(current, element_size, chip) if size != current}
+    return [current, *sorted(others, key=lambda size: (clocks(size, element_size, chip), str(size)))]
+
+
+def sizes_that_fit(current: AttentionLaunch, element_size: int, chip: Chip) -> Iterator[AttentionLaunch]:
+    """Where the size in use has a ring, the other rings and the plain passes. All plain sizes that fit into shared memory and
+    leave a thread registers next to its accumulators."""
     if current.ring is not None:
-        yield from (size for size in rings(current, element_size, chip) if size != current)
+        yield from rings(current, element_size, chip)
         current = current._replace(ring=None)
         yield current
     for resident, streamed, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (1, 2, 3)):
         accumulators = resident * streamed // (32 * warps)
-        shared = (resident + stages * streamed) * current.depth * element_size
-        if streamed > resident or accumulators > 128 or accumulators < 8 or shared > chip.shared_memory:
+        if streamed > resident or accumulators > 128 or accumulators < 8:
             continue
         # Bounds that let two programs of 8 warps, or three of 4, share the registers of an SM.
         for registers in (None, {8: 128, 4: 168}[warps]) if chip.is_nvidia and accumulators <= 64 else (None,):
-            for ahead in (False, True) if accumulators <= 64 else (False,):
+            # Two sets of accumulators leave too few of them.
+            for ahead in (False, True) if accumulators * 2 + 64 <= (registers or 255) else (False,):
                 size = AttentionLaunch(resident, streamed, current.depth, warps, stages, registers, current.least_piece, ahead)
-                if size != current:
+                if shared_bytes(size, element_size) <= chip.shared_memory:
                     yield size
 
 
 def rings(current: AttentionLaunch, element_size: int, chip: Chip) -> Iterator[AttentionLaunch]:
     """Rings that fit into shared memory. With the resident tile in registers too, 128 streamed tokens would spill."""
     for streamed, stages, in_registers in itertools.product((128, 64), (3, 4, 6), (False, True)):
-        shared = (current.resident + stages * streamed) * current.depth * element_size + 4 * stages * streamed + 1024
-        if shared <= chip.shared_memory and not (in_registers and streamed == 128):
-            yield current._replace(streamed=streamed, ring=Ring(stages, in_registers))
+        size = current._replace(streamed=streamed, ring=Ring(stages, in_registers))
+        if shared_bytes(size, element_size) <= chip.shared_memory and not (in_registers and streamed == 128):
+            yield size
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -153,6 +199,24 @@ def table(found: Sequence[Trial], current: AttentionLaunch, flops: float) -> str
     return "\n".join(lines)
 
 
+def as_text(sizes: dict[str, list[dict[str, Any]]]) -> str:
+    """The table of launch sizes as its file has it, an entry on each line."""
+    kinds = [f'"{kind}": [\n  ' + ",\n  ".join(map(json.dumps, entries)) + "\n]" for kind, entries in sizes.items()]
+    return "{\n" + ",\n".join(kinds) + "\n}\n"
+
+
+def with_fastest(text: str, found: Sequence[Trial], key: dict[str, Any], measured: dict[str, str]) -> str:
+    """`text`, a table of launch sizes, with the fastest of the trials for what `key` says: a chip, bytes per element, a head
+    dim, and whether there are options. It takes the place of the entry with the same key, or stands before all."""
+    fastest = min((trial for trial in found if trial.both is not None), key=lambda trial: trial.both or 0.0).size
+    size = {name: value for name, value in fastest._asdict().items() if name != "least_piece" and value not in (None, False)}
+    entry = {**key, "size": size, "measured": measured}
+    sizes = json.loads(text)
+    others = [each for each in sizes["attention"] if any(each.get(name) != key.get(name) for name in (*key, "up_to"))]
+    sizes["attention"] = [entry, *others]
+    return as_text(sizes)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; 1 when the size in use has no time."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -163,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--variant", choices=VARIANTS, default="plain")
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each size")
-    parser.add_argument("--most", type=int, help="try only this many sizes, the one in use first")
+    parser.add_argument("--most", type=int, help="try only this many sizes, the one in use first, then by the model")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="make the fastest size the one in use, in this table")
     options = parser.parse_args(arguments)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not interpreted:
@@ -178,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     k = torch.randn(1, options.kv_heads, options.tokens, options.head_dim, device=device, dtype=dtype)
     chip = chip_of(device)
     current = attention_launch(options.head_dim, group, dtype.itemsize, chip, options=options.variant != "plain")
-    sizes = list(itertools.islice(candidates(current, dtype.itemsize, chip), options.most))
+    sizes = candidates(current, dtype.itemsize, chip)[: options.most]
     found: list[Trial] = []
     for trial in trials(q, k, sizes, options.variant, options.rounds):
         print(f"{len(found) + 1} of {len(sizes)}", end="\r", file=sys.stderr, flush=True)
@@ -189,6 +254,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.heads} query and {options.kv_heads} kv heads, D = {options.head_dim}\n"
     )
     print(table(found, current, options.heads * options.tokens**2 * options.head_dim))
+    if options.write and found[0].column is not None:
+        key = {"chip": chip.arch, "element_size": dtype.itemsize, "head_dim": options.head_dim}
+        measured = {"device": name, "date": date.today().isoformat(), "triton": triton.__version__}
+        key["options"] = options.variant != "plain"
+        options.write.write_text(with_fastest(options.write.read_text(), found, key, measured))
     return int(found[0].column is None)
 
 

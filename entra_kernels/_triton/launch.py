@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,21 +106,39 @@ class AttentionLaunch(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **bound, **FUSED}
 
 
-ANY_CHIP = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 16, 4, 1))
-"""Resident, streamed, warps and stages, largest first: the first that fits into shared memory is taken."""
+TABLE = Path(__file__).with_suffix(".json")
+"""Launch sizes of the attention passes ("attention") and of the fused head ("head"), and the rates ("rates") by which
+`logprobs.fused_is_faster` chooses. An entry says what it is for: a chip, bytes per element, a head dim or the highest one, and
+whether there are options. It says on which GPU it was "measured", or why it is "assumed". The first that fits is taken.
+`python -m benchmarks.static.tune --write` writes what it measured."""
+
+
+@functools.cache
+def _table() -> dict[str, list[dict[str, Any]]]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def entries(kind: str, chip: Chip, head_dim: int = 0, **facts: Any) -> Iterator[dict[str, Any]]:
+    """Those of the table for a chip and what else is known of a launch, in the order of the table."""
+    facts |= {"chip": chip.arch, "head_dim": head_dim}
+    for entry in _table()[kind]:
+        if head_dim <= entry.get("up_to", head_dim) and all(entry.get(name, fact) == fact for name, fact in facts.items()):
+            yield entry
+
 
 LEAST_WORK = 8
 """Tiles of scores, counted over the group's heads, that a program has at least: fewer would not pay for loading the keys."""
 
 
+@functools.lru_cache
 def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *, options: bool) -> AttentionLaunch:
     """The launch size of both attention passes for a head dim, G heads per kv head, bytes per element, and a chip.
 
     `options` says whether there is a window, a softcap or row weights. Static counts stand behind each choice. Some are of the
     compiled inner loop: instructions per score, column pass / row pass, bfloat16, Triton 3.7.1. (3.6 takes a little less, and
     spills nowhere up to D = 128 either.) The others are of the registers and the shared memory, which decide how many programs
-    share an SM. benchmarks/README.md has the table, and `python -m benchmarks.static.sass` makes it. On a GPU,
-    `python -m benchmarks.static.tune` times the alternatives.
+    share an SM. benchmarks/README.md has the counts, and `python -m benchmarks.static.sass` makes them. The sizes are in TABLE.
+    On a GPU, `python -m benchmarks.static.tune` times the alternatives.
 
     On sm_90 a warp waits for its product before it takes exponentials. Meanwhile two things can keep the matrix unit busy. One
     is a second program on the same SM, which for 8 warps means 128 registers and 113 KiB each. The other is the product of the
@@ -133,30 +154,13 @@ def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *
 
     sm_100 keeps accumulators in tensor memory, a row to a thread. With 4 warps and 128 x 64 there are no shuffles at all (5.5 /
     5.9, 192 registers). With options this spilled and 8 warps did not. 128 x 128 with 4 warps spilled 366 times. Other chips
-    take the largest of ANY_CHIP that fits; at 128 x 64 on sm_80 9.2 / 11.4 and 128 registers.
+    take the largest of TABLE that fits; at 128 x 64 on sm_80 9.2 / 11.4 and 128 registers. No matrix unit multiplies float32
+    exactly. On the FMA units the operands of a dot sit in registers: a shallow one.
     """
     depth = max(16, 1 << (head_dim - 1).bit_length())
-    least_piece = -(-LEAST_WORK // group)
-
-    def launch(resident: int, streamed: int, num_warps: int, num_stages: int, registers: int | None = None) -> AttentionLaunch:
-        return AttentionLaunch(resident, streamed, depth, num_warps, num_stages, registers, least_piece)
-
-    if element_size == 4:
-        # No matrix unit multiplies float32 exactly. On the FMA units the operands of a dot sit in registers: a shallow one. Of
-        # six sizes that were compiled for sm_90 this is the largest without a spill at any head dim.
-        return launch(64, 64, 8, 1)._replace(depth=32 if 16 < head_dim <= 32 else 16)
-    if chip.arch == "sm_90":
-        if head_dim in (64, 128) and not options:
-            return launch(256, 128, 8, 2)._replace(ring=Ring(stages=4, in_registers=False))
-        if head_dim == 256 and not options:
-            return launch(256, 64, 8, 3)._replace(ring=Ring(stages=3, in_registers=True))
-        if depth <= 128:
-            return launch(128 if options else 256, 64, 8, 2, 128)
-        if depth <= 256:
-            return launch(128, 128, 8, 2)._replace(ahead=not options)
-    if chip.arch == "sm_100" and depth <= 128 and not options:
-        return launch(128, 64, 4, 2)
-    for resident, streamed, num_warps, num_stages in ANY_CHIP:
-        if (resident + num_stages * streamed) * depth * element_size <= chip.shared_memory:
-            return launch(resident, streamed, num_warps, num_stages)
+    for entry in entries("attention", chip, head_dim, element_size=element_size, options=options):
+        given = {"depth": depth, "max_registers": None, "least_piece": -(-LEAST_WORK // group), **entry["size"]}
+        size = AttentionLaunch(**given | {"ring": Ring(*given["ring"]) if "ring" in given else None})
+        if (size.resident + size.num_stages * size.streamed) * size.depth * element_size <= chip.shared_memory:
+            return size
     raise ValueError(f"head_dim={head_dim} does not fit into {chip.shared_memory} bytes of shared memory; use backend='torch'")

@@ -17,6 +17,7 @@ logits costs no digits.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._torch.logprobs import factor, product
-from .launch import FUSED, check_products, chip_of
+from .launch import FUSED, HOPPER, Chip, check_products, chip_of, entries
 from .primitives import LOG2_E, tanh
 
 ROW_BLOCK = 4096
@@ -46,8 +47,6 @@ WORKSPACE = 64 << 20
 131,072, in 64 chunks. The product of a chunk (137 GFLOP, 0.17 ms) is long compared with a launch. Not bfloat16: that would
 round each logit by up to 2**-9 of itself."""
 
-_BANDWIDTH = 3.0e12  # bytes per second of an H100, as a copy through PyTorch measures it
-
 
 class Tiling(NamedTuple):
     """Launch size of the fused head: `rows` x `columns` logits at a time, `depth` entries of C per dot.
@@ -65,15 +64,11 @@ class Tiling(NamedTuple):
     band: int = 16
 
 
-def tiling(element_size: int, shared_memory: int) -> Tiling:
-    """The launch size for bytes per element and bytes of shared memory per program."""
-    if element_size == 4:
-        # No matrix unit multiplies float32 exactly: this runs on the FMA units.
-        return Tiling(rows=64, columns=64, depth=32, num_warps=4, num_stages=2)
-    if shared_memory >= 200 * 1024:
-        # 4 stages of (128 + 256) x 64 two-byte entries: 192 KiB. It would fit an A100 too, but spills registers there.
-        return Tiling(rows=128, columns=256, depth=64, num_warps=8, num_stages=4)
-    return Tiling(rows=128, columns=128, depth=64, num_warps=8, num_stages=3 if shared_memory >= 96 * 1024 else 2)
+@functools.lru_cache
+def tiling(element_size: int, chip: Chip) -> Tiling:
+    """The launch size for bytes per element and a chip, from the table of `launch.py`."""
+    sizes = (Tiling(**entry["size"]) for entry in entries("head", chip, element_size=element_size))
+    return next(s for s in sizes if s.num_stages * (s.rows + s.columns) * s.depth * element_size <= chip.shared_memory)
 
 
 @triton.jit
@@ -309,13 +304,13 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float) -> Te
     return out
 
 
-def fused_is_faster(rows: int, channels: int, vocabulary: int, element_size: int) -> bool:
+def fused_is_faster(rows: int, channels: int, vocabulary: int, element_size: int, chip: Chip = HOPPER) -> bool:
     """Whether `_head_kernel` should beat cuBLAS and `_stretch_kernel` on `rows` rows.
 
-    Both ways multiply rows x channels x vocabulary and read the weight at least once. The rates are those of an H100: cuBLAS
-    750 TFLOP/s, the fused kernel 650. On the other side, cuBLAS writes each logit and `_stretch_kernel` reads it, 8 bytes at
-    3.0 TB/s, and each chunk costs two launches, taken as 5 us each. Medians of 9 calls on an H100 (2026-11-26), by this rule /
-    measured, in ms, beside the bare product:
+    Both ways multiply rows x channels x vocabulary and read the weight at least once. The rates are in the table of
+    `launch.py`. On an H100 cuBLAS reaches 750 TFLOP/s, the fused kernel 650. On the other side, cuBLAS writes each logit and
+    `_stretch_kernel` reads it, 8 bytes at 3.0 TB/s, and each chunk costs two launches, taken as 5 us each. Medians of 9 calls
+    on an H100 (2026-11-26), by this rule / measured, in ms, beside the bare product:
 
         8,192 rows, C = 2,048, V = 151,936:    fused  7.8 /  7.9                              product  7.1
         8,192 rows, C = 4,096, V = 131,072:    fused 13.5 / 13.2, chunked 15.2 / 14.8         product 11.5
@@ -328,11 +323,14 @@ def fused_is_faster(rows: int, channels: int, vocabulary: int, element_size: int
     if element_size == 4:
         return True
     work = 2 * rows * channels * vocabulary
-    weight = channels * vocabulary * element_size / _BANDWIDTH
+    rates = next(entries("rates", chip))
+    bandwidth = rates["copy_tb_per_s"] * 1e12
+    weight = channels * vocabulary * element_size / bandwidth
     chunk_rows, chunk_columns = chunk(rows, vocabulary)
     chunks = triton.cdiv(rows, chunk_rows) * triton.cdiv(vocabulary, chunk_columns)
-    fused = max(work / 650e12, weight)
-    chunked = max(work / 750e12, weight) + 8 * rows * vocabulary / _BANDWIDTH + chunks * 2 * 5e-6
+    fused = max(work / (rates["fused_tflops"] * 1e12), weight)
+    logits = 8 * rows * vocabulary / bandwidth
+    chunked = max(work / (rates["product_tflops"] * 1e12), weight) + logits + chunks * 2 * rates["launch_us"] * 1e-6
     return fused <= chunked
 
 
@@ -387,9 +385,10 @@ def linear_token_logprobs(
         **FUSED,
     }
     if way is None:
+        size = hidden.element_size()
         way = (
             "fused"
-            if not _blas_takes(hidden, weight) or fused_is_faster(rows, channels, vocabulary, hidden.element_size())
+            if not _blas_takes(hidden, weight) or fused_is_faster(rows, channels, vocabulary, size, chip_of(hidden.device))
             else "chunked"
         )
     with torch.cuda.device_of(hidden):
@@ -410,7 +409,7 @@ def _fused(
     """Fills `parts` in one launch."""
     check_products(hidden)
     rows, channels = hidden.shape
-    size = tiling(hidden.element_size(), chip_of(hidden.device).shared_memory)
+    size = tiling(hidden.element_size(), chip_of(hidden.device))
     _head_kernel[(triton.cdiv(rows, size.rows) * parts.shape[0],)](
         hidden, weight, bias, targets, parts, *hidden.stride(), *weight.stride(),
         0 if bias is None else bias.stride(0), rows, weight.shape[0], channels,

@@ -164,6 +164,33 @@ def test_launch_sizes_fit_every_chip():
                     assert 2 * 32 * size.num_warps * size.max_registers <= 65536
 
 
+def test_each_launch_size_is_measured_or_assumed():
+    launch = importlib.import_module("entra_kernels._triton.launch")
+    for kind, entries in launch._table().items():
+        for entry in entries:
+            assert ("measured" in entry) != ("assumed" in entry), (kind, entry)
+            assert entry.get("assumed") or set(entry["measured"]) == {"device", "date", "triton"}
+
+
+@pytest.mark.parametrize(
+    ("chip", "head_dim", "element_size", "options", "size"),
+    [
+        (("sm_90", 227), 128, 2, False, (256, 128, 128, 8, 2, None, 2, False, (4, False))),
+        (("sm_90", 227), 256, 2, False, (256, 64, 256, 8, 3, None, 2, False, (3, True))),
+        (("sm_90", 227), 80, 2, False, (256, 64, 128, 8, 2, 128, 2, False, None)),
+        (("sm_90", 227), 128, 2, True, (128, 64, 128, 8, 2, 128, 2, False, None)),
+        (("sm_90", 227), 192, 2, False, (128, 128, 256, 8, 2, None, 2, True, None)),
+        (("sm_90", 227), 24, 4, False, (64, 64, 32, 8, 1, None, 2, False, None)),
+        (("sm_100", 227), 128, 2, False, (128, 64, 128, 4, 2, None, 2, False, None)),
+        (("gfx942", 64), 256, 2, True, (64, 32, 256, 4, 2, None, 2, False, None)),
+    ],
+)
+def test_launch_sizes_in_use(chip, head_dim, element_size, options, size):
+    launch = importlib.import_module("entra_kernels._triton.launch")
+    found = launch.attention_launch(head_dim, 4, element_size, launch.Chip(chip[0], chip[1] * 1024), options=options)
+    assert found == size
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "options", [{}, {"sliding_window": 75}, {"row_weights": True, "softcap": 3.0}], ids=["full", "window", "weights, softcap"]
