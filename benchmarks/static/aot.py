@@ -54,6 +54,9 @@ _NOT_HERE = "the launch size is chosen for sm_90; here ptxas takes"
 _TWO, _THREE = f"{_NOT_HERE} 128 registers, 2 programs to an SM", f"{_NOT_HERE} 80 registers, 3 programs to an SM"
 SPILLS = {
     r"d=(192|256|512)": "the tile of K alone can exceed the registers",
+    r"^sm_80 bf16 attention column_sum d=128 tokens far apart": (
+        "128 registers for 2 programs to an SM, and addresses of 64 bits: 4 words are read once per head, none in an inner loop"
+    ),
     r"d=72": "heads lie 72 apart, no multiple of 16: loads are narrower, and each has an address of its own",
     r"fp32 attention row_lse d=128 negative scale softcap": (
         "ptxas keeps 80 registers, 3 programs to an SM; 16 bytes wait outside the loops, one word is read per masked tile"
@@ -104,6 +107,10 @@ BUDGETS = {
 """By label. At each of these head dims the products must run on the warpgroup matrix unit (HGMMA). An exponential takes 1/16
 clock of an SM, and the products of a score at d = 128 the same. In that time 4 schedulers of 32 lanes issue 8 instructions per
 score. A pass that needs more is bound by their issue, whatever overlaps."""
+
+UNDER_WAY = {"sm_80": r"(row_lse|column_sum) d=(64|128|256)", "sm_90": r"(row_lse|column_sum) d=256"}
+"""By chip: the passes in bfloat16 whose waits for a copy must leave at least one other under way. The ring waits for no copy by
+itself: another warp does."""
 
 REPEATED = 1.25
 """Exponentials per score from which on a trip of a budgeted loop does not make one tile once: the log-sum-exp adds at most 1/16
@@ -191,6 +198,8 @@ def inspect(case: Case) -> Compiled:
         excess = f"{spills} spills, and SPILLS gives no reason"
     elif budget:
         excess = over_budget(compiled, budget)
+    if not excess and case.dtype == "bf16" and re.fullmatch(UNDER_WAY.get(chip.arch, "-"), case.label):
+        excess = late(counts)
     return replace(compiled, problem=problem, excess=excess)
 
 
@@ -230,6 +239,13 @@ def over_budget(compiled: Compiled, budget: Budget) -> str:
     if budget.per_shuffle is not None and counts.exponentials < budget.per_shuffle * counts.shuffles:
         return f"a shuffle per {counts.exponentials / counts.shuffles:.1f} exponentials, at most one per {budget.per_shuffle}"
     return ""
+
+
+def late(counts: disassembly.Counts | None) -> str:
+    """What is wrong with the wait for a copy in a loop that must leave one under way; "" where nothing."""
+    if counts is None or counts.copies_left is None:
+        return "no wait for a copy in the loop, though one must leave another copy under way; was the kernel changed?"
+    return "" if counts.copies_left else "each trip waits for the copy that was issued last, at least one must stay under way"
 
 
 def _number(pattern: str, text: str) -> int:

@@ -182,6 +182,9 @@ def test_each_launch_size_is_measured_or_assumed():
         (("sm_90", 227), 192, 2, False, (128, 128, 256, 8, 2, None, 2, True, None)),
         (("sm_90", 227), 24, 4, False, (64, 64, 32, 8, 1, None, 2, False, None)),
         (("sm_100", 227), 128, 2, False, (128, 64, 128, 4, 2, None, 2, False, None)),
+        (("sm_80", 163), 128, 2, False, (128, 64, 128, 8, 3, 128, 2, False, None)),
+        (("sm_80", 163), 128, 2, True, (128, 64, 128, 8, 2, None, 2, False, None)),
+        (("sm_80", 163), 256, 2, False, (128, 64, 256, 8, 3, None, 2, False, None)),
         (("gfx942", 64), 256, 2, True, (64, 32, 256, 4, 2, None, 2, False, None)),
     ],
 )

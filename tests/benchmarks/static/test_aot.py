@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from benchmarks.static import aot
+from benchmarks.static import aot, disassembly
 from benchmarks.static.aot import BUDGETS, PINNED, Compiled, may_spill
 
 ROOT = Path(__file__).parents[3]
@@ -81,6 +81,18 @@ def test_spills_and_budgets_fail_the_command_with_the_pinned_triton_only(monkeyp
         assert spilled.fails is fails
         assert "OVER BUDGET: 2 spills" in str(spilled)
         assert does_not_run.fails
+
+
+@pytest.mark.parametrize(
+    ("left", "message"), [(1, ""), (0, "each trip waits for the copy that was issued last"), (None, "no wait for a copy")]
+)
+def test_a_wait_for_the_last_copy_is_an_excess(left, message):
+    counts = disassembly.Counts(
+        instructions=1, exponentials=1, shuffles=0, matrix=1, matrix_name="HMMA", matrix_in_kernel=1, overlapped=None,
+        copies_left=left,
+    )  # fmt: skip
+    assert aot.late(counts).startswith(message)
+    assert bool(aot.late(counts)) == bool(message)
 
 
 def descendants(process):

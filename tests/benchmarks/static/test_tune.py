@@ -90,7 +90,7 @@ def test_the_fastest_size_is_written_and_used(tune, monkeypatch, tmp_path):
     assert tune.as_text(json.loads(text)) == text
     a100, measured = launch.Chip("sm_80", 163 * 1024), {"device": "A100", "date": "2026-12-01", "triton": "3.7.1"}
     before = {d: launch.attention_launch(d, 4, 2, a100, options=False) for d in (64, 128)}
-    slow, fast = before[128], before[128]._replace(num_stages=3, max_registers=128)
+    slow, fast = before[128], before[128]._replace(num_stages=2, max_registers=64)
     found = [tune.Trial(slow, 1.0, 3.0), tune.Trial(fast, 1.1, 2.0), tune.Trial(slow._replace(streamed=32), None, None)]
     key = {"chip": "sm_80", "element_size": 2, "head_dim": 128, "options": False}
     once = tune.with_fastest(text, found, key, measured)
