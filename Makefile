@@ -221,7 +221,7 @@ experiments: $(VENV)/dev.done
 	done
 	$(BIN)/python -m benchmarks.experiments.report benchmarks/results/experiments docs/experiments.md
 
-# What importance and reward say about traces of real models, about two hours on two cores; a run that was stopped goes on. The
+# What importance and reward say about traces of real models, about three hours on two cores; a run that was stopped goes on. The
 # traces are not ours: benchmarks/README.md says how to make the folder.  make real-traces TRACES=folder
 real-traces: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.experiments real --gradient --windows --folder $(TRACES) --output benchmarks/results/experiments

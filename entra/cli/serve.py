@@ -13,7 +13,7 @@ from entra.cli import CommandError, one_line
 from entra.cli.scoring import add_model_flags, check_device, config_of, load_as, tell
 from entra.config import ScoreConfig
 from entra.flags import add_flags
-from entra.integrations.micro_batches import Limits
+from entra.serve.micro_batches import Limits
 
 TOKEN = "ENTRA_SERVE_TOKEN"
 _DESCRIPTION = f"""\
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from entra.integrations.serve import create_app
+        from entra.serve.app import create_app
     except ModuleNotFoundError as error:
         if error.name not in ("uvicorn", "fastapi", "prometheus_client"):
             raise

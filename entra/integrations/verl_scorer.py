@@ -22,14 +22,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import ray
-from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
-from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
-
 from entra.config import check_integer, names_unknown_options
 from entra.integrations.verl import Options
 from entra.policy import load_policy, load_tokenizer
 from entra_kernels._checks import check_number
+
+try:
+    import ray
+    from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+    from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error.name} is not installed; this is for verl 0.9.1: pip install 'verl==0.9.1'") from error
 
 _REPEATS = 5
 """How often a request is repeated whose actor died: one that kills each actor that it meets must come to an end."""

@@ -14,8 +14,8 @@ from tiny_models import build
 from tiny_tokenizer import build_tokenizer
 
 import entra
-from entra.integrations.serve import create_app
 from entra.policy import Policy
+from entra.serve.app import create_app
 
 POLICY = Policy(build("qwen3"), build_tokenizer())
 PROMPT, RESPONSE = "<user>1 + 3?<assistant>", "it is 4, it is 4"

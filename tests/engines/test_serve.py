@@ -22,9 +22,9 @@ from tiny_tokenizer import build_tokenizer
 
 import entra
 from entra.cli import main
-from entra.integrations.micro_batches import Limits
-from entra.integrations.serve import create_app
 from entra.policy import Policy, load_policy
+from entra.serve.app import create_app
+from entra.serve.micro_batches import Limits
 
 POLICY = Policy(build("qwen3"), build_tokenizer())
 HELLO = {"prompts": ["say"], "completions": ["hello, hello"]}
@@ -190,7 +190,7 @@ class Held:
     """In place of `score_rows`: waits until it is let go."""
 
     def __init__(self, monkeypatch):
-        import entra.integrations.serve_queue as module
+        import entra.serve.queue as module
 
         self.free, self.rows, self._original = threading.Event(), [], module.score_rows
         monkeypatch.setattr(module, "score_rows", self)

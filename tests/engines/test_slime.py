@@ -12,9 +12,9 @@ from tiny_models import build
 from tiny_tokenizer import build_tokenizer
 
 import entra
-from entra.integrations.micro_batches import Limits
-from entra.integrations.serve import create_app
 from entra.policy import Policy
+from entra.serve.app import create_app
+from entra.serve.micro_batches import Limits
 
 POLICY = Policy(build("qwen3"), build_tokenizer())
 

@@ -16,8 +16,8 @@ from tiny_models import build
 from tiny_tokenizer import build_tokenizer
 
 import entra
-from entra.integrations.serve import create_app
 from entra.policy import Policy
+from entra.serve.app import create_app
 
 POLICY = Policy(build("qwen3"), build_tokenizer())
 QUESTION = {"role": "user", "content": "1 + 3?"}

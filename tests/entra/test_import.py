@@ -1,5 +1,7 @@
 """`import entra` stays light: proved in fresh processes, because this one has everything loaded."""
 
+import importlib
+import importlib.util
 import subprocess
 import sys
 import time
@@ -67,3 +69,9 @@ def test_importing_takes_at_most_a_fifth_of_a_second_more_than_torch():
     code = "import time, torch; start = time.perf_counter(); import entra; print(time.perf_counter() - start)"
     # One of three: a busy machine can only make an import slower.
     assert any(float(python(code)) < 0.2 for _ in range(3))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("verl") is not None, reason="verl is installed")
+def test_an_engine_that_is_not_there_is_named_with_how_to_get_it():
+    with pytest.raises(ModuleNotFoundError, match=r"is not installed.*pip install 'verl==0.9.1'"):
+        importlib.import_module("entra.integrations.verl_scorer")

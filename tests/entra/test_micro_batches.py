@@ -7,7 +7,7 @@ import pytest
 
 from entra import ScoreConfig
 from entra.encode import EncodedRow
-from entra.integrations.micro_batches import Limits, MicroBatches
+from entra.serve.micro_batches import Limits, MicroBatches
 
 CONFIG, OTHER = ScoreConfig(), ScoreConfig(protect_fraction=0.5)
 

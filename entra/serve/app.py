@@ -23,10 +23,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict
 
 from entra.config import ScoreConfig
-from entra.integrations.micro_batches import Limits
-from entra.integrations.serve_queue import ClientGone, Fault, Server
 from entra.policy import Policy
 from entra.score import CompletionScores
+from entra.serve.micro_batches import Limits
+from entra.serve.queue import ClientGone, Fault, Server
 
 DETAILS = ("token_ids", "logprobs", "incoming", "importance", "protected")
 _OPEN = ("/health", "/ready")

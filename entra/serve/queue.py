@@ -25,9 +25,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from entra.config import ScoreConfig
 from entra.encode import EncodedRow, RowChecker
 from entra.forward import check_scorable, unwrapped
-from entra.integrations.micro_batches import Answer, Limits, MicroBatches
 from entra.policy import Policy
 from entra.score import score_rows
+from entra.serve.micro_batches import Answer, Limits, MicroBatches
 
 _OF_THE_SERVER = ("token_budget", "backend")
 
