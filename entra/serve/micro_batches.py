@@ -143,9 +143,11 @@ class MicroBatches:
 
     def _run(self) -> None:
         while batch := self._take():
-            started = time.monotonic()
-            self._answer([one for one in batch if one.answer.set_running_or_notify_cancel()])
-            self._observe(len(batch), sum(map(_tokens, batch)), time.monotonic() - started)
+            batch = [one for one in batch if one.answer.set_running_or_notify_cancel()]
+            if batch:
+                started = time.monotonic()
+                self._answer(batch)
+                self._observe(len(batch), sum(map(_tokens, batch)), time.monotonic() - started)
 
     def _take(self) -> list[Waiting]:
         """The next batch; empty when the queue is closed and nothing waits."""
@@ -171,8 +173,6 @@ class MicroBatches:
             return batch
 
     def _answer(self, batch: list[Waiting]) -> None:
-        if not batch:
-            return
         answers = self._scored(batch)
         failed = all(isinstance(answer, Exception) for answer in answers)
         self._failures = self._failures + 1 if failed else 0

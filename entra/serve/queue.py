@@ -189,7 +189,8 @@ class Server:
         return min(60, max(1, math.ceil(self.tokens / self._rate))) if self._rate else 1
 
     def _observe(self, rows: int, tokens: int, seconds: float) -> None:
-        self._rate = 0.8 * self._rate + 0.2 * tokens / seconds if self._rate else tokens / max(seconds, 1e-6)
+        rate = tokens / max(seconds, 1e-6)
+        self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
         self.metrics.batch(rows, tokens, seconds)
 
 

@@ -148,3 +148,17 @@ def test_closing_scores_what_waits_and_takes_nothing_more(model, queue):
 def test_limits_that_make_no_sense_are_refused(limits, message):
     with pytest.raises(ValueError, match=message):
         Limits(**limits)
+
+
+def test_rows_that_nobody_waits_for_are_not_counted(model):
+    seen = []
+    queue = MicroBatches(
+        model, batch_tokens=10, max_wait=0.0, observe=lambda rows, tokens, seconds: seen.append((rows, tokens))
+    )
+    first = held(model, queue)
+    gone = queue.submit([row(1), row(2)], CONFIG)
+    assert all(answer.cancel() for answer in gone)
+    model.free.set()
+    assert answers([first]) == ["answer: 0"]
+    queue.close()
+    assert seen == [(1, 4)]
