@@ -5,8 +5,7 @@ There are three launches, so that what one phase wrote is visible to the next wi
 1. `_clear_kernel` empties the hash table; nobody is a copy, or has a place.
 2. `_first_kernel` puts the position of each n-gram's last token into an open-addressing hash table, twice as large as the
    sequence. A place belongs to one n-gram, and it ends up with that n-gram's lowest position.
-3. `_copied_kernel` compares each token with the position at its n-gram's place: a higher one is a copy. For first places
-   `_place_kernel` writes this position instead.
+3. `_place_kernel` reads the position at the place of each token's n-gram. It is the first place. A token behind it is a copy.
 
 The table holds no hashes. Who finds a place taken compares the n ids that end at its position with its own. So two n-grams with
 one hash get two places, and a collision costs a step and nothing else. Where an n-gram lands depends on which thread came
@@ -15,8 +14,6 @@ for first places.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -99,26 +96,11 @@ def _first_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "ngram"])
-def _copied_kernel(
-    cu_seqlens, firsts, places, copied_out, tokens, ngram, BLOCK: tl.constexpr, COUNTERS: tl.constexpr
-):  # fmt: skip
-    """Whether a token's n-gram has a lower position than its own."""
-    sequence = tl.program_id(0)
-    first, length = bounds(cu_seqlens, sequence, tokens)
-    lane = tl.arange(0, BLOCK)
-    for begin in range(ngram - 1 + tl.program_id(1) * BLOCK, length, BLOCK * COUNTERS):
-        position = begin + lane
-        inside = position < length
-        place = tl.load(places + first + position, mask=inside, other=0)
-        lowest = tl.load(firsts + 2 * first + place, mask=inside, other=0)
-        tl.store(copied_out + first + position, lowest < position, mask=inside)
-
-
-@triton.jit(do_not_specialize=["tokens", "ngram"])
 def _place_kernel(
-    cu_seqlens, firsts, places, lowest_out, tokens, ngram, BLOCK: tl.constexpr, COUNTERS: tl.constexpr
+    cu_seqlens, firsts, places, results_out, tokens, ngram,
+    BLOCK: tl.constexpr, COUNTERS: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
-    """The lowest position of a token's n-gram; its own for the first n - 1 tokens, which end none."""
+    """The lowest position of a token's n-gram; its own for the first n - 1 tokens, which end none. COPIED: is it lower?"""
     sequence = tl.program_id(0)
     first, length = bounds(cu_seqlens, sequence, tokens)
     lane = tl.arange(0, BLOCK)
@@ -127,23 +109,26 @@ def _place_kernel(
         ended = (position < length) & (position >= ngram - 1)
         place = tl.load(places + first + position, mask=ended, other=0)
         lowest = tl.load(firsts + 2 * first + place, mask=ended, other=0)
-        tl.store(lowest_out + first + position, tl.where(ended, lowest, position), mask=position < length)
+        lowest = tl.where(ended, lowest, position)
+        tl.store(results_out + first + position, lowest < position if COPIED else lowest, mask=position < length)
 
 
 def copies(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int) -> Tensor:
     """Whether each token ends an n-gram that its sequence had before."""
-    return _launch(token_ids, cu_seqlens, ngram, _copied_kernel, torch.bool, nothing=0)
+    return _launch(token_ids, cu_seqlens, ngram, torch.bool)
 
 
 def first_places(token_ids: Tensor, cu_seqlens: Tensor, *, ngram: int) -> Tensor:
     """Where the n-gram that ends at each token ended first in its sequence."""
-    return _launch(token_ids, cu_seqlens, ngram, _place_kernel, torch.int64, nothing=-1)
+    return _launch(token_ids, cu_seqlens, ngram, torch.int64)
 
 
-def _launch(token_ids: Tensor, cu_seqlens: Tensor, ngram: int, last: Any, dtype: torch.dtype, nothing: int) -> Tensor:
-    """The three launches, of which `last` writes a result of `dtype`; `nothing` is that of tokens in no sequence."""
+def _launch(token_ids: Tensor, cu_seqlens: Tensor, ngram: int, dtype: torch.dtype) -> Tensor:
+    """The three launches: copies for bool, first places for int64."""
     tokens, sequences = token_ids.shape[0], cu_seqlens.shape[0] - 1
     device = token_ids.device
+    copied = dtype == torch.bool
+    nothing = 0 if copied else -1  # of tokens in no sequence
     results = torch.empty(tokens, dtype=dtype, device=device)
     firsts = torch.empty(2 * tokens, dtype=torch.int32, device=device)
     places = torch.empty(tokens, dtype=torch.int64, device=device)
@@ -156,7 +141,8 @@ def _launch(token_ids: Tensor, cu_seqlens: Tensor, ngram: int, last: Any, dtype:
                 token_ids, token_ids.stride(0), cu_seqlens, firsts, places, tokens, ngram,
                 BLOCK=COUNTED, COUNTERS=COUNTERS, MULTIPLIER=MULTIPLIER, num_warps=8, **FUSED,
             )  # fmt: skip
-            last[(sequences, COUNTERS)](
-                cu_seqlens, firsts, places, results, tokens, ngram, BLOCK=COUNTED, COUNTERS=COUNTERS, num_warps=8, **FUSED
-            )
+            _place_kernel[(sequences, COUNTERS)](
+                cu_seqlens, firsts, places, results, tokens, ngram,
+                BLOCK=COUNTED, COUNTERS=COUNTERS, COPIED=copied, num_warps=8, **FUSED,
+            )  # fmt: skip
     return results

@@ -15,7 +15,7 @@ KERNELS = {
     *("_count_tiles_kernel", "_place_tiles_kernel", "_sampled_lse_kernel", "_sampled_columns_kernel"),
     *("_row_kernel", "_head_kernel", "_stretch_kernel", "_reduce_kernel"),
     *("_importance_kernel", "_select_kernel", "_count_kernel", "_reward_kernel"),
-    *("_clear_kernel", "_first_kernel", "_copied_kernel", "_place_kernel"),
+    *("_clear_kernel", "_first_kernel", "_place_kernel"),
 }
 UNFUSED = {"_importance_kernel", "_select_kernel", "_reward_kernel"}
 """Two roundings are part of their result: other backends make them."""
