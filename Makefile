@@ -151,8 +151,7 @@ test-verl: .venv-verl/done
 # ms-swift come without their dependencies, which are flash-attn and other versions of transformers; what they import here follows.
 ENGINES := openrlhf==0.11.2 ms-swift==4.6.0 modelscope==1.40.2 modelscope-hub==0.5.1
 ENGINES_NEED := aiohttp pylatexenc pillow cryptography dacite json-repair simplejson requests
-ENGINES_TESTS := tests/engines/test_serve.py tests/engines/test_openrlhf.py tests/engines/test_slime.py tests/engines/test_swift.py \
-    tests/engines/test_ray_data.py
+ENGINES_TESTS := $(filter-out %/test_verl.py,$(wildcard tests/engines/test_*.py))
 .venv-engines/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-engines
 	$(ENGINES_PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
