@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -33,6 +34,10 @@ LONG = (
     "benchmarks/static/test_tune.py",
 )
 """Files with much work in few tests. `make test` starts them first: one of them at the end would leave a core idle."""
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's `make test &`: what tests start would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -113,7 +113,7 @@ SLOW = """
 import subprocess, sys
 from benchmarks.static import aot
 
-aot.cases = lambda selection, pool: [["sh", "-c", "echo an assembler is at work; sleep 250"]]
+aot.cases = lambda selection, pool: [["sh", "-c", "echo an assembler is at work; exec sleep 250"]]
 aot.inspect = subprocess.run
 sys.argv = ["aot", "--processes", "1"]
 aot.main()
