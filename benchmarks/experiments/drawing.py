@@ -12,13 +12,19 @@ REFERENCE: dict[str, Any] = {"color": "#777777", "linewidth": 1.2, "linestyle": 
 _MARKERS = "osD^vPX"
 
 
-def dots(axes: Any, labels: Sequence[str], series: Mapping[str, Sequence[Sequence[float] | None]]) -> None:
+def dots(
+    axes: Any,
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[Sequence[float] | None]],
+    colours: Sequence[str] = COLOURS,
+) -> None:
     """One row for each label, from top to bottom. In it one dot with its interval for each series.
 
     Args:
         axes: matplotlib's.
         labels: of the rows.
         series: by name (mean, low, high) for each label; None draws nothing.
+        colours: of the series.
     """
     step = 0.8 / max(len(series), 1)
     for s, (name, intervals) in enumerate(series.items()):
@@ -30,7 +36,7 @@ def dots(axes: Any, labels: Sequence[str], series: Mapping[str, Sequence[Sequenc
             [y + offset for y, _ in rows],
             xerr=[[max(0.0, i[0] - i[1]) for _, i in rows], [max(0.0, i[2] - i[0]) for _, i in rows]],
             fmt=_MARKERS[s % len(_MARKERS)],
-            color=COLOURS[s % len(COLOURS)],
+            color=colours[s % len(colours)],
             markersize=5,
             capsize=2,
             label=name,

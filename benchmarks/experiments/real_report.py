@@ -328,13 +328,13 @@ def _draw_pairs(canvas: Any, result: Result) -> None:
 def _draw_beyond(canvas: Any, result: Result) -> None:
     scale, beyond = result.summary["scale"], result.summary["beyond_length"]
     left, right = canvas.subplots(1, 2, sharey=True)
-    dots(left, list(scale), {"one more verification": [row["raised"] for row in scale.values()]})
+    dots(left, list(scale), {"one more verification": [row["raised"] for row in scale.values()]}, ["#444444"])
     left.axvline(0.5, **REFERENCE)
-    left.set_xlabel("share of steps at which it rises")
+    left.set(title="one step verified once more, equal length", xlabel="share of steps at which the reward sees it")
     dots(right, list(scale), {shown: [beyond[of].get(name) for name in scale] for of, shown in _SEEN.items() if of in beyond})
     right.axvline(0.0, **REFERENCE)
-    right.set_xlabel("partial rank correlation, given length")
-    canvas.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    right.set(title="in a long trace, given its length", xlabel="partial rank correlation with the share of")
+    canvas.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3)
 
 
 def _draw_settled(canvas: Any, result: Result) -> None:
