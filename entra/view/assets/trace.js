@@ -117,7 +117,12 @@ function textOf(trace, tokens, looked, left) {
     at = Math.max(0, Math.min(n - 1, i));
     spans[at].tabIndex = 0;
     spans[at].focus({ preventScroll: true });
+    show(4);
+  }
+  // A block outside the window has an estimated height. Once it is drawn it may push the token out of the window, so look again.
+  function show(frames) {
     spans[at].scrollIntoView({ block: "nearest" });
+    if (frames) requestAnimationFrame(() => show(frames - 1));
   }
   // The token that stands above or below.
   function vertically(step) {
