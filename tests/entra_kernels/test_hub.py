@@ -17,7 +17,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import entra_kernels
 
 ROOT = Path(__file__).parents[2]
-OPERATIONS = sorted(name for name in entra_kernels.__all__ if name.islower())
 
 
 def make(repository: Path, folder: Path) -> Path:
@@ -97,10 +96,11 @@ def test_two_versions_and_the_installed_package_call_ops_of_their_own(project, e
     packages = [load(project), load(earlier), entra_kernels]
     assert [package.__version__ for package in packages] == [entra_kernels.__version__, "0.0.1", entra_kernels.__version__]
     assert len({package.__name__ for package in packages}) == 3
-    registered = torch._C._dispatch_get_all_op_names()
+    registered = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
+    ops = [{op for namespace, op in registered if namespace == package.__name__} for package in packages]
+    assert "incoming_attention" in ops[0]
+    assert ops[0] == ops[1] == ops[2]
     for package in packages:
-        ops = {name.partition("::")[2] for name in registered if name.startswith(f"{package.__name__}::")}
-        assert ops == {*OPERATIONS, "sampled_incoming_attention"}
         assert ops_called(package) == {f"{package.__name__}.incoming_attention.default"}
 
 
