@@ -59,7 +59,7 @@ DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["proje
 docs: .venv-docs/done
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
 
-# The kernels alone, for Hugging Face's kernel-builder and its loader: build/hub. docs/api/kernels.md says how they are used.
+# The kernels alone, for Hugging Face's kernel-builder and its loader: build/hub. docs/kernels.md says how they are used.
 hub:
 	rm -rf build/hub
 	$(PYTHON) .ci/hub.py build/hub

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import entra_kernels
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # NaN in, NaN out
 
 
 def make(repository: Path, folder: Path) -> Path:
@@ -26,7 +28,7 @@ def make(repository: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    return make(ROOT, tmp_path_factory.mktemp("made") / "hub")
+    return make(ROOT, tmp_path_factory.mktemp("made") / "build/hub")
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +42,6 @@ def earlier(tmp_path_factory):
     return make(repository, repository / "hub")
 
 
-@pytest.fixture
-def load():
-    from kernels import get_local_kernel
-
-    return get_local_kernel
-
-
 @contextmanager
 def nothing_installed() -> Iterator[None]:
     """No module called `entra_kernels` can be imported."""
@@ -54,6 +49,16 @@ def nothing_installed() -> Iterator[None]:
         for name in [name for name in sys.modules if name.partition(".")[0] == "entra_kernels"]:
             patch.setitem(sys.modules, name, None)
         yield
+
+
+def load(project):
+    """The kernel of the example in docs/kernels.md, as printed, run where `make hub` ran."""
+    page = (ROOT / "docs/kernels.md").read_text().partition("## From Hugging Face's hub")[2]
+    example, names = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1], {}
+    with chdir(project.parents[1]):
+        exec(example, names)
+    assert names["mu"].shape == (2, 512)
+    return names["kernel"]
 
 
 def results(package, backend):
@@ -85,15 +90,17 @@ def ops_called(package):
     return {str(node.target) for node in graph.nodes if "entra_kernels" in str(node.target)}
 
 
-def test_a_loaded_kernel_gives_what_the_installed_package_gives(project, load, backend):
+def test_a_loaded_kernel_gives_what_the_installed_package_gives(project, backend):
     with nothing_installed():
         found = results(load(project), backend)
     expected = results(entra_kernels, backend)
     assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * 11
 
 
-def test_two_versions_and_the_installed_package_call_ops_of_their_own(project, earlier, load):
-    packages = [load(project), load(earlier), entra_kernels]
+def test_two_versions_and_the_installed_package_call_ops_of_their_own(project, earlier):
+    from kernels import get_local_kernel
+
+    packages = [load(project), get_local_kernel(earlier), entra_kernels]
     assert [package.__version__ for package in packages] == [entra_kernels.__version__, "0.0.1", entra_kernels.__version__]
     assert len({package.__name__ for package in packages}) == 3
     registered = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
