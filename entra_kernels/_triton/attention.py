@@ -80,20 +80,22 @@ def _row_lse_kernel(
         return
     # The table lists tiles of keys, longest walk first; the tile of queries with the same walk is its mirror image.
     begin = (tl.cdiv(rows, RESIDENT) - entry.listed) * RESIDENT
-    row = begin + tl.arange(0, RESIDENT)
-    start, tokens, at, query = row_start, rows, begin, row
+    start, tokens = row_start, rows
     if places is not None:
         start, tokens = read_span(key_spans, entry.sequence)
         start = start.to(tl.int64)
-        # Without a causal mask the first row sees every key, and the others stand behind the last one.
-        at = tl.minimum(begin + tl.load(places + entry.sequence), tokens - 1)
-        query = tl.minimum(at + tl.arange(0, RESIDENT), tokens - 1)
     batch = 0 if PACKED else entry.sequence.to(tl.int64)
     k_first = k + batch * k_stride_batch + head // group * k_stride_head + start * k_stride
     q_first = q + batch * q_stride_batch + head * q_stride_head + (row_start + begin) * q_stride
     keys = Tile(k_first, k_stride, k_stride_dim, tokens)
     queries = Tile(q_first, q_stride, q_stride_dim, rows - begin)
 
+    row = begin + tl.arange(0, RESIDENT)
+    at, query = begin, row
+    if places is not None:
+        # Without a causal mask the first row sees every key, and the others stand behind the last one.
+        at = tl.minimum(begin + tl.load(places + entry.sequence), tokens - 1)
+        query = tl.minimum(at + tl.arange(0, RESIDENT), tokens - 1)
     loaded = load_tile(queries, 0, shape, RESIDENT)  # [query, dim]
     highest = tl.full((RESIDENT,), LOWEST, tl.float32)
     total = tl.zeros((RESIDENT,), tl.float32)
@@ -194,16 +196,18 @@ def _column_sum_kernel(
     batch = 0 if PACKED else piece.sequence.to(tl.int64)
     k_first = k + batch * k_stride_batch + kv_head * k_stride_head + (start + begin) * k_stride
     keys = Tile(k_first, k_stride, k_stride_dim, tokens - begin)
-    row_start, rows, diagonal_end = start, tokens, piece.listed * (RESIDENT // STREAMED)
+    row_start, rows = start, tokens
     if counted is not None:
         row_start, rows = read_span(query_spans, piece.sequence)
         row_start = row_start.to(tl.int64)
         begin -= tl.load(counted + piece.sequence)
-        diagonal_end = tl.cdiv(begin + RESIDENT, STREAMED)
     key = begin + tl.arange(0, RESIDENT)
     loaded = load_tile(keys, 0, shape, RESIDENT)  # [key, dim]
 
     # Tiles of queries on the diagonal are masked, then come those which see every key, then the window's far edge.
+    diagonal_end = piece.listed * (RESIDENT // STREAMED)
+    if counted is not None:
+        diagonal_end = tl.cdiv(begin + RESIDENT, STREAMED)
     diagonal_end = tl.minimum(tl.maximum(diagonal_end, first), stop)
     full_end = stop
     if WINDOW:
