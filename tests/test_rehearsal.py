@@ -57,6 +57,7 @@ print(json.dumps({"found": found, "code": int(code), "result": str(incoming_atte
 
 SELECTION = (
     "entra_kernels/test_incoming_attention.py::test_auto_is_triton_on_a_gpu",
+    "entra_kernels/test_general.py::test_against_the_oracle[triton-everything, packed, last-gpu]",
     "entra_kernels/test_redundancy.py::TestByHand::test_example[gpu-triton]",
     "entra_kernels/test_sampled.py::test_against_the_reference[triton-packed-gpu-fp32]",
     "entra_kernels/test_logprobs.py::TestLinearTokenLogprobs::test_options[all-gpu-triton-fused-bfloat16]",

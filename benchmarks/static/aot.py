@@ -81,32 +81,46 @@ SPILLS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What an attention pass in bfloat16 may take on sm_90. `per_score` is instructions per score in the loop over unmasked
-    tiles. `per_shuffle` is the fewest exponentials per shuffle there. `under_products` is the least share of them that a warp
-    takes while one of its products is under way. None: there is no limit."""
+    """What an attention pass in bfloat16 may take. `per_score` is instructions per score in the loop over unmasked tiles.
+    `per_shuffle` is the fewest exponentials per shuffle there. `under_products` is the least share of them that a warp takes
+    while one of its products is under way. None: there is no limit. `unit` begins the name of the matrix unit's instruction."""
 
     per_score: float | None = None
     per_shuffle: float | None = None
     under_products: float | None = None
+    unit: str = "HGMMA"
 
+
+QUERIES = ("row_lse d=128 queries", *(f"column_sum d=128 queries{what}" for what in ("", " max", " max weights")))
+"""Passes of fewer queries than keys."""
 
 BUDGETS = {
-    "column_sum d=64": Budget(per_score=7.5, per_shuffle=8),
-    "column_sum d=128": Budget(per_score=7.5, per_shuffle=8),
-    "column_sum d=256": Budget(),
-    "row_lse d=64": Budget(per_score=8.5),
-    "row_lse d=128": Budget(per_score=8.5),
-    "row_lse d=256": Budget(),
-    "ring_column_sum d=64": Budget(per_score=4.6, per_shuffle=8, under_products=1),
-    "ring_column_sum d=128": Budget(per_score=4.6, per_shuffle=8, under_products=1),
-    "ring_column_sum d=256": Budget(per_score=6.2, per_shuffle=8, under_products=1),
-    "ring_row_lse d=64": Budget(per_score=5.5, under_products=0.9),
-    "ring_row_lse d=128": Budget(per_score=5.5, under_products=0.9),
-    "ring_row_lse d=256": Budget(per_score=7.1, under_products=0.9),
+    "sm_90 column_sum d=64": Budget(per_score=7.5, per_shuffle=8),
+    "sm_90 column_sum d=128": Budget(per_score=7.5, per_shuffle=8),
+    "sm_90 column_sum d=256": Budget(),
+    "sm_90 row_lse d=64": Budget(per_score=8.5),
+    "sm_90 row_lse d=128": Budget(per_score=8.5),
+    "sm_90 row_lse d=256": Budget(),
+    "sm_90 ring_column_sum d=64": Budget(per_score=4.6, per_shuffle=8, under_products=1),
+    "sm_90 ring_column_sum d=128": Budget(per_score=4.6, per_shuffle=8, under_products=1),
+    "sm_90 ring_column_sum d=256": Budget(per_score=6.2, per_shuffle=8, under_products=1),
+    "sm_90 ring_row_lse d=64": Budget(per_score=5.5, under_products=0.9),
+    "sm_90 ring_row_lse d=128": Budget(per_score=5.5, under_products=0.9),
+    "sm_90 ring_row_lse d=256": Budget(per_score=7.1, under_products=0.9),
+    **{
+        f"{chip} {label}": Budget(per_score=most, unit=unit)
+        for chip, unit, limits in (
+            ("sm_80", "HMMA", (12.1, 9.7, 9.7, 10.8)),
+            ("sm_90", "HGMMA", (8.4, 7.5, 7.5, 9.7)),
+            ("sm_100", "UTCHMMA", (8.0, 7.6, 7.5, 9.3)),
+            ("gfx942", "v_mfma", (11.7, 9.4, 12.7, 13.8)),
+        )
+        for label, most in zip(QUERIES, limits, strict=True)
+    },
 }
-"""By label. At each of these head dims the products must run on the warpgroup matrix unit (HGMMA). An exponential takes 1/16
-clock of an SM, and the products of a score at d = 128 the same. In that time 4 schedulers of 32 lanes issue 8 instructions per
-score. A pass that needs more is bound by their issue, whatever overlaps."""
+"""By chip and label. On sm_90 an exponential takes 1/16 clock of an SM, and the products of a score at d = 128 the same. In
+that time 4 schedulers of 32 lanes issue 8 instructions per score. A pass that needs more is bound by their issue, whatever
+overlaps. Of `QUERIES` the limits are what was counted and a twentieth."""
 
 UNDER_WAY = {"sm_80": r"(row_lse|column_sum) d=(64|128|256)", "sm_90": r"(row_lse|column_sum) d=256"}
 """By chip: the passes in bfloat16 whose waits for a copy must leave at least one other under way. The ring waits for no copy by
@@ -192,7 +206,7 @@ def inspect(case: Case) -> Compiled:
         counts=counts,
     )
     problem = too_much(compiled, chip, kernel.metadata.num_warps)
-    budget = BUDGETS.get(case.label) if chip.arch == "sm_90" and case.dtype == "bf16" else None
+    budget = BUDGETS.get(f"{chip.arch} {case.label}") if case.dtype == "bf16" else None
     excess = ""
     if spills and not may_spill(case.name):
         excess = f"{spills} spills, and SPILLS gives no reason"
@@ -226,8 +240,8 @@ def over_budget(compiled: Compiled, budget: Budget) -> str:
     counts, per_score = compiled.counts, compiled.per_score
     if counts is None or per_score is None:
         return "no loop with matrix products and an exponential per score; was the kernel changed?"
-    if not counts.matrix_name.startswith("HGMMA"):
-        return f"its products run as {counts.matrix_name}, they must run as HGMMA"
+    if not counts.matrix_name.startswith(budget.unit):
+        return f"its products run as {counts.matrix_name}, they must run as {budget.unit}"
     if counts.exponentials > REPEATED * compiled.scores:
         repeated = counts.exponentials / compiled.scores
         return f"{repeated:.2f} exponentials per score, at most {REPEATED} where one trip makes one tile once"
@@ -306,6 +320,8 @@ SUBSET = Selection(
         r"|sm_90 fp32 attention (row_lse|column_sum) d=128 window softcap"
         r"|fp32 attention column_sum d=16$"
         r"|(sm_86|gfx942) bf16 attention column_sum d=512$"
+        r"|sm_90 bf16 attention row_lse d=128 queries$|sm_90 bf16 plan place_queries"
+        r"|(sm_80|sm_90|sm_100|gfx942) bf16 attention column_sum d=128 queries max weights$"
         r"|sm_90 bf16 hopper .* d=\d+$"
         r"|sm_90 \w+ sampled .* d=(64|128)"
         r"|(sm_80|sm_100|gfx942) bf16 sampled .* d=128$"
@@ -313,7 +329,8 @@ SUBSET = Selection(
         r"|(sm_90|gfx942) \w+ (plan .* d=(64|128)|redundancy|copies)"
     ),
     calls=re.compile(
-        r"bf16 (d=128)?$|fp32 d=16$|sm_90 bf16 d=(64|80|256)$|(sm_86|gfx942) bf16 d=512$"
+        r"(sm_80|sm_90|sm_100|gfx942) bf16 d=128 queries( max weights)?$"
+        r"|bf16 (d=128)?$|fp32 d=16$|sm_90 bf16 d=(64|80|256)$|(sm_86|gfx942) bf16 d=512$"
         r"|sm_90 bf16 d=128 (sinks per head packed|window|window softcap)$"
         r"|sm_90 (bf16 d=64 window softcap|fp32 d=(64|128)( window softcap)?)$"
         r"|sm_90 \w+ (with entropy|with all options( uneven channels)?|protect last|first places)?$"

@@ -128,14 +128,15 @@ def _add_received(sums, product, negative_lse, weights, key, tile, scoring, shap
     lane = tl.arange(0, shape.STREAMED)
     shift = tl.load(negative_lse + begin + lane)[None, :]  # -inf past the end: there the probability is 0
     received = probabilities(product, shift, scoring.factors)
-    if shape.MAX and weights is not None:  # a weight may be negative: then 0 is above what counts
+    if shape.MAX and weights is not None:
         received *= tl.load(weights + begin + lane)[None, :]
-        received = tl.where(shift == float("-inf"), NOTHING, received)
     if MASKED:
         query = begin + lane
         visible = key[:, None] < query[None, :]
         if shape.WINDOW:
             visible &= query[None, :] - key[:, None] < scoring.window
+        if shape.MAX:
+            visible &= shift != float("-inf")
         received = tl.where(visible, received, NOTHING)
     if shape.MAX:
         return larger(sums, tl.reduce(received, 1, larger))
@@ -214,6 +215,10 @@ def _column_sum_kernel(
         stop = tl.minimum(stop, tl.cdiv(begin + RESIDENT - 1 + window, STREAMED))
         full_end = (begin + RESIDENT + tl.maximum(window - RESIDENT, 0)) // STREAMED
         full_end = tl.maximum(tl.minimum(full_end, stop), diagonal_end)
+    # Below a maximum of weighted probabilities, which may be negative, lies the 0 of rows past the end.
+    CUT: tl.constexpr = MAX and weights is not None
+    if CUT:
+        full_end = tl.maximum(tl.minimum(full_end, rows // STREAMED), diagonal_end)
 
     slot = first_slot(piece).to(tl.int64)
     if weights is not None:
@@ -234,7 +239,7 @@ def _column_sum_kernel(
             sums = _scan_queries(
                 sums, loaded, keys, queries, lse, weights, key, diagonal_end, full_end, scoring, shape, False
             )  # fmt: skip
-        if WINDOW:
+        if WINDOW or CUT:
             sums = _scan_queries(sums, loaded, keys, queries, lse, weights, key, full_end, stop, scoring, shape, True)
         if PER_HEAD:
             tl.store(partial_out + tl.arange(0, RESIDENT), sums)

@@ -229,6 +229,15 @@ def test_pieces_into_one_tensor_are_one_call(options, device, backend, small_til
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_maximum_of_negative_weights(device, backend, small_tiles):
+    """Rows past the last one, which fill up its tile, gave 0: above all that counts. So did keys that a query does not see."""
+    q, k, arguments, sequences = padded(keys=(75,), rows=37, layout="right", row_weights=True, reduction="max", heads="query")
+    arguments["row_weights"] = -arguments["row_weights"].abs() - 0.1
+    received = check((q, k, arguments, sequences), backend, device)
+    assert (received[:, :, :74] < 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_last_reads_no_other_query(device, backend, small_tiles):
     q, k = (
         random(2, HEADS, 70, HEAD_DIM, seed=1).float().to(device),

@@ -115,6 +115,8 @@ LAUNCHED = {
     "per head": {"per_head": True},
     "sinks, packed": {"sinks": True, "layout": "packed"},
     "everything": {"sliding_window": 200, "softcap": 3.0, "row_weights": True, "sinks": True},
+    "last": {"last": 300, "include_diagonal": True, "per_head": True},
+    "maximum": {"last": 500, "reduction": "max", "row_weights": True},
     "sampled": {"sample_rows": 300},
 }
 
@@ -244,11 +246,12 @@ def test_any_shape(name, data):
         sliding_window=data.draw(st.none() | st.integers(1, 50)),
         softcap=data.draw(st.none() | st.floats(0.1, 50)),
         row_weights=data.draw(st.booleans()),
-        per_head=data.draw(st.booleans()),
-        normalize=data.draw(st.booleans()),
+        reduction=data.draw(st.sampled_from(["mean", "sum", "max"])),
+        include_diagonal=data.draw(st.booleans()),
+        last=data.draw(st.none() | st.integers(1, 50)),
         **data.draw(st.sampled_from([{}, {"sinks": True}, {"given_lse": True}])),
     )
-    check(q, k, arguments, name)
+    check(q, k, arguments | {"heads": data.draw(st.sampled_from(["mean", "query", "kv"]))}, name)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -384,8 +387,8 @@ def test_bad_values_stay_in_their_sequence(value, device, backend, small_tiles):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sliding_window": 7}, {"per_head": True}, {"per_head": True, "sliding_window": 40}],
-    ids=["full", "window", "per head", "per head, window"],
+    [{}, {"sliding_window": 7}, {"per_head": True}, {"per_head": True, "sliding_window": 40}, {"reduction": "max"}],
+    ids=["full", "window", "per head", "per head, window", "max"],
 )
 @pytest.mark.parametrize("given_lse", [False, True], ids=["", "given lse"])
 def test_nan_reaches_only_what_the_query_sees(given_lse, options, device, backend, small_tiles):

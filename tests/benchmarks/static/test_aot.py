@@ -12,7 +12,7 @@ import pytest
 import triton
 
 from benchmarks.static import aot, disassembly
-from benchmarks.static.aot import BUDGETS, PINNED, Compiled, may_spill
+from benchmarks.static.aot import BUDGETS, PINNED, QUERIES, Compiled, may_spill
 
 ROOT = Path(__file__).parents[3]
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -31,9 +31,12 @@ def test_representative_kernels_compile_for_every_chip(python):
         ):
             assert f"\n{chip} {kernel}" in "\n" + done.stdout
     kernels = ("row_lse", "column_sum", "ring_row_lse", "ring_column_sum")
-    assert set(BUDGETS) == {f"{kernel} d={head_dim}" for kernel in kernels for head_dim in (64, 128, 256)}
-    for label in BUDGETS:
-        assert re.search(rf"\nsm_90 bf16 \w+ {label} +\d+ registers .* instructions a score\n", done.stdout), label
+    plain = {f"sm_90 {kernel} d={head_dim}" for kernel in kernels for head_dim in (64, 128, 256)}
+    chips = ("sm_80", "sm_90", "sm_100", "gfx942")
+    assert set(BUDGETS) == plain | {f"{chip} {label}" for chip in chips for label in QUERIES}
+    for name in (*plain, f"sm_90 {QUERIES[0]}", *(f"{chip} {QUERIES[-1]}" for chip in chips)):
+        chip, _, label = name.partition(" ")
+        assert re.search(rf"\n{chip} bf16 \w+ {label} +\d+ registers .* instructions a score\n", done.stdout), name
 
 
 @pytest.mark.parametrize(
