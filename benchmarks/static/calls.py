@@ -96,7 +96,7 @@ def _attention(dtype: str) -> Iterator[Call]:
             yield _attend(f"d={head_dim} sinks per head packed", **shape, packed=True, batch=1, per_head=True, **sinks)
         yield _attend(f"d={head_dim} window", **shape, packed=True, batch=1, **window)
         yield _attend(f"d={head_dim} window softcap", **shape, packed=True, batch=1, softcap=30.0, **window)
-        if head_dim in (64, 128, 256):
+        if head_dim in ((64, 128, 256) if dtype == "bf16" else (128,)):
             yield from _queries(f"d={head_dim}", **shape)
         yield _attend(f"d={head_dim}", **shape, **sampled)
         more: dict[str, Any] = {"sliding_window": 256, "softcap": 30.0, **sinks, **sampled}
@@ -122,8 +122,9 @@ def _other_attention() -> Iterator[Call]:
         for head_dim in (128, 256):
             yield _attend(f"d={head_dim} {layout}", head_dim=head_dim, layout=layout)
         yield _attend(f"d=128 window {layout}", layout=layout, sliding_window=256)
-        yield _attend(f"d=128 queries {layout}", layout=layout, rows=ROWS)
         yield _attend(f"d=128 {layout}", layout=layout, sample_rows=300)
+    for layout in ("every second dim", "tokens far apart"):
+        yield _attend(f"d=128 queries {layout}", layout=layout, rows=ROWS)
     for dtype in ("bf16", "fp32"):
         yield _attend("d=128 every second dim", dtype, layout="every second dim")
         for scale, softcap in ((-1.0, None), (-1.0, 30.0)):
