@@ -167,8 +167,9 @@ bench: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.speed.render benchmarks/results
 
 # The next three take a GPU machine as it is: no .venv, nothing is installed. What matters most comes first, results go into RESULTS
-# as they come, a table ends it. `gpu` takes 7 minutes at most. `gpu-again`, 3, is for a second call, after what the first found was
-# mended. `gpu-train`, 8, trains the small model of the evidence. Some parts only:  make gpu-again PARTS="smoke lengths"
+# as they come, a table ends it. `gpu` takes 7 minutes at most. `gpu-again`, 3, is for a second call with the same RESULTS: first what
+# failed there or was not reached. `gpu-train`, 8, trains the small model of the evidence. Some parts only:
+#   make gpu-again PARTS="smoke lengths"
 # Wheels of what the machine lacks come in a folder:  make gpu-train WHEELS=.whl RESULTS=dir
 # Without a GPU, to see that everything runs:  make gpu-train REHEARSE=1
 GPU = PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PARTS),--parts $(PARTS)) \
