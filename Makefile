@@ -198,7 +198,7 @@ gpu-wheels:
 
 # The tests that need a GPU and the benchmarks' code for one, on a GPU that is none (tests/fake_cuda.py): half an hour of a core.
 # `make test` has a selection. Left out is what only PyTorch's CUDA build or its compiler does.
-REHEARSED := not opcheck and not compiles and not cuda_backends and not no_wait_for_the_device_and_no_quadratic
+REHEARSED := not opcheck and not compiles and not no_wait_for_the_device_and_no_quadratic
 BENCHMARKED := logprobs or test_redundancy or test_copies or test_memory or skewed  # the others call CUDA's own attention
 rehearse: $(VENV)/dev.done
 	PYTHONPATH=.:tests $(BIN)/pytest tests -p fake_cuda -m gpu -k "$(REHEARSED)" $(XDIST)
