@@ -175,8 +175,9 @@ def fused_attention(name):
     def forward(query, key, value, *args, scale=None):
         given = dict(zip([argument.name for argument in schema.arguments][3:], args, strict=False))
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        output, lse = flash(query, key, value, 0.0, given["is_causal"], scale=scale)
-        wanted = given.get("compute_log_sumexp", True)  # flash attention always computes it
+        output, lse = flash(query, key, value, 0.0, given.get("is_causal", False), scale=scale)  # defaults are not handed over
+        # Flash attention has no such argument and always computes it.
+        wanted = given.get("compute_log_sumexp", "flash" in name)
         if "efficient" in name:  # padded to a multiple of 32 rows
             lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=math.nan)[..., : None if wanted else 0]
         if "cudnn" in name:
@@ -260,6 +261,7 @@ def install():
     torch.cuda.current_stream, torch.cuda.default_stream = lambda device=None: streams[-1], lambda device=None: streams[0]
     torch.Tensor.pin_memory = pinned
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter that is moved becomes one of the device's
+    torch.compile = lambda model=None, **options: model or (lambda function: function)  # Dynamo does not know these tensors
     CustomOpDef.__call__ = run_op
     for name in FUSED:
         ATEN.impl(name, fused_attention(name), "CPU")

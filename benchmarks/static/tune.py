@@ -30,7 +30,7 @@ from torch import Tensor
 from entra_kernels._spans import Spans
 from entra_kernels._torch.logprobs import factor, product
 from entra_kernels._triton import attention, logprobs
-from entra_kernels._triton.launch import AttentionLaunch, Chip, Ring, attention_launch, chip_of
+from entra_kernels._triton.launch import AttentionLaunch, Chip, Ring, attention_launch, chip_of, shared_bytes
 from entra_kernels._triton.logprobs import Tiling, tiling
 from entra_kernels.reference import AttentionOptions
 
@@ -55,11 +55,15 @@ PRODUCTS = {"sm_90": 2048, "sm_100": 4096}
 """Products of two numbers that an SM's matrix unit adds up in a clock, in bfloat16; elsewhere 1024."""
 
 
-def shared_bytes(size: AttentionLaunch, element_size: int) -> int:
-    """What a program takes of the shared memory: a ring has the log-sum-exp of its tiles, and barriers, besides."""
-    stages = size.ring.stages if size.ring else size.num_stages
-    tiles = (size.resident + stages * size.streamed) * size.depth * element_size
-    return tiles + (4 * stages * size.streamed + 1024 if size.ring else 0)
+def taken(size: AttentionLaunch, element_size: int, chip: Chip) -> int:
+    """Bytes that a program takes of the shared memory: a ring has the log-sum-exp of its tiles, and barriers, besides."""
+    if size.ring is None:
+        return shared_bytes(size, element_size, chip)
+    return (
+        shared_bytes(size._replace(num_stages=size.ring.stages), element_size, chip)
+        + 4 * size.ring.stages * size.streamed
+        + 1024
+    )
 
 
 def clocks(size: AttentionLaunch, element_size: int, chip: Chip) -> float:
@@ -82,7 +86,7 @@ def clocks(size: AttentionLaunch, element_size: int, chip: Chip) -> float:
     copies = size.depth * element_size / size.resident / 32
     rest = max(1 / 16, instructions / 128)
     registers = size.max_registers or min(96 + accumulators * (1 + size.ahead), 255)
-    programs = min(65_536 // (registers * 32 * warps), (chip.shared_memory + 1024) // (shared_bytes(size, element_size) + 1024))
+    programs = min(65_536 // (registers * 32 * warps), (chip.shared_memory + 1024) // (taken(size, element_size, chip) + 1024))
     side_by_side = size.ring or size.ahead or programs > 1
     parts = [products, rest, copies] if side_by_side else [products + rest, copies]
     # With one stage a program waits for its copies. What does not limit costs a little, too.
@@ -111,7 +115,7 @@ def sizes_that_fit(current: AttentionLaunch, element_size: int, chip: Chip) -> I
             # Two sets of accumulators leave too few of them.
             for ahead in (False, True) if accumulators * 2 + 64 <= (registers or 255) else (False,):
                 size = AttentionLaunch(resident, streamed, current.depth, warps, stages, registers, current.least_piece, ahead)
-                if shared_bytes(size, element_size) <= chip.shared_memory:
+                if taken(size, element_size, chip) <= chip.shared_memory:
                     yield size
 
 
@@ -119,7 +123,7 @@ def rings(current: AttentionLaunch, element_size: int, chip: Chip) -> Iterator[A
     """Rings that fit into shared memory. With the resident tile in registers too, 128 streamed tokens would spill."""
     for streamed, stages, in_registers in itertools.product((128, 64), (3, 4, 6), (False, True)):
         size = current._replace(streamed=streamed, ring=Ring(stages, in_registers))
-        if shared_bytes(size, element_size) <= chip.shared_memory and not (in_registers and streamed == 128):
+        if taken(size, element_size, chip) <= chip.shared_memory and not (in_registers and streamed == 128):
             yield size
 
 

@@ -53,10 +53,10 @@ def test_the_first_12_hold_what_an_h100_was_fastest_with(tune, head_dim, ring, p
     keys = [(size.resident, size.streamed, size.num_warps, size.num_stages, size.max_registers) for size in first]
     assert plain is None or plain in keys
     for size in tune.candidates(winner, 2, launch.HOPPER)[:12]:
-        assert tune.shared_bytes(size, 2) <= launch.HOPPER.shared_memory
+        assert tune.taken(size, 2, launch.HOPPER) <= launch.HOPPER.shared_memory
     a100 = launch.Chip("sm_80", 163 * 1024)
     in_use = launch.attention_launch(head_dim, 4, 2, a100, options=False)
-    assert all(tune.shared_bytes(size, 2) <= a100.shared_memory for size in tune.candidates(in_use, 2, a100)[:12])
+    assert all(tune.taken(size, 2, a100) <= a100.shared_memory for size in tune.candidates(in_use, 2, a100)[:12])
 
 
 def test_the_model_prefers_what_hides_waits(tune):
