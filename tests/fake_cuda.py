@@ -48,6 +48,10 @@ launching = False
 """Whether an operation that launches kernels is under way."""
 
 
+in_backward = False
+"""Whether gradients are computed."""
+
+
 class CudaTensor(torch.Tensor):
     """Results are wrapped by `Mode`."""
 
@@ -91,7 +95,7 @@ class Mode(TorchFunctionMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         device = [tensor for tensor in tensors if isinstance(tensor, CudaTensor)]
         host = [tensor for tensor in tensors if not isinstance(tensor, CudaTensor) and tensor.ndim]
-        if device and host and name not in MIXING:
+        if device and host and name not in MIXING and not in_backward:
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu in {name}")
         if name == "numpy" and device:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
@@ -112,8 +116,8 @@ class Mode(TorchFunctionMode):
         if target == "cuda" and isinstance(generator, torch.Generator) and generator.device.type == "cpu" and name != "to":
             raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' in {name}")
         self.check_waits(name, target, args, kwargs, device, host)
-        if name == "mm" and "out_dtype" in kwargs:  # cuBLAS alone does this
-            kwargs["out"].copy_(args[0].float() @ args[1].float())
+        if name in ("mm", "addmm") and "out_dtype" in kwargs:  # cuBLAS alone does this
+            kwargs["out"].copy_(function(*(each.float() for each in args)))
             return kwargs["out"]
         if name == "scaled_dot_product_attention" and device:
             function = attention
@@ -143,6 +147,17 @@ class Mode(TorchFunctionMode):
             raise RuntimeError(f"{name} makes the host wait for the device in a path that launches kernels")
 
 
+def run_backward(*args, engine=torch.autograd._engine_run_backward, **kwargs):
+    """Functions in Python make tensors "on cuda:0" there, too. Gradients come as the CPU's, and may meet the others."""
+    global in_backward
+    in_backward = True
+    try:
+        with Mode():
+            return engine(*args, **kwargs)
+    finally:
+        in_backward = False
+
+
 FUSED = {
     "_scaled_dot_product_flash_attention": (torch.backends.cuda.flash_sdp_enabled, (0.0,)),
     "_scaled_dot_product_cudnn_attention": (torch.backends.cuda.cudnn_sdp_enabled, (None, False, 0.0)),
@@ -152,8 +167,8 @@ FUSED = {
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """`scaled_dot_product_attention` as CUDA chooses: a fused operation, which says that there is none where it takes neither
-    these tensors nor any other may. With a mask or a backward it runs here as on a CPU."""
+    """`scaled_dot_product_attention` as CUDA chooses: a fused operation where one takes these tensors and may. Otherwise, and
+    for a mask or a backward, it is plain arithmetic."""
     half, grouped = query.dtype in (torch.float16, torch.bfloat16), query.shape[1] != key.shape[1]
     able = [name for name, (may, _) in FUSED.items() if may() and not (grouped if "efficient" in name else not half)]
     if not able and not torch.backends.cuda.math_sdp_enabled():
@@ -162,7 +177,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     if able and attn_mask is None and not dropout_p and not recorded and query.shape[-1] == value.shape[-1]:
         operation, between = getattr(torch.ops.aten, able[0]), FUSED[able[0]][1]
         return operation(query, key, value, *between, is_causal, scale=scale)[0]
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+    with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -266,6 +281,7 @@ def install():
     for name in FUSED:
         ATEN.impl(name, fused_attention(name), "CPU")
     Mode().__enter__()
+    torch.autograd._engine_run_backward = run_backward
 
     import triton.language as tl
     from triton.runtime import driver, interpreter
@@ -278,7 +294,7 @@ def install():
         tensors = {name: value for name, value in zip(self.arg_names, args, strict=False) if isinstance(value, torch.Tensor)}
         tensors |= {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
         host = [name for name, tensor in tensors.items() if not isinstance(tensor, CudaTensor)]
-        if host and len(host) < len(tensors):
+        if host and len(host) < len(tensors) and not in_backward:
             raise ValueError(f"Pointer argument {host[0]} of {self.fn.__name__} cannot be accessed from Triton (cpu tensor?)")
         launches.append((self.fn.__name__, streams[-1]))
         with torch._C.DisableTorchFunction():

@@ -108,7 +108,11 @@ BUDGETS = {
 clock of an SM, and the products of a score at d = 128 the same. In that time 4 schedulers of 32 lanes issue 8 instructions per
 score. A pass that needs more is bound by their issue, whatever overlaps."""
 
-UNDER_WAY = {"sm_80": r"(row_lse|column_sum) d=(64|128|256)", "sm_90": r"(row_lse|column_sum) d=256"}
+UNDER_WAY = {
+    "sm_80": r"(row_lse|column_sum) d=(64|128|256)",
+    "sm_90": r"(row_lse|column_sum) d=(256|(64|128) window( softcap)?)",
+    "sm_100": r"(row_lse|column_sum) d=(64|128)",
+}
 """By chip: the passes in bfloat16 whose waits for a copy must leave at least one other under way. The ring waits for no copy by
 itself: another warp does."""
 

@@ -132,9 +132,9 @@ THROUGH_REGISTERS = ("sm_80", "sm_86", "sm_89", "sm_120")
 
 def shared_bytes(size: AttentionLaunch, element_size: int, chip: Chip) -> int:
     """The most that Triton takes of the shared memory for a plain pass: a buffer for each stage, and one less on
-    `THROUGH_REGISTERS`. There two warps that share a row meet in 8 more bytes for each resident token. The static proof holds
-    what compiled kernels take to it."""
-    buffers, scratch = size.num_stages, 0
+    `THROUGH_REGISTERS`. There two warps that share a row meet in 8 more bytes for each resident token. Barriers and their
+    alignment take 1 KiB on later chips. The static proof holds what compiled kernels take to it."""
+    buffers, scratch = size.num_stages, 1024 if chip.is_nvidia else 0
     if chip.arch in THROUGH_REGISTERS:
         buffers, scratch = max(1, size.num_stages - 1), 8 * size.resident
     return (size.resident + buffers * size.streamed) * size.depth * element_size + scratch

@@ -178,10 +178,10 @@ def test_each_launch_size_is_measured_or_assumed():
         (("sm_90", 227), 128, 2, False, (256, 128, 128, 8, 2, None, 2, False, (4, False))),
         (("sm_90", 227), 256, 2, False, (256, 64, 256, 8, 3, None, 2, False, (3, True))),
         (("sm_90", 227), 80, 2, False, (256, 64, 128, 8, 2, 128, 2, False, None)),
-        (("sm_90", 227), 128, 2, True, (128, 64, 128, 8, 2, 128, 2, False, None)),
+        (("sm_90", 227), 128, 2, True, (128, 64, 128, 8, 3, 128, 2, False, None)),
         (("sm_90", 227), 192, 2, False, (128, 128, 256, 8, 2, None, 2, True, None)),
         (("sm_90", 227), 24, 4, False, (64, 64, 32, 8, 1, None, 2, False, None)),
-        (("sm_100", 227), 128, 2, False, (128, 64, 128, 4, 2, None, 2, False, None)),
+        (("sm_100", 227), 128, 2, False, (128, 64, 128, 4, 3, None, 2, False, None)),
         (("sm_80", 163), 128, 2, False, (128, 64, 128, 8, 3, 128, 2, False, None)),
         (("sm_80", 163), 128, 2, True, (128, 64, 128, 8, 2, None, 2, False, None)),
         (("sm_80", 163), 256, 2, False, (256, 32, 256, 8, 3, None, 2, False, None)),
@@ -207,6 +207,7 @@ def test_launch_sizes_in_use(chip, head_dim, element_size, options, size):
         ("sm_89", (128, 64, 256, 8, 2), 99_328),
         ("sm_120", (64, 64, 256, 4, 2), 66_048),
         ("sm_90", (256, 64, 256, 8, 3), 229_376),
+        ("sm_100", (128, 64, 128, 4, 3), 82_944),
     ],
 )
 def test_shared_memory_is_reckoned_as_triton_takes_it(arch, size, taken):
