@@ -111,7 +111,7 @@ BUDGETS = {
         f"{chip} {label}": Budget(per_score=most, unit=unit)
         for chip, unit, limits in (
             ("sm_80", "HMMA", (12.1, 9.7, 9.7, 10.8)),
-            ("sm_90", "HGMMA", (8.4, 7.5, 7.5, 9.7)),
+            ("sm_90", "HGMMA", (8.4, 7.9, 7.9, 9.6)),
             ("sm_100", "UTCHMMA", (8.0, 7.6, 7.5, 9.3)),
             ("gfx942", "v_mfma", (11.7, 9.4, 12.7, 13.8)),
         )
