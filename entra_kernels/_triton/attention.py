@@ -342,7 +342,8 @@ def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOpt
 
     Besides the result it takes 4 bytes per query for each query head (the log-sum-exp) and per key for each kv head (the sums;
     with heads="query" or the maximum, for each query head). Each sequence is rounded up to whole tiles. The sums of further
-    pieces take `plan._most_cuts` tiles: for one sequence at most 528 KiB, times G with sums for each query head.
+    pieces take `plan._most_cuts` tiles: for one sequence at most 528 KiB, times G with sums for each query head, times 2 with
+    queries that are not simply the keys' own tokens.
     """
     check_products(q)
     batch, heads, rows, head_dim = q.shape

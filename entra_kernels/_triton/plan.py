@@ -302,7 +302,9 @@ def plan_queries(
         longest = min(longest, triton.cdiv(size.resident - 1 + window, size.streamed) + 1)
     # Of t tiles of keys the first has the longest walk, and there are no more rows than keys.
     cuts = [t * (min(longest, units * t) - 1) for t in range(1, levels + 1)]
-    entries = slots + _most_cuts(spans.count, slots, cuts, size, kv_heads)
+    # Where walks fall to nothing, half of the room that all tiles have is empty.
+    programs = 2 * PROGRAMS
+    entries = slots + _most_cuts(spans.count, slots, cuts, size, kv_heads, programs)
     of_keys, of_queries = (2 * spans.count, 3 * slots), (2 * spans.count, 3 * query_slots, spans.count, spans.count)
     spans_out, tiles, pieces, of_slot, query_spans, query_tiles, places, counted = _tables(
         *of_keys, 5 * entries, 2 * slots, *of_queries, device=device
@@ -312,7 +314,7 @@ def plan_queries(
         *bounds, None if asked is None else spans.query_spans(device), spans_out, tiles, pieces, of_slot, query_spans,
         query_tiles, places, counted, spans.count, spans.tokens, slots, query_slots, window or 0, int(include_diagonal),
         kv_heads, size.least_piece, CAUSAL=causal, WINDOW=window is not None,
-        RESIDENT=size.resident, STREAMED=size.streamed, PROGRAMS=PROGRAMS, BLOCK=SEQUENCES, **FUSED,
+        RESIDENT=size.resident, STREAMED=size.streamed, PROGRAMS=programs, BLOCK=SEQUENCES, **FUSED,
     )  # fmt: skip
     return Plan(spans_out, tiles, pieces, of_slot, slots, entries, query_spans, query_tiles, query_slots, places, counted)
 
@@ -330,14 +332,16 @@ def _tables(*counts: int, device: torch.device) -> list[Tensor]:
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
-def _most_cuts(sequences: int, slots: int, walks: Sequence[int], size: AttentionLaunch, kv_heads: int) -> int:
+def _most_cuts(
+    sequences: int, slots: int, walks: Sequence[int], size: AttentionLaunch, kv_heads: int, programs: int = PROGRAMS
+) -> int:
     """The most pieces that there can be beyond one for each tile. The walks of a sequence of t tiles add up to walks[t - 1].
 
     sum of ceil(walk / piece) <= tiles + (sum of walks) / piece, and a piece is at least `least_piece` and at least
-    (sum of walks) * kv_heads / PROGRAMS. So a sequence has at most PROGRAMS / kv_heads of them. The most pieces per tile hold
+    (sum of walks) * kv_heads / programs. So a sequence has at most programs / kv_heads of them. The most pieces per tile hold
     for any split of the slots into sequences.
     """
-    most = PROGRAMS // kv_heads
+    most = programs // kv_heads
     of_tiles = [min(most, walk // size.least_piece) for walk in walks]
     per_tile = max((cuts / t for t, cuts in enumerate(of_tiles, start=1)), default=0.0)
     return min(sequences * max(of_tiles, default=0), math.ceil(slots * per_tile))

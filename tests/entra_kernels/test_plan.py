@@ -197,3 +197,15 @@ def test_queries_that_overlap_count_as_empty():
     assert [row[1] for row in tables.spans.view(-1, 2).tolist()] == [100, 100, 0, 0, 0]
     assert [row[1] for row in tables.query_spans.view(-1, 2).tolist()] == [100, 0, 0, 0, 0]
     assert tables.pieces.view(-1, 5)[:, 1].max() == 0
+
+
+@pytest.mark.parametrize(("keys", "rows"), [(2048, 2048), (4096, 512)], ids=["as many", "fewer"])
+def test_queries_of_one_sequence_fill_the_chip(keys, rows):
+    """As `test_longest_first_and_enough_programs`, where walks have any length."""
+    pieces = [row for row in planned_queries([keys], [rows], own=True).pieces.view(-1, 5).tolist() if row[0]]
+    work = [stop - first for *_, first, stop in pieces for _ in range(8)]
+    finish = [0] * 264
+    for amount in work:
+        finish[finish.index(min(finish))] += amount
+    assert len(work) >= 264
+    assert max(finish) <= 1.6 * sum(work) / 264
