@@ -1,4 +1,4 @@
-"""Every block of code in README runs, and so does the Python of docs/training.md."""
+"""Every block of code in README runs, and so does the Python of docs/training.md and docs/credit.md."""
 
 import os
 import re
@@ -24,6 +24,7 @@ def blocks(language, text):
 PYTHON = blocks("python", README)
 DIFF = blocks("diff", README)
 TRAINING = blocks("python", (ROOT / "docs/training.md").read_text())
+CREDIT = blocks("python", (ROOT / "docs/credit.md").read_text())
 SHELL = [[line.split("#")[0].strip() for line in block.splitlines() if line.strip()] for block in blocks("bash", README)]
 FILES = {
     "traces.jsonl": '{"prompt": "What is 2 + 2?", "completion": "It is 4. It is 4."}\n',
@@ -97,6 +98,27 @@ def test_python_block_of_the_page_on_training(code, script):
         assert trains_a_step(code, script)
     else:
         exec(compile(code, "docs/training.md", "exec"), script)
+
+
+def test_the_trainer_of_the_page_on_credit_weighs_tokens(script, monkeypatch):
+    import trl
+
+    seen = []
+    compute_loss = trl.GRPOTrainer._compute_loss
+
+    def look(trainer, model, inputs):
+        seen.append(inputs)
+        return compute_loss(trainer, model, inputs)
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", look)
+    assert trains_a_step("\n".join(CREDIT), script)
+    (inputs,) = seen
+    advantages, mask = inputs["advantages"], inputs["completion_mask"].bool()
+    assert advantages.shape == mask.shape
+    for row, own in zip(advantages, mask, strict=True):
+        share = row[own].abs() / row[own].abs().min()
+        assert 1.1 < share.max() <= 4
+        assert (row[own] > 0).all() or (row[own] < 0).all()
 
 
 @pytest.mark.smollm2
