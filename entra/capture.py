@@ -486,7 +486,10 @@ class Capture:
         known = None if known_lse is None else known_lse(q, k, scale=scale, sliding_window=window, softcap=softcap)
         lse, lse_source = (None, None) if known is None else known
 
-        over_ranks = partial(_over_ranks, self._heads_over(module), self._asked.heads)
+        group = self._heads_over(module)
+        if self._asked.heads in ("query", "kv") and q.shape[1] == self._config.num_attention_heads:
+            group = None  # tensor parallelism leaves the heads of some models whole (Phi-3)
+        over_ranks = partial(_over_ranks, group, self._asked.heads)
         options: dict[str, Any] = {"scale": scale, "sliding_window": window, "softcap": softcap, "sinks": sinks}
         chosen = self._asked.queries if isinstance(self._asked.queries, Tensor) else None
         if packed is None:

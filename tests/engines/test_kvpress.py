@@ -83,7 +83,9 @@ def test_scores_are_those_of_kvpress(name, own, attention, family):
     assert seen.layers == 2
 
 
-@pytest.mark.parametrize(("name", "own", "attention"), [("ObservedAttention", "ObservedAttentionPress", "eager"), ("SnapKV", "SnapKVPress", "sdpa")])
+@pytest.mark.parametrize(
+    ("name", "own", "attention"), [("ObservedAttention", "ObservedAttentionPress", "eager"), ("SnapKV", "SnapKVPress", "sdpa")]
+)
 def test_they_keep_the_same_keys_without_eager_attention(name, own, attention):
     expected = prefill(getattr(kvpress, own)(compression_ratio=0.5), attention=attention)
     got = prefill(ours[name](compression_ratio=0.5))
@@ -93,7 +95,7 @@ def test_they_keep_the_same_keys_without_eager_attention(name, own, attention):
 
 
 def test_the_page_shows_how_to_use_them():
-    given = {**ours, "torch": torch, "model": build("llama", "sdpa"), "input_ids": torch.arange(3, 103)[None]}
+    given = {**ours, "torch": torch, "model": build("llama", "sdpa"), "input_ids": torch.arange(1, 101)[None]}
     exec(compile(USE, "docs/kv-eviction.md", "exec"), given)
     assert [layer.keys.shape[2] for layer in given["cache"].layers] == [50, 50]
 
