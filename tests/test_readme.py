@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import build
 from tiny_tokenizer import build_tokenizer
 
@@ -25,6 +26,7 @@ PYTHON = blocks("python", README)
 DIFF = blocks("diff", README)
 TRAINING = blocks("python", (ROOT / "docs/training.md").read_text())
 CREDIT = blocks("python", (ROOT / "docs/credit.md").read_text())
+EVICTION = blocks("python", (ROOT / "docs/kv-eviction.md").read_text())
 SHELL = [[line.split("#")[0].strip() for line in block.splitlines() if line.strip()] for block in blocks("bash", README)]
 FILES = {
     "traces.jsonl": '{"prompt": "What is 2 + 2?", "completion": "It is 4. It is 4."}\n',
@@ -98,6 +100,13 @@ def test_python_block_of_the_page_on_training(code, script):
         assert trains_a_step(code, script)
     else:
         exec(compile(code, "docs/training.md", "exec"), script)
+
+
+def test_the_capture_of_the_page_on_evicting_keys():
+    """`make test-kvpress` runs the rest of the page, with a transformers that this package does not run on."""
+    given = {"torch": torch, "model": build("qwen3"), "input_ids": torch.arange(3, 93)[None]}
+    exec(compile(EVICTION[-1], "docs/kv-eviction.md", "exec"), given)
+    assert [layer.incoming.shape for layer in given["captured"].values()] == [(1, 2, 90)] * 2
 
 
 def test_the_trainer_of_the_page_on_credit_weighs_tokens(script, monkeypatch):
