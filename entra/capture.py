@@ -654,7 +654,11 @@ def capture_attention(
         include_diagonal: whether a query counts for its own key.
         accumulate: whether the forwards inside the block are parts of one sequence (prefill in chunks, decoding), whose sums or
             maxima go on. Not with "mean" and "lift", and not around gradient checkpointing, which runs a forward twice.
-        start, length, cu_seqlens, backend, reuse_lse: as for `capture_incoming_attention`.
+        start: int [B], each row's first token; this and the next four are as for `capture_incoming_attention`.
+        length: int [B], each row's count of tokens.
+        cu_seqlens: int [S + 1], the sequences packed into one row.
+        backend: of `entra_kernels.incoming_attention`.
+        reuse_lse: take the log-sum-exp that the attention call computes, if it computes one.
 
     Yields:
         A dict of the layers, by their indices from 0.
