@@ -378,8 +378,10 @@ def test_behind_a_cache_the_queries_are_those_of_the_forward(family: str, model_
     """With windows the cache has dropped keys by then."""
     index, window, *_ = EXPECTED_LAYER[family]
     sequence = sequences()[0]
-    incoming = behind_cache(model_of(family), sequence[None], 7)
-    expected = reduce_last(eager_attentions(family, sequence)[index], window, 7).mean(0)
+    # In transformers 5.3 the recurrent layers of hybrids go on from a cache by one token, and forget it with more.
+    queries = 1 if family in ("qwen3_next", "qwen3_5") else 7
+    incoming = behind_cache(model_of(family), sequence[None], queries)
+    expected = reduce_last(eager_attentions(family, sequence)[index], window, queries).mean(0)
     torch.testing.assert_close(incoming[0].double(), expected, rtol=0, atol=TOLERANCE)
 
 
@@ -541,10 +543,10 @@ def test_chunks_and_steps_add_up_to_one_forward(
         torch.testing.assert_close(layer.incoming, whole[index].incoming, rtol=0, atol=TOLERANCE * TOKENS)
 
 
-@pytest.mark.parametrize(("layers", "indices"), [(None, [0, 1, 2, 3]), (-1, [3]), ([2, 0], [0, 2]), ([-2, 2], [2])], ids=str)
+@pytest.mark.parametrize(("layers", "indices"), [(None, [0, 1, 2]), (-1, [2]), ([2, 0], [0, 2]), ([-1, 2], [2])], ids=str)
 def test_which_layers(layers: Any, indices: list[int], model_of: Callable[[str], PreTrainedModel]) -> None:
     """A layer asked for twice is there once; all come in the model's order."""
-    model = model_of("gemma4")
+    model = model_of("olmo3")
     before = state_of(model)
     with torch.no_grad(), capture_attention(model, layers=layers) as captured:
         model(sequences()[0][None], use_cache=False)
