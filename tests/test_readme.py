@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from eager_reference import reduce_heads
 from tiny_models import build
 from tiny_tokenizer import build_tokenizer
+from transformers import AutoModelForCausalLM
 
 from entra.cli import main
 
@@ -124,10 +126,18 @@ def test_the_trainer_of_the_page_on_credit_weighs_tokens(script, monkeypatch):
     (inputs,) = seen
     advantages, mask = inputs["advantages"], inputs["completion_mask"].bool()
     assert advantages.shape == mask.shape
-    for row, own in zip(advantages, mask, strict=True):
-        share = row[own].abs() / row[own].abs().min()
-        assert 1.1 < share.max() <= 4
-        assert (row[own] > 0).all() or (row[own] < 0).all()
+    assert {bool(row[0] > 0) for row in advantages} == {True, False}
+    before = AutoModelForCausalLM.from_pretrained(script["model"], attn_implementation="eager")
+    for row, own, prompt, visible, completion in zip(
+        advantages, mask, inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], strict=True
+    ):
+        ids = torch.cat([prompt[visible], completion[own]])
+        matrices = before(ids[None], use_cache=False, output_attentions=True).attentions
+        lift = torch.stack([reduce_heads(matrix[0].double(), None, lift=True)[[0, 3]] for matrix in matrices]).mean(dim=(0, 1))
+        weights = lift[visible.sum() :].clamp(0.5, 2.0)
+        assert weights.max() > 1.1 * weights.min()
+        whole = row[own] / (weights if row[0] > 0 else 1 / weights)  # the completion's advantage
+        torch.testing.assert_close(whole, whole[:1].expand_as(whole), rtol=1e-4, atol=0)
 
 
 @pytest.mark.smollm2
