@@ -686,6 +686,12 @@ def capture_attention(
     captures: dict[int, Capture] = {}
     modules: list[tuple[Any, Any]] = []
     arguments_of = _arguments_of(model)
+    of_all: dict[str, Any] = {
+        "unpackable": _unpackable(model),
+        "rope": RopeGroups(_transformers_model(model)),
+        "device_mesh": _tensor_parallel_mesh(model),
+        "asked": asked,
+    }
     for index, (name, module, layer_type) in _chosen_layers(model, layers).items():
         config = module.config
         captures[index] = Capture(
@@ -694,10 +700,7 @@ def capture_attention(
             index=index,
             name=name,
             layer_type=layer_type,
-            unpackable=_unpackable(model),
-            rope=RopeGroups(_transformers_model(model)),
-            device_mesh=_tensor_parallel_mesh(model),
-            asked=asked,
+            **of_all,
         )
         captures[index].expect(start=first, length=count, cu_seqlens=packed)
         swapped = copy.copy(config)
@@ -1025,7 +1028,7 @@ def attention_layers(model: nn.Module) -> list[tuple[str, Any, str]]:
     candidates: list[tuple[str, Any, str]] = []
     for name, module in model.named_modules():
         if (
-            not isinstance(getattr(module, "layer_idx", None), int)
+            not isinstance(vars(module).get("layer_idx"), int)  # what is not there costs time in an nn.Module
             or (depth is not None and module.layer_idx >= depth)
             or type(getattr(module, "config", None)) is not type(text_config)
             or not getattr(module, "is_causal", True)
