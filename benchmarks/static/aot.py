@@ -211,8 +211,8 @@ def inspect(case: Case) -> Compiled:
 
 def unreckoned(case: Case, shared_memory: int) -> str:
     """What an attention pass takes of the shared memory, where the launcher reckons with less; else ""."""
-    tile = (case.constexprs[name] for name in ("RESIDENT", "STREAMED", "DEPTH"))
-    size = AttentionLaunch(*tile, case.num_warps, case.options["num_stages"], None, 0)
+    resident, streamed, depth = (case.constexprs[name] for name in ("RESIDENT", "STREAMED", "DEPTH"))
+    size = AttentionLaunch(resident, streamed, depth, case.num_warps, case.options["num_stages"], None, 0)
     reckoned = shared_bytes(size, 2, case.chip)
     return f"{shared_memory} B of shared memory, the launcher reckons with {reckoned}" if shared_memory > reckoned else ""
 
