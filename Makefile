@@ -12,9 +12,11 @@ VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
 VERL_PIP := .venv-verl/bin/python -m pip --disable-pip-version-check
 ENGINES_PIP := .venv-engines/bin/python -m pip --disable-pip-version-check
+KVPRESS_PIP := .venv-kvpress/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs hub smoke test-lowest test-versions test-deepspeed test-vllm test-verl test-engines bench evidence \
-    evidence-full experiments real-traces gpu gpu-again gpu-train gpu-wheels rehearse compile-all compile-tritons static-proof clean
+.PHONY: demo test lint docs hub smoke test-lowest test-versions test-deepspeed test-vllm test-verl test-engines test-kvpress bench \
+    evidence evidence-full experiments real-traces gpu gpu-again gpu-train gpu-wheels rehearse compile-all compile-tritons \
+    static-proof clean
 .NOTPARALLEL:  # targets share environments, and use all cores by themselves
 
 # torch goes first and in its exact version: pulled in by something else it can come as another build.
@@ -156,7 +158,7 @@ test-verl: .venv-verl/done
 # ms-swift come without their dependencies, which are flash-attn and other versions of transformers; what they import here follows.
 ENGINES := openrlhf==0.11.2 ms-swift==4.6.0 modelscope==1.40.2 modelscope-hub==0.5.1
 ENGINES_NEED := aiohttp pylatexenc pillow cryptography dacite json-repair simplejson requests
-ENGINES_TESTS := $(filter-out %/test_verl.py,$(wildcard tests/engines/test_*.py))
+ENGINES_TESTS := $(filter-out %/test_verl.py %/test_kvpress.py,$(wildcard tests/engines/test_*.py))
 .venv-engines/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-engines
 	$(ENGINES_PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
@@ -166,6 +168,18 @@ ENGINES_TESTS := $(filter-out %/test_verl.py,$(wildcard tests/engines/test_*.py)
 
 test-engines: .venv-engines/done
 	.venv-engines/bin/python -m pytest $(ENGINES_TESTS)
+
+# kvpress' own code beside that of docs/kv-eviction.md. It wants another transformers than `entra` runs on: `entra_kernels` is there
+# alone, on the path.
+KVPRESS := kvpress==0.5.5
+.venv-kvpress/done: Makefile
+	$(PYTHON) -m venv .venv-kvpress
+	$(KVPRESS_PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(KVPRESS_PIP) install -q "$(KVPRESS)" pytest pytest-timeout
+	@touch $@
+
+test-kvpress: .venv-kvpress/done
+	.venv-kvpress/bin/python -m pytest tests/engines/test_kvpress.py
 
 bench: $(VENV)/dev.done
 	$(BIN)/pytest benchmarks/ --benchmark-only --results benchmarks/results
@@ -253,4 +267,5 @@ compile-tritons: $(TRITONS:%=.venv-triton/%.done)
 	done
 
 clean:
-	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm .venv-verl .venv-engines .venv-docs
+	rm -rf $(VENV) .venv-triton .venv-smoke .venv-lowest .venv-versions .venv-deepspeed .venv-vllm .venv-verl .venv-engines .venv-kvpress \
+    .venv-docs
