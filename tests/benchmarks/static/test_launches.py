@@ -103,7 +103,7 @@ def test_the_subset_holds_every_kernel(recorded):
     assert kernels["sm_90"] == {
         *(f"attention _{name}_kernel" for name in ("add", "column_sum", "lay_out", "row_lse")),
         *(f"hopper _{name}_kernel" for name in ("column_sum", "row_lse")),
-        *(f"plan _{name}_kernel" for name in ("count_tiles", "place_tiles")),
+        *(f"plan _{name}_kernel" for name in ("count_tiles", "place_tiles", "place_queries")),
         *(f"sampled _{name}_kernel" for name in ("sampled_columns", "sampled_lse")),
         *(f"logprobs _{name}_kernel" for name in ("head", "reduce", "row", "stretch")),
         *(redundancy := {f"redundancy _{name}_kernel" for name in ("count", "importance", "reward", "select")}),
