@@ -36,7 +36,7 @@ SHOWN = aot.Selection(
 """The cases in the table."""
 
 COLUMNS = {
-    "kernel": "",
+    "kernel": '"queries" are fewer than keys; with "max" a key keeps their maximum instead of their sum',
     "chip": "on gfx942 for tensors of less than 2 GiB, which Triton reads by buffer loads",
     "tile": "resident x streamed tokens of an attention pass, rows x columns x depth of the fused head",
     "warps": "",
