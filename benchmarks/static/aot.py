@@ -61,7 +61,8 @@ SPILLS = {
     r"fp32 attention row_lse d=128 negative scale softcap": (
         "ptxas keeps 80 registers, 3 programs to an SM; 16 bytes wait outside the loops, one word is read per masked tile"
     ),
-    r"^sm_(86|89|100) fp32 attention row_lse d=\d+ window softcap": _THREE,
+    r"^sm_(86|89|100) fp32 attention row_lse d=\d+ (queries )?window softcap": _THREE,
+    r"^sm_100 bf16 attention row_lse queries, .* window": _THREE,
     r"^sm_(86|89|120) bf16 attention column_sum one token": _THREE,
     r"^sm_(80|86|89) bf16 attention column_sum d=16 window": _TWO,
     r"^sm_120 (bf16|fp16) attention (row_lse|column_sum)": _TWO,
