@@ -89,9 +89,10 @@ test-lowest: .venv-lowest/done
 # vLLM beside us. Each in an environment that is removed afterwards, whatever happens: a build of torch for CUDA takes 6 GB. Not in
 # `.ci/run`: hours. vLLM brings packages for pictures and sound, which fit one build of torch only: they go.
 # One of them:  make test-versions SETS=lowest    What a GPU machine had, on its Python:  SETS=gpu PYTHON=python3.12
+# The interpreter of Triton 3.6 takes no numpy from 2.4 on.
 SETS := lowest newest vllm
 SET_lowest = torch==2.11.0 $(LOWEST) -e ".[demo,plot,inspect,train,reasoning,dev]"
-SET_gpu = torch==2.11.0 triton==3.6.0 transformers==5.17.0 -e ".[demo,plot,inspect,train,reasoning,dev]"
+SET_gpu = torch==2.11.0 triton==3.6.0 transformers==5.17.0 "numpy<2.4" -e ".[demo,plot,inspect,train,reasoning,dev]"
 SET_newest = -e ".[demo,plot,inspect,train,reasoning,dev]"
 SET_vllm = "trl[vllm]" -e ".[demo,plot,inspect,train,reasoning,dev]"
 
