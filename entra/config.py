@@ -146,6 +146,11 @@ class ScoreConfig:
     """Padded tokens in one forward. It decides memory and speed; results do not depend on it. None: 16,384 on a GPU and 1,024
     on a CPU, where large batches gain nothing and padding costs as much as tokens."""
 
+    share_prompts: bool = True
+    """Completions of the same prompt share its keys and values, so that it runs once. This is done where it saves a 16th of a
+    group's tokens or more, and the model allows it: `entra doctor` says why not. Results differ as between two batches, by the
+    order of additions. False: every row runs whole."""
+
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Further arguments of `apply_chat_template` for chat prompts, e.g. {"enable_thinking": False}."""
 

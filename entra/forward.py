@@ -14,7 +14,7 @@ Rows whose RoPE would change with a longer one beside them (`entra/rope.py`) do 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from entra.capture import OverRanks, capture_incoming_attention, scored_layer
 from entra.config import ScoreConfig
+from entra.prompts import Prompt, shared_prompts, why_whole
 from entra.rope import RopeGroups, forgetful_rope
 from entra_kernels import linear_token_logprobs, token_logprobs
 
@@ -113,16 +114,31 @@ def token_signals(
     with _lock(model), torch.no_grad(), _evaluation_mode(model), forgetful_rope(model) as forget:
         device = model.get_input_embeddings().weight.device
         budget = config.token_budget or (_CPU_TOKEN_BUDGET if device.type == "cpu" else _DEVICE_TOKEN_BUDGET)
-        lengths = [len(row) if n else 0 for row, n in zip(rows, last, strict=True)]
-        batches = _micro_batches(lengths, budget, RopeGroups(model))
+        lengths, rope = [len(row) for row in rows], RopeGroups(model)
+        groups = shared_prompts(rows, last, rope) if config.share_prompts and why_whole(model) is None else []
+        whole = {r for r, n in enumerate(last) if n}.difference(*groups)
+        batches, *behind = [_micro_batches(members, lengths, budget, rope) for members in (whole, *groups)]
+        ours = len(batches) + sum(1 + len(parts) for parts in behind)
         # Asked before the first forward: a rank that waits here takes part in nobody's forward.
-        forwards = _most_forwards(len(batches)) if forwards_are_collective(model) else len(batches)
+        forwards = _most_forwards(ours) if forwards_are_collective(model) else ours
         for batch in batches:
             forget()
             results = _forward(model, device, [rows[r] for r in batch], [last[r] for r in batch], config, inspector)
             for r, result in zip(batch, results, strict=True):
                 signals[r] = result
-        for _ in range(forwards - len(batches)):
+        for members, parts in zip(groups, behind, strict=True):
+            forget()
+            tokens = lengths[members[0]] - last[members[0]]
+            prompt, firsts = _run_prompt(model, device, rows[members[0]][:tokens], [rows[r][tokens] for r in members], config)
+            first = dict(zip(members, firsts, strict=True))
+            for batch in parts:
+                forget()
+                results = _forward(
+                    model, device, [rows[r][tokens:] for r in batch], [last[r] for r in batch], config, inspector, prompt
+                )
+                for r, result in zip(batch, results, strict=True):
+                    signals[r] = TokenSignals(torch.cat([first[r], result.logprobs]), result.incoming)
+        for _ in range(forwards - ours):
             _forward(model, device, [[0, 0]], [1], config)
     return signals
 
@@ -179,17 +195,31 @@ def _register_head(model: Any) -> None:
             register_external_parameter(causal_lm, weight)
 
 
-def _micro_batches(lengths: Sequence[int], token_budget: int, groups: RopeGroups) -> list[list[int]]:
-    """Indices of the rows that are not empty, in batches, longest first. The padded tokens of a batch stay within the budget
-    (one row always fits), and its rows have the same RoPE as alone."""
+def _micro_batches(rows: Iterable[int], lengths: Sequence[int], token_budget: int, groups: RopeGroups) -> list[list[int]]:
+    """The indices `rows` in batches, longest first. The padded tokens of a batch stay within the budget (one row always fits),
+    and its rows have the same RoPE as alone."""
     batches: list[list[int]] = []
-    for r in sorted((r for r, length in enumerate(lengths) if length), key=lambda r: -lengths[r]):
+    for r in sorted(rows, key=lambda r: (-lengths[r], r)):
         longest = lengths[batches[-1][0]] if batches else 0
         if batches and longest * (len(batches[-1]) + 1) <= token_budget and groups.of(longest) == groups.of(lengths[r]):
             batches[-1].append(r)
         else:
             batches.append([r])
     return batches
+
+
+def _run_prompt(
+    model: Any, device: torch.device, ids: Sequence[int], firsts: list[int], config: ScoreConfig
+) -> tuple[Prompt, tuple[Tensor, ...]]:
+    """A prompt's keys and values, and log P of the tokens `firsts` behind it, [1] each."""
+    prompt, input_ids = Prompt(len(ids)), torch.tensor([ids], device=device)
+    positions = torch.full((len(firsts),), len(ids) - 1, device=device)
+    targets = torch.tensor(firsts, device=device)
+    with _head_logprobs(model, input_ids.shape, positions, targets, config.backend) as head:
+        output = model(input_ids=input_ids, past_key_values=prompt.cache, use_cache=True, return_dict=True)
+    head.check(output.logits)
+    prompt.freeze()
+    return prompt, head.logprobs.to(device).split(1)
 
 
 def _forward(
@@ -199,23 +229,26 @@ def _forward(
     last: list[int],
     config: ScoreConfig,
     inspector: Inspector | None = None,
+    prompt: Prompt | None = None,
 ) -> list[TokenSignals]:
+    """Signals of the last tokens of rows, whole or behind their prompt. There the first token's log P is the prompt's matter."""
+    before = 0 if prompt is None else prompt.tokens
+    cache = {"use_cache": False} if prompt is None else {"use_cache": True, "past_key_values": prompt.cache}
     length = torch.tensor([len(row) for row in rows])
     tokens = int(length.max())
     input_ids = torch.zeros(len(rows), tokens, dtype=torch.long)
     for r, row in enumerate(rows):
         input_ids[r, : len(row)] = torch.as_tensor(row)
     # The token at position i is predicted by the hidden state at i - 1.
-    positions = torch.cat(
-        [r * tokens + torch.arange(n - m - 1, n - 1) for r, (n, m) in enumerate(zip(length, last, strict=True))]
-    )
+    places = [torch.arange(max(n - m, 1) - 1, n - 1) for n, m in zip(length.tolist(), last, strict=True)]
+    positions = torch.cat([r * tokens + place for r, place in enumerate(places)])
     targets = input_ids.view(-1)[positions + 1].to(device)
     positions, input_ids = positions.to(device), input_ids.to(device)
     with (
         _head_logprobs(model, input_ids.shape, positions, targets, config.backend) as head,
         capture_incoming_attention(
             model,
-            length=length.to(device),
+            length=(before + length).to(device),
             statistic=config.attention_statistic,
             head_reduction=config.head_reduction,
             backend=config.backend,
@@ -223,10 +256,10 @@ def _forward(
     ):
         if inspector is not None:
             head.inspect, captured.inspect = inspector.head, inspector.attention
-        output = model(input_ids=input_ids, use_cache=False, return_dict=True)
+        output = model(input_ids=input_ids, return_dict=True, **cache)
     head.check(output.logits)
-    logprobs = head.logprobs.to(device).split(last)
-    incoming = captured.incoming.to(device)
+    logprobs = head.logprobs.to(device).split([len(place) for place in places])
+    incoming = captured.incoming.to(device)[:, before:]
     return [
         TokenSignals(logprobs[r], incoming[r, n - m : n]) for r, (n, m) in enumerate(zip(length.tolist(), last, strict=True))
     ]

@@ -1,0 +1,147 @@
+"""Rows whose prompt runs once against the same rows run whole."""
+
+import pytest
+import torch
+from test_rows_alone import CASES, INCOMING_TOLERANCE, LOGPROB_TOLERANCE, ORIGINAL
+from tiny_models import FAMILIES, VOCABULARY, build
+
+import entra
+from entra.forward import token_signals
+from entra.prompts import Prompt, shared_prompts, why_whole
+from entra.rope import RopeGroups
+
+STATEFUL = ("qwen3_next", "qwen3_5")
+# The prompt of each row, and the tokens of its completion. The prompts have 20 and 9 tokens.
+ROWS = ((0, 9), (0, 1), (1, 4), (0, 14), (1, 12), (0, 9))
+BUDGET = 60
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def random_ids(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    prompts = random_ids(20, 9)
+    completions = random_ids(*(n for _, n in ROWS), seed=1)
+    return [prompts[prompt] + completion for (prompt, _), completion in zip(ROWS, completions, strict=True)]
+
+
+LAST = [n for _, n in ROWS]
+
+
+def score(model, rows, last=LAST, **options):
+    return token_signals(model, rows, last, entra.ScoreConfig(**{"token_budget": BUDGET, **options}))
+
+
+def shapes_of(model, *arguments, **options):
+    """The shapes of the ids of each forward while rows are scored."""
+    shapes = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        score(model, *arguments, **options)
+    finally:
+        handle.remove()
+    return shapes
+
+
+def assert_equal(got, expected):
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=0, atol=LOGPROB_TOLERANCE)
+        torch.testing.assert_close(ours.incoming, theirs.incoming, rtol=0, atol=INCOMING_TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_behind_their_prompt_are_scored_as_whole_ones(family, rows):
+    model = build(family)
+    assert_equal(score(model, rows), score(model, rows, share_prompts=False))
+    shapes = shapes_of(model, rows)
+    if family in STATEFUL:
+        assert why_whole(model) == "1 of its 4 layers are attention, and the others keep a state"
+        assert shapes == shapes_of(model, rows, share_prompts=False)
+    else:
+        assert shapes == [(1, 20), (1, 14), (2, 9), (1, 1), (1, 9), (2, 12)]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("options", [{}, {"attention_statistic": "lift"}, {"head_reduction": "max"}], ids=str)
+def test_so_it_is_with_each_attention_and_each_statistic(implementation, options, rows):
+    if implementation == "flex_attention":
+        pytest.importorskip("torch.nn.attention.flex_attention")
+    model = build("gemma3", attn_implementation=implementation)
+    assert_equal(score(model, rows, **options), score(model, rows, share_prompts=False, **options))
+
+
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_the_token_budget_holds_for_keys_too(budget, rows):
+    model = build("llama")
+    expected = [(1, 20), (1, 14), (1, 9), (1, 9), (1, 1), (1, 9), (1, 12), (1, 4)]
+    assert shapes_of(model, rows, token_budget=budget) == (expected if budget == 1 else [(1, 20), (4, 14), (1, 9), (2, 12)])
+    assert_equal(score(model, rows, token_budget=budget), score(model, rows, share_prompts=False))
+
+
+def test_ranked_prompts_run_whole(rows):
+    """`ranking_scope="sequence"` wants log P and attention of the prompt's tokens, too."""
+    model, last = build("llama"), [len(row) - 1 for row in rows]
+    assert shapes_of(model, rows, last) == shapes_of(model, rows, last, share_prompts=False)
+
+
+@pytest.mark.parametrize(("family", "overrides"), CASES)
+def test_a_prompt_with_another_rope_than_its_rows_runs_with_them(family, overrides):
+    """The prompt is as long as the model was trained on. One completion more, and RoPE is another one for all tokens."""
+    rows = [random_ids(ORIGINAL)[0] + completion for completion in random_ids(9, 4, 1, seed=1)]
+    short = [row[: ORIGINAL - 6] + row[-3:] for row in rows]
+    model = build(family, **overrides)
+    assert shapes_of(model, rows, [9, 4, 1]) == shapes_of(model, rows, [9, 4, 1], share_prompts=False)
+    assert shapes_of(model, short, [3, 3, 3]) == [(1, ORIGINAL - 6), (3, 3)]
+    assert_equal(score(model, short, [3, 3, 3]), score(model, short, [3, 3, 3], share_prompts=False))
+
+
+def test_a_prompt_runs_once_where_that_saves_tokens(rows):
+    """4 rows of a prompt of 20 tokens are 113 tokens instead of 173; alone, a row is as long as it was."""
+    rope = RopeGroups(build("llama"))
+    assert shared_prompts(rows, LAST, rope) == [[0, 1, 3, 5], [2, 4]]
+    assert shared_prompts(rows[:1], LAST[:1], rope) == []
+    assert shared_prompts(rows, [0] * len(rows), rope) == []
+    long = [[5] + completion for completion in random_ids(40, 40)]
+    assert shared_prompts(long, [40, 40], rope) == []
+
+
+def test_a_prompt_keeps_no_keys_of_its_completions(rows):
+    model, prompt = build("llama"), Prompt(5)
+    with torch.no_grad():
+        model(torch.tensor([rows[0][:5]]), past_key_values=prompt.cache, use_cache=True)
+        prompt.freeze()
+        again = [
+            model(torch.tensor([rows[0][5:9]] * count), past_key_values=prompt.cache, use_cache=True).logits for count in (3, 1)
+        ]
+    assert {layer.keys.shape for layer in prompt.cache.layers} == {(1, 2, 5, 20)}
+    torch.testing.assert_close(again[0][:1], again[1], rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def test_a_model_that_leaves_its_cache_empty_is_refused():
+    with pytest.raises(RuntimeError, match="share_prompts=False"):
+        Prompt(5).freeze()
+
+
+def test_why_rows_run_whole(rows, monkeypatch):
+    model = build("llama")
+    assert why_whole(model) is None
+    model.config._attn_implementation = "paged|sdpa"
+    assert why_whole(model) == "what its attention function 'paged|sdpa' makes of a cache is not known"
+    model = build("llama")
+    model.compile()
+    assert why_whole(model) == "it is compiled, and would be compiled again for prompts of another length"
+    model = build("llama")
+    model.model.convolution = torch.nn.Conv1d(1, 1, 1)
+    assert why_whole(model) == "it has convolutions, which keep a state"
+    model = build("llama")
+    attention = type(model.model.layers[0].self_attn)
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda self, hidden_states, ALL_ATTENTION_FUNCTIONS=None: forward)
+    assert why_whole(model) is not None
