@@ -16,6 +16,8 @@ Decisions taken here:
   config decides only which layer is scored.
 - Attention runs first. Where it computes the log-sum-exp of these scores anyway, the reduction takes it, and the Triton kernels
   need one pass over them instead of two (`entra/attention_lse.py`).
+- With a cache, the queries are the last tokens of the keys. A result has a column for every token up to now. No query sees keys
+  that a sliding cache has dropped: they get 0.
 - Tensor parallelism gives each rank some of the heads. One all-reduce of the result, [B, N], makes it that of all of them.
 - The name that is registered ends in the original one (`entra_capture|flash_attention_2`), because models ask whether
   "flash" is in the name before they pad v (MLA).
@@ -118,6 +120,14 @@ _OTHER_MASK = (
     "the attention mask of {name} lets token {token} of row {row} see other tokens than the earlier ones of its sequence. "
     "Incoming attention cannot reproduce that. " + _PACKING_REMEDY
 )
+_CACHED_OTHER_MASK = (
+    "the attention mask of {name} lets token {token} of row {row} see other tokens than the earlier ones of its sequence. "
+    "With a cache, a row is one sequence without gaps, from `start` to its last token: pad prompts on the left, and pass start"
+)
+_CACHED_SEVERAL = (
+    "row {row} packs several sequences behind a cache: the attention ({implementation}) of {name} keeps token {token} apart "
+    "from the one before it. Run one sequence per row"
+)
 _BIASED = (
     "the attention mask of {name} adds a number to the scores of token {token} of row {row} that neither shows a key (0) "
     "nor hides it (-1000 or less). Incoming attention cannot reproduce that; pass a bool mask, or one of 0 and -inf"
@@ -171,7 +181,7 @@ class Capture:
         layer_type: str,
         unpackable: str | None,
         rope: RopeGroups,
-        position_ids: Callable[..., Any],
+        arguments_of: Callable[..., dict[str, Any]],
         device_mesh: Any,
         statistic: str,
         head_reduction: str,
@@ -187,7 +197,7 @@ class Capture:
         self._uniform = getattr(config, "layer_types", None) is None
         self._unpackable = unpackable
         self._rope = rope
-        self._position_ids = position_ids
+        self._arguments_of = arguments_of
         self._device_mesh = device_mesh
         self._statistic = statistic
         self._head_reduction = head_reduction
@@ -197,6 +207,7 @@ class Capture:
         self._doubts: list[_Doubt] = []
         self._checked = False
         self._positions: Any = None
+        self._cache: Any = None
         self.expect()
         self.inspect: Callable[[Tensor, Tensor, dict[str, Any], OverRanks], None] | None = None
         """Called with q, k, the other arguments of `incoming_attention`, and what makes a result of these heads that of all
@@ -206,7 +217,17 @@ class Capture:
 
     def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """The pre-forward hook of the model: some models do not hand `position_ids` on to their attention (GPT-BigCode)."""
-        self._positions = self._position_ids(args, kwargs)
+        given = self._arguments_of(args, kwargs)
+        self._positions, self._cache = given.get("position_ids"), given.get("past_key_values")
+
+    def _after(self) -> None:
+        """At the end of the block: what the model was called with is the caller's."""
+        self._positions = self._cache = None
+
+    def _tokens(self, k: Tensor) -> int:
+        """How many tokens the rows of k [B, Hkv, Nk, D] have up to now, those that a sliding cache has dropped included."""
+        # A static cache counts on the device: then this waits.
+        return k.shape[2] if self._cache is None else int(self._cache.get_seq_length()) or k.shape[2]
 
     def expect(self, *, start: Tensor | None = None, length: Tensor | None = None, cu_seqlens: Tensor | None = None) -> None:
         """Where the sequences of the next forward lie, in place of what `capture_incoming_attention` was told."""
@@ -252,12 +273,7 @@ class Capture:
 
     def _refuse_unscorable(self, module: Any, q: Tensor, k: Tensor, mask: Any, arguments: dict[str, Any]) -> None:
         """Raise for an attention call that start and length do not describe; q [B, H, N, D], k [B, Hkv, N, D]."""
-        batch, _, tokens, _ = q.shape
-        if k.shape[2] != tokens:
-            raise RuntimeError(
-                f"{self._name} attends from {tokens} queries to {k.shape[2]} keys. A capture needs the whole sequence "
-                "in one forward; pass use_cache=False and no past_key_values"
-            )
+        batch = q.shape[0]
         unscorable = [name for name in _UNSCORABLE_ARGUMENTS if arguments.get(name) is not None]
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
             unscorable.append("a mask per head")  # Doge's dynamic sparse mask
@@ -285,25 +301,37 @@ class Capture:
         """transformers' name of the attention function."""
         return (self._config._attn_implementation or "eager").removeprefix(_PREFIX)
 
-    def _packed_rows(self, module: Any, q: Tensor, mask: Any, arguments: dict[str, Any]) -> list[Tensor] | None:
+    def _packed_rows(self, module: Any, q: Tensor, k: Tensor, mask: Any, arguments: dict[str, Any]) -> list[Tensor] | None:
         """cu_seqlens of each row where rows pack several sequences, else None; notes what would make the result wrong."""
-        tokens = q.shape[2]
+        tokens = self._tokens(k)
+        held = min(k.shape[2], tokens)
+        cached = tokens - q.shape[2]
         self._doubts, self._checked = [], False
-        found = separation(self._implementation, mask, arguments, q, self._positions)
+        found = separation(self._implementation, mask, arguments, q, self._positions, held)
         if self._cu_seqlens is not None:
+            if cached:
+                raise RuntimeError(
+                    f"{self._name} attends from {q.shape[2]} queries to {tokens} keys, but cu_seqlens describes whole "
+                    "sequences. Pass use_cache=False and no past_key_values, or run one sequence per row"
+                )
             return self._given_rows(module, q, mask, arguments, found)
         # A sequence that begins outside of the spans, or with them, does not matter.
-        token = torch.arange(tokens, device=q.device)[None]
+        token = torch.arange(cached, tokens, device=q.device)[None]
         first = token.new_zeros(1, 1) if self._start is None else self._start.to(q.device)[:, None]
         length = tokens - first if self._length is None else self._length.to(q.device)[:, None]
         inside = (token >= 0 if self._start is None else token > first) & (token < first + length)
         if self._start is not None or self._length is not None:
-            self._doubt_rope(length, inside, arguments, tokens)
+            self._doubt_rope(length, inside, arguments, tokens, cached)
+        if cached:
+            self._doubt_cached_mask(module, mask, arguments, token + 1 - first, inside, held)
         if found is None:
             self._doubt(begins_sequences(arguments, q, self._positions) & inside, _UNREADABLE)
             return None
         self._doubt(found.unclear & ~found.pads & inside, _BIASED)
         self._doubt(found.joined & inside, _JOINED)
+        if cached:
+            self._doubt(found.opens & inside, _CACHED_SEVERAL)
+            return None
         if self._start is not None or self._length is not None:
             self._doubt(found.opens & inside, _SEVERAL)
             return None
@@ -350,13 +378,19 @@ class Capture:
         """An error with `message` once the result is read, if any of `tokens` [B, N] is true."""
         self._doubts.append(_Doubt(tokens, message, self._name, self._implementation))
 
-    def _doubt_rope(self, lengths: Tensor, inside: Tensor, arguments: dict[str, Any], tokens: int) -> None:
-        """Tokens `inside` [B, N] of sequences of `lengths` [B or 1, N or 1] must have the RoPE that the sequence has alone."""
+    def _doubt_rope(self, lengths: Tensor, inside: Tensor, arguments: dict[str, Any], tokens: int, cached: int = 0) -> None:
+        """Tokens `inside` [B, N] of sequences of `lengths` [B or 1, N or 1] must have the RoPE that the sequence has alone.
+
+        So must those that a cache holds; they had that of an earlier forward, of `cached` tokens.
+        """
         if not (self._rope.differ and self.refuse_other_rope):
             return
         positions = positions_of(arguments, self._positions)
         longest = lengths.new_tensor(tokens) if positions is None else positions.max().to(lengths.device) + 1
-        self._doubt(self._rope.other(lengths, longest) & inside, _OTHER_ROPE)
+        other = self._rope.other(lengths, longest)
+        if cached:
+            other |= self._rope.other(longest.new_tensor(cached), longest)
+        self._doubt(other & inside, _OTHER_ROPE)
 
     def _doubt_mask(self, module: Any, mask: Any, arguments: dict[str, Any], packed: list[Tensor]) -> None:
         """The tokens of packed rows must see every earlier one of their sequence and nothing else; [B, 1, N, N] masks."""
@@ -370,16 +404,31 @@ class Capture:
         self._doubt((seen.sum(-1) != expected) & sees_itself, _OTHER_MASK)
         self._doubt(biased(mask[:, 0, :, :tokens]).any(-1) & sees_itself, _BIASED)
 
-    def _reusable_lse(self, mask: Any, arguments: dict[str, Any], packed: list[Tensor] | None) -> str | None:
+    def _doubt_cached_mask(
+        self, module: Any, mask: Any, arguments: dict[str, Any], position: Tensor, inside: Tensor, held: int
+    ) -> None:
+        """Queries behind a cache, at the 1-based `position` [B, Nq] of their row, must see every token up to themselves."""
+        window, queries = self._window(module, arguments), position.shape[1]
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            seen = visible(mask[:, 0, :, :held]).sum(-1)
+        elif isinstance(mask, Tensor) and mask.ndim == 2:  # flash attention's
+            seen = mask.long().cumsum(-1)[:, -queries:].clamp(min=0, max=window)
+        else:
+            return
+        self._doubt((seen != position.clamp(min=1, max=window)) & inside, _CACHED_OTHER_MASK)
+
+    def _reusable_lse(self, mask: Any, arguments: dict[str, Any], packed: list[Tensor] | None, cached: bool) -> str | None:
         """The attention implementation, when the log-sum-exp of its queries may be that of those that are scored.
 
         A row's keys are those from token 0 on only without `start`; right padding is then never seen. Sinks are not in an
-        operation's log-sum-exp. What a mask holds only the device knows, BlockMasks aside. Packed rows compute their own.
+        operation's log-sum-exp. What a mask holds only the device knows, BlockMasks aside. Packed rows compute their own, as
+        do queries behind a cache.
         """
         if (
             not self._reuse_lse
             or packed is not None
             or self._start is not None
+            or cached
             or isinstance(mask, Tensor)
             or arguments.get("s_aux") is not None
             or torch.compiler.is_compiling()
@@ -396,8 +445,11 @@ class Capture:
         packed: list[Tensor] | None,
         known_lse: Callable[..., Any] | None,
     ) -> None:
-        """Set the result from one attention call; q [B, H, N, D], k [B, Hkv, N, D], `packed` each row's cu_seqlens or None."""
-        batch, _, tokens, dim = q.shape
+        """Set the result from one attention call; q [B, H, Nq, D], k [B, Hkv, Nk, D], `packed` is each row's cu_seqlens."""
+        batch, _, queries, dim = q.shape
+        tokens = self._tokens(k)
+        k = k[:, :, :tokens]  # a static cache has room for more
+        dropped = tokens - k.shape[2]  # by a sliding cache
         window = self._window(module, arguments)
         windowed = self._uniform and window is not None
         sinks = arguments.get("s_aux")
@@ -412,9 +464,18 @@ class Capture:
         if packed is None:
             start = None if self._start is None else self._start.to(q.device)
             length = None if self._length is None else self._length.to(q.device)
-            weights = _visible_keys(batch, tokens, start, window, q.device) if self._statistic == "lift" else None
+            weights = None
+            if self._statistic == "lift":
+                weights = _visible_keys(batch, tokens, start, window, q.device)[:, tokens - queries :]
+            if dropped and (start is not None or length is not None):
+                first = torch.zeros(batch, dtype=torch.long, device=q.device) if start is None else start
+                end = tokens if length is None else first + length
+                start = (first - dropped).clamp(min=0)
+                length = (end - dropped - start).clamp(min=0)
             given = {"start": start, "length": length, **options, "row_weights": weights}
             incoming = self._incoming(q, k, lse, given, over_ranks)
+            if dropped:
+                incoming = nn.functional.pad(incoming, (dropped, 0))
         else:
             parts = []
             for row, cu_seqlens in enumerate(packed):
@@ -504,6 +565,10 @@ def capture_incoming_attention(
     `captured.cu_seqlens` says which they are. LongRoPE and dynamic RoPE depend on the largest position of a forward. A sequence
     whose RoPE would be another one if it ran alone is an error, in packed rows and in padded rows with `start` or `length`.
 
+    **With a cache** (prefill in chunks, completions after a prompt, decoding) the queries are the tokens of this forward. They
+    are the last ones of their rows. The mean is over those that see the key. `captured.incoming` has a column for every token
+    up to now, and `start` and `length` count from the first one. Prompts of several lengths are padded on the left.
+
     Every forward inside the block replaces the result of the one before. So does the second pass of gradient checkpointing,
     with the same values. No gradient flows through a result, and attention dropout is not part of it. Only one thread at a
     time may run a model that is captured.
@@ -532,11 +597,11 @@ def capture_incoming_attention(
             other. Or no softmax layer of the model can be scored (the message names its layer types). Or the attention
             implementation leaves out the model's softcap (Gemma 2 with SDPA before transformers 5.21).
         TypeError: start, length or cu_seqlens are not whole numbers.
-        RuntimeError: the forward uses a key-value cache, a position bias or sparse indices. Or rows are packed, and the model's
-            layers carry a state from one sequence into the next (linear attention, Mamba). Four faults show when
-            `captured.incoming` is read. There was no forward yet. Attention kept other sequences apart than those to be scored,
-            or none (gpt-oss without flash attention). The mask biases scores. A sequence has another RoPE than it would have
-            alone.
+        RuntimeError: the forward uses a position bias or sparse indices. Or rows are packed behind a cache. Or rows are packed,
+            and the model's layers carry a state from one sequence into the next (linear attention, Mamba). Four faults show
+            when `captured.incoming` is read. There was no forward yet. Attention kept other sequences apart than those to be
+            scored, or none (gpt-oss without flash attention). The mask biases scores. A sequence has another RoPE than it would
+            have alone.
 
     Source: docs/method.md, incoming attention.
     """
@@ -561,7 +626,7 @@ def capture_incoming_attention(
         layer_type=layer_type,
         unpackable=_unpackable(model),
         rope=RopeGroups(_transformers_model(model)),
-        position_ids=_position_ids_of(model),
+        arguments_of=_arguments_of(model),
         device_mesh=_tensor_parallel_mesh(model),
         statistic=statistic,
         head_reduction=head_reduction,
@@ -581,6 +646,7 @@ def capture_incoming_attention(
         yield capture
     finally:
         module.config = config
+        capture._after()
         if handle is not None:
             handle.remove()
 
@@ -640,8 +706,8 @@ def _capturing_attention(
     capture: Capture = swapped._entra_capture
     capture._refuse_unscorable(module, query, key, attention_mask, kwargs)
     with torch.no_grad():
-        packed = capture._packed_rows(module, query, attention_mask, kwargs)
-    implementation = capture._reusable_lse(attention_mask, kwargs, packed)
+        packed = capture._packed_rows(module, query, key, attention_mask, kwargs)
+    implementation = capture._reusable_lse(attention_mask, kwargs, packed, key.shape[2] != query.shape[2])
     observer = LseObserver() if implementation in OBSERVABLE else None
     # Flash attention reads module.config itself; a nested capture finds its own there.
     module.config = capture._config
@@ -792,19 +858,18 @@ def _unpackable(model: nn.Module) -> str | None:
     return None
 
 
-def _position_ids_of(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """What takes `position_ids` out of the arguments of the model's call, positional ones included.
+def _arguments_of(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
+    """What makes of the arguments of the model's call those by name, positional ones included.
 
     Wrappers (DDP, PEFT) take any arguments and hand them on; the first model inside that names its own tells their order.
     """
     signatures = (inspect.signature(module.forward) for module in model.modules())
     named = next(s for s in signatures if all(p.kind is not p.VAR_POSITIONAL for p in s.parameters.values()))
 
-    def position_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = kwargs.get("position_ids")
-        return named.bind_partial(*args).arguments.get("position_ids") if given is None and args else given
+    def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**named.bind_partial(*args).arguments, **kwargs} if args else kwargs
 
-    return position_ids
+    return arguments_of
 
 
 def _text_config(model: nn.Module) -> Any:

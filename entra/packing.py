@@ -36,7 +36,7 @@ class Separation(NamedTuple):
 
 
 def separation(
-    implementation: str, mask: Any, arguments: dict[str, Any], q: Tensor, positions: Any = None
+    implementation: str, mask: Any, arguments: dict[str, Any], q: Tensor, positions: Any = None, keys: int | None = None
 ) -> Separation | None:
     """What an attention call over q [B, H, N, D] keeps apart; None where its implementation is not known to us.
 
@@ -45,13 +45,15 @@ def separation(
         mask: as it arrives there: [B, 1, N, N], a BlockMask, flash attention's [B, N], or None.
         arguments: the keyword arguments of the call.
         positions: the `position_ids` of the model's call. Some attention functions do not get them.
+        keys: of how many keys the queries are the last ones. None: as many as there are queries.
     """
     batch, _, tokens, _ = q.shape
+    cached = 0 if keys is None else keys - tokens
     nothing = torch.zeros(batch, tokens, dtype=torch.bool, device=q.device)
     opens, pads, lost, unclear, may_open = nothing, nothing, nothing, nothing, True
     named = _named_starts(arguments, nothing)
     if isinstance(mask, Tensor) and mask.ndim == 4:
-        square = mask[:, 0, :, :tokens]
+        square = mask[:, 0, :, cached : cached + tokens]
         itself, last = square.diagonal(dim1=-2, dim2=-1), square.diagonal(-1, dim1=-2, dim2=-1)
         opens, pads = _opened(visible(itself), visible(last), nothing)
         unclear = nothing | biased(itself)
@@ -60,8 +62,9 @@ def separation(
         row = torch.arange(batch, device=q.device)[:, None]
         token = torch.arange(tokens, device=q.device)[None]
         head = torch.zeros((), dtype=torch.long, device=q.device)
-        sees_itself = mask.mask_mod(row, head, token, token)
-        opens, pads = _opened(sees_itself, mask.mask_mod(row, head, token[:, 1:], token[:, :-1]), nothing)
+        key = token + cached
+        sees_itself = mask.mask_mod(row, head, token, key)
+        opens, pads = _opened(sees_itself, mask.mask_mod(row, head, token[:, 1:], key[:, :-1]), nothing)
     elif isinstance(mask, Tensor) and mask.ndim == 2:
         pads, may_open = ~mask[:, -tokens:].bool(), False
     elif is_flash(implementation):

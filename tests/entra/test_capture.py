@@ -20,7 +20,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    DynamicCache,
     PreTrainedModel,
+    StaticCache,
     T5ForConditionalGeneration,
 )
 from transformers.utils.generic import is_flash_attention_requested
@@ -349,13 +351,84 @@ def test_nested_captures_do_not_disturb_each_other(model_of: Callable[[str], Pre
     assert torch.equal(inner.incoming, capture(model, ids, statistic="lift")[0])
 
 
-def test_decoding_on_a_cache_is_refused(model_of: Callable[[str], PreTrainedModel]) -> None:
-    model = model_of("llama")
-    ids = sequences()[0][None]
+def behind_cache(model: PreTrainedModel, ids: Tensor, queries: int, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """What the last `queries` tokens of ids [B, N] yield, the others in a cache."""
     with torch.no_grad():
-        cache = model(ids[:, :9]).past_key_values
-        with capture_incoming_attention(model), pytest.raises(RuntimeError, match="use_cache=False"):
-            model(ids[:, 9:], past_key_values=cache)
+        cached = ids.shape[1] - queries
+        masks = (None, None) if mask is None else (mask[:, :cached], mask)
+        cache = model(ids[:, :cached], attention_mask=masks[0], use_cache=True).past_key_values
+        with capture_incoming_attention(model, **options) as captured:
+            model(ids[:, cached:], attention_mask=masks[1], past_key_values=cache)
+    return captured.incoming
+
+
+def reduce_last(matrix: Tensor, window: int | None, queries: int, *, lift: bool = False) -> Tensor:
+    """float64 [H, N]: each head's mean attention from those of the last queries that see the key from later on."""
+    tokens = matrix.shape[-1]
+    place = torch.arange(tokens)
+    if lift:
+        matrix = matrix * (place + 1).clamp(max=window or tokens)[:, None]
+    sees = (place > place[:, None]) & (place < place[:, None] + (window or tokens))  # key, query
+    sees = sees.T & (place >= tokens - queries)[:, None]
+    return (matrix * sees).sum(-2) / sees.sum(-2).clamp(min=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_behind_a_cache_the_queries_are_those_of_the_forward(family: str, model_of: Callable[[str], PreTrainedModel]) -> None:
+    """With windows the cache has dropped keys by then."""
+    index, window, *_ = EXPECTED_LAYER[family]
+    sequence = sequences()[0]
+    incoming = behind_cache(model_of(family), sequence[None], 7)
+    expected = reduce_last(eager_attentions(family, sequence)[index], window, 7).mean(0)
+    torch.testing.assert_close(incoming[0].double(), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "lift"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
+def test_behind_a_cache_of_padded_rows(family: str, statistic: str, model_of: Callable[[str], PreTrainedModel]) -> None:
+    """Prompts are padded on the left, completions on the right."""
+    index, window, *_ = EXPECTED_LAYER[family]
+    rows = [sequences()[0][:18], sequences()[1][:15]]
+    start, length = torch.tensor([0, 5]), torch.tensor([18, 15])
+    ids = torch.full((2, 20), 5)
+    ids[0, :18], ids[1, 5:] = rows
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    incoming = behind_cache(model_of(family), ids, 8, mask, start=start, length=length, statistic=statistic)
+    for row, (tokens, own) in enumerate(zip(rows, (6, 8), strict=True)):
+        matrix = eager_attentions(family, tokens)[index]
+        expected = reduce_last(matrix, window, own, lift=statistic == "lift").mean(0)
+        got = incoming[row, start[row] : start[row] + length[row]]
+        tolerance = TOLERANCE * (len(tokens) if statistic == "lift" else 1)
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
+    assert not incoming[1, :5].any()
+    assert not incoming[0, 18:].any()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_decoding_step_by_step(kind: str, model_of: Callable[[str], PreTrainedModel]) -> None:
+    model = model_of("llama")
+    ids, matrix = sequences()[0], eager_attentions("llama", sequences()[0])[1]
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=40)
+    with torch.no_grad(), capture_incoming_attention(model) as captured:
+        for first, end in ((0, 9), (9, 20), (20, 21), (21, 22)):
+            model(ids[None, first:end], past_key_values=cache)
+            expected = reduce_last(matrix[:, :end, :end], None, end - first).mean(0)
+            torch.testing.assert_close(captured.incoming[0].double(), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_prompt_padded_on_the_right_is_refused(model_of: Callable[[str], PreTrainedModel]) -> None:
+    """What follows such a prompt does not see its pads, which lie between the tokens that it sees."""
+    ids = torch.stack([sequences()[0], sequences()[0]])
+    mask = torch.ones_like(ids)
+    mask[1, 7:9] = 0
+    with pytest.raises(RuntimeError, match=r"token 0 of row 1 see other tokens.*pad prompts on the left"):
+        behind_cache(model_of("llama"), ids, 14, mask, start=[0, 0])
+
+
+def test_packed_rows_behind_a_cache_are_refused(model_of: Callable[[str], PreTrainedModel]) -> None:
+    with pytest.raises(RuntimeError, match="cu_seqlens describes whole sequences"):
+        behind_cache(model_of("llama"), sequences()[0][None], 7, cu_seqlens=[0, 10, 23])
 
 
 @pytest.mark.parametrize(
