@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from entra.capture import OverRanks, capture_incoming_attention, scored_layer
 from entra.config import ScoreConfig
-from entra.prompts import Prompt, shared_prompts, why_whole
 from entra.rope import RopeGroups, forgetful_rope
 from entra_kernels import linear_token_logprobs, token_logprobs
+
+if TYPE_CHECKING:
+    from entra.prompts import Prompt
 
 # Logits of one chunk when the head must be called as a module (LoRA on the head, quantised heads): 2**24 are 64 MiB in float32.
 _CHUNK_LOGITS = 2**24
@@ -108,6 +110,8 @@ def token_signals(
         ValueError: no layer of the model can be scored (see `entra.capture`).
         RuntimeError: the model has no head that can be hooked, or changes its logits in a way that is not known.
     """
+    from entra.prompts import shared_prompts, why_whole
+
     model = unwrapped(model)
     _register_head(model)
     signals = [TokenSignals(torch.zeros(0), torch.zeros(0))] * len(rows)
@@ -115,7 +119,8 @@ def token_signals(
         device = model.get_input_embeddings().weight.device
         budget = config.token_budget or (_CPU_TOKEN_BUDGET if device.type == "cpu" else _DEVICE_TOKEN_BUDGET)
         lengths, rope = [len(row) for row in rows], RopeGroups(model)
-        groups = shared_prompts(rows, last, rope) if config.share_prompts and why_whole(model) is None else []
+        may_share = config.share_prompts and inspector is None and why_whole(model) is None
+        groups = shared_prompts(rows, last, rope) if may_share else []
         whole = {r for r, n in enumerate(last) if n}.difference(*groups)
         batches, *behind = [_micro_batches(members, lengths, budget, rope) for members in (whole, *groups)]
         ours = len(batches) + sum(1 + len(parts) for parts in behind)
@@ -133,9 +138,8 @@ def token_signals(
             first = dict(zip(members, firsts, strict=True))
             for batch in parts:
                 forget()
-                results = _forward(
-                    model, device, [rows[r][tokens:] for r in batch], [last[r] for r in batch], config, inspector, prompt
-                )
+                completions = [rows[r][tokens:] for r in batch]
+                results = _forward(model, device, completions, [last[r] for r in batch], config, prompt=prompt)
                 for r, result in zip(batch, results, strict=True):
                     signals[r] = TokenSignals(torch.cat([first[r], result.logprobs]), result.incoming)
         for _ in range(forwards - ours):
@@ -212,13 +216,14 @@ def _run_prompt(
     model: Any, device: torch.device, ids: Sequence[int], firsts: list[int], config: ScoreConfig
 ) -> tuple[Prompt, tuple[Tensor, ...]]:
     """A prompt's keys and values, and log P of the tokens `firsts` behind it, [1] each."""
+    from entra.prompts import Prompt
+
     prompt, input_ids = Prompt(len(ids)), torch.tensor([ids], device=device)
     positions = torch.full((len(firsts),), len(ids) - 1, device=device)
     targets = torch.tensor(firsts, device=device)
     with _head_logprobs(model, input_ids.shape, positions, targets, config.backend) as head:
         output = model(input_ids=input_ids, past_key_values=prompt.cache, use_cache=True, return_dict=True)
     head.check(output.logits)
-    prompt.freeze()
     return prompt, head.logprobs.to(device).split(1)
 
 
@@ -231,9 +236,9 @@ def _forward(
     inspector: Inspector | None = None,
     prompt: Prompt | None = None,
 ) -> list[TokenSignals]:
-    """Signals of the last tokens of rows, whole or behind their prompt. There the first token's log P is the prompt's matter."""
+    """Signals of the last tokens of rows, whole or behind their prompt. There the first token's log P is not among them."""
     before = 0 if prompt is None else prompt.tokens
-    cache = {"use_cache": False} if prompt is None else {"use_cache": True, "past_key_values": prompt.cache}
+    cache = {"use_cache": False} if prompt is None else {"use_cache": True, "past_key_values": prompt.behind()}
     length = torch.tensor([len(row) for row in rows])
     tokens = int(length.max())
     input_ids = torch.zeros(len(rows), tokens, dtype=torch.long)

@@ -2,11 +2,12 @@
 
 Decisions taken here:
 
-- Rows of a call whose prompts are equal are one group. G completions of n tokens after a prompt of P cost P + G n tokens instead
-  of G (P + n). The hidden state of the prompt's last token gives the log P of every completion's first one.
+- Rows of a call whose prompts are equal are one group. G completions of n tokens after a prompt of P cost P + G n tokens
+  instead of G (P + n). The hidden state of the prompt's last token gives the log P of every completion's first one.
 - Each layer puts the prompt's keys in front of its own for the length of its attention call and keeps nothing. So a forward
   holds no more keys than one of the whole rows does, and the prompt's, once, in all layers.
-- A prompt runs once where that saves work: a forward more costs as much as some tokens, and attention behind a cache takes a mask.
+- A prompt runs once where that saves work: a forward more costs as much as some tokens, and attention behind a cache may need
+  a mask.
 - Nothing is guessed about a model: where it is not known that a cache changes no number, its rows run whole, and
   `why_whole` says why.
 """
@@ -15,11 +16,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from entra.capture import attention_layers
 from entra.packing import is_flash
@@ -75,27 +77,43 @@ class Prompt:
     """One prompt's keys and values, for as many forwards of completions as there are.
 
     Args:
-        cache: the cache that the model's forward of the prompt, of `tokens` tokens, is to fill and has filled.
+        tokens: how many the prompt has.
     """
 
     def __init__(self, tokens: int) -> None:
-        from transformers import DynamicCache
-
         self.tokens = tokens
         self.cache = DynamicCache()
+        """For the model's forward of the prompt, which fills it."""
 
-    def freeze(self) -> None:
-        """From now on the cache keeps nothing; RuntimeError where the model did not fill it."""
-        layers = [layer for layer in self.cache.layers if layer.keys is not None]
-        if not layers or any(layer.get_seq_length() != self.tokens for layer in layers):
-            raise RuntimeError("the model does not keep a prompt's keys in the cache that it is given; pass share_prompts=False")
-        for layer in layers:
-            layer.update = partial(_behind, layer.keys, layer.values)
+    def behind(self) -> DynamicCache:
+        """A cache for one forward of completions. Their keys go behind the prompt's, and are not kept.
+
+        RuntimeError where the model did not fill the cache that it was given.
+        """
+        behind = DynamicCache()
+        behind.layers = [_Behind(layer) for layer in self.cache.layers]
+        if {layer.get_seq_length() for layer in behind.layers if layer.is_initialized} != {self.tokens}:
+            raise RuntimeError("the model leaves the cache that it is given empty; pass share_prompts=False in ScoreConfig")
+        return behind
 
 
-def _behind(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    """The prompt's keys and values [1, H, P, D], and those of the completions [B, H, n, D] behind them."""
-    return _joined(keys, new_keys), _joined(values, new_values)
+class _Behind(DynamicLayer):  # type: ignore[misc]
+    """One layer of a cache that holds a prompt [1, H, P, D], for one forward of B rows."""
+
+    def __init__(self, prompt: DynamicLayer) -> None:
+        super().__init__()
+        vars(self).update(vars(prompt))
+        self._tokens = prompt.get_seq_length()
+
+    def get_seq_length(self) -> int:
+        """Tokens of a row up to now."""
+        return int(self._tokens)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, P + n, D] of this forward's n tokens and those before them."""
+        keys, values = _joined(self.keys, keys), _joined(self.values, values)
+        self._tokens = keys.shape[2]
+        return keys, values
 
 
 def _joined(prompt: Tensor, new: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def test_a_prompt_runs_once_where_that_saves_tokens(rows):
     assert shared_prompts(rows, LAST, rope) == [[0, 1, 3, 5], [2, 4]]
     assert shared_prompts(rows[:1], LAST[:1], rope) == []
     assert shared_prompts(rows, [0] * len(rows), rope) == []
-    long = [[5] + completion for completion in random_ids(40, 40)]
+    long = [[5, *completion] for completion in random_ids(40, 40)]
     assert shared_prompts(long, [40, 40], rope) == []
 
 
@@ -116,17 +116,17 @@ def test_a_prompt_keeps_no_keys_of_its_completions(rows):
     model, prompt = build("llama"), Prompt(5)
     with torch.no_grad():
         model(torch.tensor([rows[0][:5]]), past_key_values=prompt.cache, use_cache=True)
-        prompt.freeze()
-        again = [
-            model(torch.tensor([rows[0][5:9]] * count), past_key_values=prompt.cache, use_cache=True).logits for count in (3, 1)
-        ]
+        three, one = (
+            model(torch.tensor([rows[0][5:9]] * count), past_key_values=prompt.behind(), use_cache=True).logits
+            for count in (3, 1)
+        )
     assert {layer.keys.shape for layer in prompt.cache.layers} == {(1, 2, 5, 20)}
-    torch.testing.assert_close(again[0][:1], again[1], rtol=0, atol=LOGPROB_TOLERANCE)
+    torch.testing.assert_close(three[:1], one, rtol=0, atol=LOGPROB_TOLERANCE)
 
 
 def test_a_model_that_leaves_its_cache_empty_is_refused():
     with pytest.raises(RuntimeError, match="share_prompts=False"):
-        Prompt(5).freeze()
+        Prompt(5).behind()
 
 
 def test_why_rows_run_whole(rows, monkeypatch):
