@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 from . import _custom_ops
@@ -12,10 +13,12 @@ from ._checks import (
     INTEGERS,
     check_backend,
     check_dtype,
+    check_last,
     check_same_device,
     check_sample,
     check_scoring_only,
     check_shape,
+    shown,
     under_autocast,
 )
 from .reference import AttentionOptions
@@ -41,14 +44,23 @@ def incoming_attention(
     start: Tensor | None = ...,
     length: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    query_start: Tensor | None = ...,
     scale: float | None = ...,
     sliding_window: int | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     lse: Tensor | None = ...,
     row_weights: Tensor | None = ...,
+    causal: bool = ...,
+    include_diagonal: bool = ...,
+    last: int | None = ...,
+    reduction: str = ...,
+    heads: str = ...,
     per_head: bool = ...,
     normalize: bool = ...,
+    return_lse: Literal[False] = ...,
+    into: Tensor | None = ...,
     sample_rows: None = ...,
     seed: int = ...,
     backend: str = ...,
@@ -63,14 +75,54 @@ def incoming_attention(
     start: Tensor | None = ...,
     length: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    query_start: Tensor | None = ...,
     scale: float | None = ...,
     sliding_window: int | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     lse: Tensor | None = ...,
     row_weights: Tensor | None = ...,
+    causal: bool = ...,
+    include_diagonal: bool = ...,
+    last: int | None = ...,
+    reduction: str = ...,
+    heads: str = ...,
     per_head: bool = ...,
     normalize: bool = ...,
+    return_lse: Literal[True],
+    into: Tensor | None = ...,
+    sample_rows: None = ...,
+    seed: int = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def incoming_attention(
+    q: Tensor,
+    k: Tensor,
+    *,
+    start: Tensor | None = ...,
+    length: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    query_start: Tensor | None = ...,
+    scale: float | None = ...,
+    sliding_window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    lse: Tensor | None = ...,
+    row_weights: Tensor | None = ...,
+    causal: bool = ...,
+    include_diagonal: bool = ...,
+    last: int | None = ...,
+    reduction: str = ...,
+    heads: str = ...,
+    per_head: bool = ...,
+    normalize: bool = ...,
+    return_lse: Literal[False] = ...,
+    into: Tensor | None = ...,
     sample_rows: int,
     seed: int = ...,
     backend: str = ...,
@@ -84,18 +136,27 @@ def incoming_attention(
     start: Tensor | None = None,
     length: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    query_start: Tensor | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     lse: Tensor | None = None,
     row_weights: Tensor | None = None,
+    causal: bool = True,
+    include_diagonal: bool = False,
+    last: int | None = None,
+    reduction: str = "mean",
+    heads: str = "mean",
     per_head: bool = False,
     normalize: bool = True,
+    return_lse: bool = False,
+    into: Tensor | None = None,
     sample_rows: int | None = None,
     seed: int = 0,
     backend: str = "auto",
-) -> Tensor | SampledAttention:
+) -> Tensor | tuple[Tensor, Tensor] | SampledAttention:
     """`softmax(scale * q @ k.T + causal_mask).tril(-1).sum(rows) / arange(N - 1, -1, -1)`, without the N x N matrix.
 
     For every token i: the attention probability from a query to i, mean over the future queries j > i and over the query heads.
@@ -105,9 +166,13 @@ def incoming_attention(
 
     There are two layouts. Neither is copied, and strides may be any:
 
-    - padded: q [B, H, N, D] and k [B, Hkv, N, D]. The tokens of batch element b are start[b] ... start[b] + length[b] - 1.
+    - padded: q [B, H, Nq, D] and k [B, Hkv, N, D]. The tokens of batch element b are start[b] ... start[b] + length[b] - 1.
       That describes left and right padding. Everything outside gets 0 and influences nothing.
-    - packed: q [T, H, D], k [T, Hkv, D] and cu_seqlens [S + 1], as for FlashAttention's varlen functions.
+    - packed: q [Tq, H, D], k [T, Hkv, D] and cu_seqlens [S + 1], as for FlashAttention's varlen functions.
+
+    Every token has a key, and not every one needs a query. Where there are fewer queries than keys, the last query stands at
+    the last key, as in FlashAttention, unless `query_start` says otherwise. `last` takes the last queries of each sequence
+    alone. docs/kernels.md has a table of what goes together.
 
     Args:
         q: queries after RoPE; bfloat16, float16, float32 or (not with Triton) float64. D is 1 to 512.
@@ -118,26 +183,40 @@ def incoming_attention(
         cu_seqlens: int [S + 1], packed layout only: 0, then the running sums of the sequence lengths. On a CPU, sequences that
             leave their tokens and a cu_seqlens that falls are errors. On a GPU a look would wait for the device, so sequences
             are clamped to the tokens; those that then overlap may count as empty.
+        cu_seqlens_q: int [S + 1], packed layout only: the same of the queries. None: a query for every key.
+        query_start: int [B], the token at which the first query of a batch element stands, counted as `start` is. Packed: int
+            [S], counted from the first token of each sequence. Queries that then stand outside their sequence do not count.
         scale: factor on q @ k.T. None: D ** -0.5.
         sliding_window: W >= 1, in tokens, the query itself counted. None: full attention.
         softcap: c > 0 (1e-30 to 1e30) turns each scaled score s into c * tanh(s / c). None or 0: no softcap.
         sinks: [H] logits that only add to the softmax denominator, as in gpt-oss.
-        lse: float [B, H, N] (packed: [H, T]), the row log-sum-exp of the scores (natural log, sinks included), if the attention
-            forward already knows it. It saves one of the two passes. Excludes `sinks`.
-        row_weights: float [B, N] (packed: [T]), a weight w_j of each query. The result is sum_{j>i} w_j A_ji over the same
+        lse: float [B, H, Nq] (packed: [H, Tq]), the row log-sum-exp of the scores (natural log, sinks included), if the
+            attention forward already knows it. It saves one of the two passes. Excludes `sinks`.
+        row_weights: float [B, Nq] (packed: [Tq]), a weight w_j of each query. The result is sum_{j>i} w_j A_ji over the same
             divisor, not over the sum of the weights. w_j = j gives lift. 1 / inclusion probability gives unbiased row sampling.
-        per_head: return every query head by itself instead of the mean over heads.
-        normalize: False returns the sums over j, not divided.
+        causal: False lets every query see every key. It needs `include_diagonal=True`.
+        include_diagonal: a query counts for its own key as well.
+        last: w >= 1 lets only the last w queries of each sequence count, in time O(N w).
+        reduction: over the queries that see a key: "mean", "sum" or "max". Where there are none the result is 0.
+        heads: "mean" over all query heads, "query" for every query head by itself, or "kv" for the mean over the query heads of
+            each kv head. It comes after the reduction over queries, also after "max".
+        per_head: True is heads="query".
+        normalize: False is reduction="sum".
+        return_lse: return (result, log-sum-exp). The latter is [B, H, Nq] (packed: [H, Tq]), natural log, sinks included, and
+            -inf for queries that do not count.
+        into: a tensor like the result, with at least as many tokens. The result is added to its first tokens (reduction
+            "sum"), or the larger one is kept ("max", with heads="query"), and it is returned. Pieces of a prompt and steps of
+            decoding, each with all keys so far, then give what one call gives.
         sample_rows: m >= 4 takes m query rows of each sequence instead of all, in time O(N m), and returns a
             `SampledAttention`. A quarter of them are the last rows. The others come from equal strata of neighbouring rows, two
             from each. The estimate is unbiased. A sequence of up to m tokens is exact, and needs no more memory. The sampled
-            rows of q are copied. Not with `per_head`.
+            rows of q are copied. Every token must be a query; it goes with causal attention, mean heads and no maximum.
         seed: of the draw, with `sample_rows` only. With the same seed, sequences of the same length get the same rows.
         backend: "auto" (Triton on CUDA and ROCm, else torch), "reference", "torch" or "triton".
 
     Returns:
-        float32 (float64 for float64 inputs), [B, N] (packed: [T]). With per_head: [B, H, N] (packed: [H, T]). With sample_rows:
-        a `SampledAttention` of two such tensors.
+        float32 (float64 for float64 inputs), [B, N] (packed: [T]). With heads="query" or "kv": [B, H or Hkv, N] (packed:
+        [H or Hkv, T]). With sample_rows: a `SampledAttention` of two such tensors.
 
     Raises:
         ValueError: shapes, layouts or options that do not go together, an option out of its range, or (on a CPU only) a
@@ -148,17 +227,26 @@ def incoming_attention(
     Source: arXiv 2601.07123; docs/method.md.
     """
     floats = {"q": q, "k": k, "sinks": sinks, "lse": lse, "row_weights": row_weights}
-    check_dtype(FLOATS, **floats)
-    check_dtype(INTEGERS, start=start, length=length, cu_seqlens=cu_seqlens)
-    check_same_device(**floats, start=start, length=length, cu_seqlens=cu_seqlens)
-    check_scoring_only(**floats)
+    places = {
+        "start": start,
+        "length": length,
+        "cu_seqlens": cu_seqlens,
+        "cu_seqlens_q": cu_seqlens_q,
+        "query_start": query_start,
+    }
+    check_dtype(FLOATS, **floats, into=into)
+    check_dtype(INTEGERS, **places)
+    check_same_device(**floats, **places, into=into)
+    check_scoring_only(**floats, into=into)
     q, k = under_autocast(q, k)
     if q.dtype != k.dtype:
         raise TypeError(f"k has dtype {k.dtype} but q has {q.dtype}; they must be the same: use k.to(q.dtype)")
 
     packed = cu_seqlens is not None
+    last = check_last(last)
     starts: Tensor | None
     ends: Tensor | None
+    query_bounds = None
     if cu_seqlens is not None:
         if start is not None or length is not None:
             raise ValueError(
@@ -170,13 +258,18 @@ def incoming_attention(
             )
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
             raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; it must be [S + 1]")
-        tokens, q_heads, head_dim = q.shape
+        rows, q_heads, head_dim = q.shape
+        tokens = rows if cu_seqlens_q is None else k.shape[0]
         check_shape("k", k, (tokens, k.shape[1], head_dim), "[T, Hkv, D]")
-        check_shape("lse", lse, (q_heads, tokens), "[H, T]")
-        check_shape("row_weights", row_weights, (tokens,), "[T]")
+        check_shape("cu_seqlens_q", cu_seqlens_q, tuple(cu_seqlens.shape), "[S + 1]")
+        check_shape("query_start", query_start, (cu_seqlens.shape[0] - 1,), "[S]")
+        check_shape("lse", lse, (q_heads, rows), "[H, Tq]")
+        check_shape("row_weights", row_weights, (rows,), "[Tq]")
         # The packed layout is the padded one with a single batch element that holds every sequence.
         q, k = q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0)
         starts, ends, sequences = cu_seqlens[:-1], cu_seqlens[1:], cu_seqlens.shape[0] - 1
+        if cu_seqlens_q is not None or query_start is not None or last is not None:
+            query_bounds = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
         lse = None if lse is None else lse.unsqueeze(0)
         row_weights = None if row_weights is None else row_weights.unsqueeze(0)
     elif q.ndim != 4 or k.ndim != 4:
@@ -185,15 +278,23 @@ def incoming_attention(
             "or [T, H, D] and [T, Hkv, D] with cu_seqlens"
         )
 
-    batch, q_heads, tokens, head_dim = q.shape
-    kv_heads = k.shape[1]
+    batch, q_heads, rows, head_dim = q.shape
+    kv_heads, tokens = k.shape[1:3]
     if not packed:
+        if cu_seqlens_q is not None:
+            raise ValueError("cu_seqlens_q belongs to the packed layout; pass cu_seqlens of the keys with it")
         _check_layout(q, k)
         check_shape("k", k, (batch, kv_heads, tokens, head_dim), "[B, Hkv, N, D]")
-        check_shape("lse", lse, (batch, q_heads, tokens), "[B, H, N]")
-        check_shape("row_weights", row_weights, (batch, tokens), "[B, N]")
+        if rows > tokens:
+            raise ValueError(
+                f"q has {rows} tokens and k {tokens}; a query stands at one of the keys, so there cannot be more of them: pass "
+                "all keys so far, or check that q and k are [B, H, N, D]"
+            )
+        check_shape("lse", lse, (batch, q_heads, rows), "[B, H, Nq]")
+        check_shape("row_weights", row_weights, (batch, rows), "[B, Nq]")
         check_shape("start", start, (batch,), "[B]")
         check_shape("length", length, (batch,), "[B]")
+        check_shape("query_start", query_start, (batch,), "[B]")
         starts, ends, sequences = start, _ends(start, length), batch
     if q_heads == 0:
         raise ValueError("q_heads=0 must be at least 1; check the shape of q, [B, H, N, D] or packed [T, H, D]")
@@ -209,22 +310,66 @@ def incoming_attention(
         sinks=sinks,
         lse=lse,
         row_weights=row_weights,
-        per_head=per_head,
-        normalize=normalize,
+        causal=causal,
+        include_diagonal=include_diagonal,
+        reduction=_either("reduction", reduction, "sum", not normalize, "normalize=False"),
+        heads=_either("heads", heads, "query", per_head, "per_head=True"),
+        return_lse=return_lse,
     )
     flat = [getattr(options, name) for name in _custom_ops.OPTIONS]
     backend = check_backend(backend, q)
-    if sample_rows is None:
-        out = _custom_ops.incoming_attention(q, k, starts, ends, sequences, backend, *flat)
-        return out.squeeze(0) if packed else out
+    if sample_rows is not None:
+        own = rows == tokens and query_start is None and query_bounds is None
+        _check_sampled(options, own=own and last is None and into is None)
+        sampled = _custom_ops.sampled_incoming_attention(
+            q, k, starts, ends, sequences, backend, check_sample(sample_rows, seed, tokens), int(seed), *flat
+        )  # fmt: skip
+        return SampledAttention(*(out.squeeze(0) if packed else out for out in sampled))
 
-    sample_rows = check_sample(sample_rows, seed, tokens)
-    if per_head:
-        raise ValueError("per_head=True has no sampled form; drop sample_rows, or take the mean over heads")
-    sampled = _custom_ops.sampled_incoming_attention(
-        q, k, starts, ends, sequences, backend, sample_rows, int(seed), *flat
-    )  # fmt: skip
-    return SampledAttention(*(out.squeeze(0) if packed else out for out in sampled))
+    out = _custom_ops.incoming_attention(q, k, starts, ends, sequences, query_bounds, query_start, last, backend, *flat)
+    out = [part.squeeze(0) if packed else part for part in out]
+    if into is not None:
+        out[0] = _put_into(into, out[0], options)
+    return (out[0], out[1]) if return_lse else out[0]
+
+
+def _either(name: str, value: str, other: str, wanted: bool, short: str) -> str:
+    """`other` where the older `short` asks for it, else `value`. Raises a ValueError where they differ."""
+    if wanted and value not in ("mean", other):
+        raise ValueError(f"{name}={shown(value)} and {short}, which is {name}={other!r}; pass one of them")
+    return other if wanted else value
+
+
+def _check_sampled(options: AttentionOptions, *, own: bool) -> None:
+    """Raises a ValueError for what has no sampled form. `own`: every token is a query, and the result goes into no tensor."""
+    if options.heads != "mean":
+        raise ValueError(f"heads={options.heads!r} has no sampled form; drop sample_rows, or take the mean over heads")
+    if not own or options.include_diagonal or options.reduction == "max" or options.return_lse:
+        raise ValueError(
+            "sample_rows goes with a query for every key and causal attention without the diagonal, and not with last, "
+            "reduction='max', return_lse or into; drop sample_rows"
+        )
+
+
+def _put_into(into: Tensor, result: Tensor, options: AttentionOptions) -> Tensor:
+    """`into`, whose first tokens now hold `result` as well. Raises a ValueError where they do not go together."""
+    if options.reduction == "mean":
+        raise ValueError("into adds up sums or keeps maxima, and a mean is neither; pass reduction='sum' or 'max'")
+    if options.reduction == "max" and options.heads != "query":
+        raise ValueError(
+            f"heads={options.heads!r} is a mean over heads, and maxima of means are not means of maxima; with into and "
+            "reduction='max' pass heads='query'"
+        )
+    tokens = result.shape[-1]
+    if into.shape[:-1] != result.shape[:-1] or into.shape[-1] < tokens or into.dtype != result.dtype:
+        given, right = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (into, result))
+        raise ValueError(f"into is {given}; it must be {right}, or have more tokens")
+    part = into[..., :tokens]
+    if options.reduction == "sum":
+        part += result
+    else:
+        torch.maximum(part, result, out=part)
+    return into
 
 
 def _check_layout(q: Tensor, k: Tensor) -> None:

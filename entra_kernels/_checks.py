@@ -25,8 +25,7 @@ def check_backend(backend: str, tensor: Tensor) -> str:
         ValueError: for an unknown name.
         TypeError: when Triton is asked for float64.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={shown(backend)} must be one of {', '.join(map(repr, BACKENDS))}")
+    check_among("backend", backend, BACKENDS)
     if backend == "triton" and tensor.dtype == torch.float64:
         raise TypeError("backend='triton' has no float64; use backend='torch' or backend='reference', or convert to float32")
     return backend
@@ -146,6 +145,23 @@ def check_window(sliding_window: int | None) -> int | None:
     if sliding_window < 1:
         raise ValueError(f"sliding_window={sliding_window} must be at least 1 token, or None for full attention")
     return min(int(sliding_window), 2**30)
+
+
+def check_last(last: int | None) -> int | None:
+    """`last` as an int: no sequence has more than 2**30 queries."""
+    if last is None:
+        return None
+    if isinstance(last, bool) or not isinstance(last, numbers.Integral):
+        raise TypeError(f"last={shown(last)} must be an int, not {type(last).__name__}; pass a number of queries")
+    if last < 1:
+        raise ValueError(f"last={last} must be at least 1 query, or None for all")
+    return min(int(last), 2**30)
+
+
+def check_among(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError that lists them when `value` is not among `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(repr, choices))}")
 
 
 def check_ngram(ngram: int, name: str = "ngram") -> int:

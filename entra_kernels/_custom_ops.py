@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._checks import accumulation_dtype, choose_backend
 from ._sampling import draw
-from ._spans import Spans
+from ._spans import Queries, Spans
 from .reference import AttentionOptions, RedundancyOptions
 
 _MODULES = {"reference": ".reference", "torch": "._torch", "triton": "._triton"}
@@ -67,39 +67,72 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
 
 
 OPTIONS = tuple(field.name for field in fields(AttentionOptions))
-_SCHEMA = {"float": "float", "bool": "bool", "int | None": "SymInt?", "float | None": "float?", "Tensor | None": "Tensor?"}
+_SCHEMA = {
+    "float": "float",
+    "bool": "bool",
+    "str": "str",
+    "int | None": "SymInt?",
+    "float | None": "float?",
+    "Tensor | None": "Tensor?",
+}
 _ATTENTION = "Tensor q, Tensor k, Tensor? starts, Tensor? ends, SymInt sequences"
+_QUERIES = "Tensor? query_bounds, Tensor? query_places, SymInt? last"
 _FLAT_OPTIONS = ", ".join(f"{_SCHEMA[str(field.type)]} {field.name}" for field in fields(AttentionOptions))
 """A custom op takes no dataclass: its last arguments are the fields of `AttentionOptions`, in their order."""
 
 
 def _attention_call(
-    q: Tensor, starts: Tensor | None, ends: Tensor | None, sequences: int, backend: str, flat: tuple[Any, ...]
+    q: Tensor,
+    k: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    sequences: int,
+    backend: str,
+    flat: tuple[Any, ...],
+    queries: Queries | None = None,
 ) -> tuple[ModuleType, Spans, AttentionOptions]:
     """The backend, where the sequences lie, and the options again."""
     module = _implementation(backend, q)
-    spans = Spans(starts, ends, sequences, tokens=q.shape[2], batch=q.shape[0])
+    spans = Spans(starts, ends, sequences, tokens=k.shape[2], batch=q.shape[0], queries=queries)
     spans.check(q.device)
     return module, spans, AttentionOptions(**dict(zip(OPTIONS, flat, strict=True)))
 
 
 @torch.library.custom_op(
-    "entra_kernels::incoming_attention", mutates_args=(), schema=f"({_ATTENTION}, str backend, {_FLAT_OPTIONS}) -> Tensor"
+    "entra_kernels::incoming_attention",
+    mutates_args=(),
+    schema=f"({_ATTENTION}, {_QUERIES}, str backend, {_FLAT_OPTIONS}) -> Tensor[]",
 )
 def incoming_attention(
-    q: Tensor, k: Tensor, starts: Tensor | None, ends: Tensor | None, sequences: int, backend: str, *flat: Any
-) -> Tensor:
-    """q [B, H, N, D], k [B, Hkv, N, D] with any strides, and the fields of `Spans`. Returns [B, N], or [B, H, N] per head."""
-    module, spans, options = _attention_call(q, starts, ends, sequences, backend, flat)
+    q: Tensor,
+    k: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    sequences: int,
+    query_bounds: Tensor | None,
+    query_places: Tensor | None,
+    last: int | None,
+    backend: str,
+    *flat: Any,
+) -> list[Tensor]:
+    """q [B, H, Nq, D], k [B, Hkv, N, D] with any strides, and the fields of `Spans` and `Queries`. Returns [B, N], or
+    [B, H or Hkv, N], and the log-sum-exp [B, H, Nq] if wanted."""
+    queries = Queries(q.shape[2], query_bounds, query_places, last)
+    own = q.shape[2] == k.shape[2] and query_bounds is None and query_places is None and last is None
+    module, spans, options = _attention_call(q, k, starts, ends, sequences, backend, flat, None if own else queries)
     with _without_autocast(q):
-        return module.incoming_attention(q, k, spans, options)
+        incoming, lse = module.incoming_attention(q, k, spans, options)
+    return [incoming] if lse is None else [incoming, lse]
 
 
 @incoming_attention.register_fake
-def _(q, k, starts, ends, sequences, backend, *flat):  # type: ignore[no-untyped-def]
-    batch, heads, tokens, _ = q.shape
-    shape = (batch, heads, tokens) if flat[OPTIONS.index("per_head")] else (batch, tokens)
-    return q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
+def _(q, k, starts, ends, sequences, query_bounds, query_places, last, backend, *flat):  # type: ignore[no-untyped-def]
+    batch, heads, rows, _ = q.shape
+    option = dict(zip(OPTIONS, flat, strict=True))
+    lines = {"mean": (), "query": (heads,), "kv": (k.shape[1],)}[option["heads"]]
+    dtype = accumulation_dtype(q.dtype)
+    incoming = q.new_empty((batch, *lines, k.shape[2]), dtype=dtype)
+    return [incoming, q.new_empty((batch, heads, rows), dtype=dtype)] if option["return_lse"] else [incoming]
 
 
 @torch.library.custom_op(
@@ -119,7 +152,7 @@ def sampled_incoming_attention(
     *flat: Any,
 ) -> tuple[Tensor, Tensor]:
     """As `incoming_attention`. Returns estimate and standard error, [B, N] each."""
-    module, spans, options = _attention_call(q, starts, ends, sequences, backend, flat)
+    module, spans, options = _attention_call(q, k, starts, ends, sequences, backend, flat)
     with _without_autocast(q):
         return module.sampled_incoming_attention(q, k, spans, draw(spans, sample_rows, seed, q.device), options)
 

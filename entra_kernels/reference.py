@@ -13,9 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import accumulation_dtype, check_number, check_softcap, check_window
+from ._checks import accumulation_dtype, check_among, check_number, check_softcap, check_window
 from ._sampling import SampledRows
 from ._spans import Spans, packed_bounds
+
+REDUCTIONS = ("mean", "sum", "max")
+HEADS = ("mean", "query", "kv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +38,26 @@ class AttentionOptions:
     sinks: Tensor | None = None
     """[H] logits that only add to the softmax denominator."""
     lse: Tensor | None = None
-    """[B, H, N] natural-log row log-sum-exp of the scores, sinks included, where it is known."""
+    """[B, H, Nq] natural-log row log-sum-exp of the scores, sinks included, where it is known."""
     row_weights: Tensor | None = None
-    """[B, N] weight w_j of each query."""
-    per_head: bool = False
-    """Every query head by itself instead of the mean over heads."""
-    normalize: bool = True
-    """Divide the sums over queries by their number."""
+    """[B, Nq] weight w_j of each query."""
+    causal: bool = True
+    """False: every query sees every key."""
+    include_diagonal: bool = False
+    """Whether a query counts for its own key."""
+    reduction: str = "mean"
+    """Over the queries that count for a key: REDUCTIONS."""
+    heads: str = "mean"
+    """One value for each of these: HEADS."""
+    return_lse: bool = False
+    """The row log-sum-exp beside the result."""
+
+    @property
+    def usual(self) -> bool:
+        """Whether mask, reduction and result are those of mu."""
+        return (
+            self.causal and not self.include_diagonal and self.reduction != "max" and self.heads != "kv" and not self.return_lse
+        )
 
     def __post_init__(self) -> None:
         checked = {
@@ -53,6 +69,17 @@ class AttentionOptions:
             object.__setattr__(self, name, value)
         if self.lse is not None and self.sinks is not None:
             raise ValueError("sinks and lse were both given; lse already holds the sinks' share, so pass one of them")
+        if self.lse is not None and self.return_lse:
+            raise ValueError("lse was given, and return_lse=True asks for it; drop one of them")
+        check_among("reduction", self.reduction, REDUCTIONS)
+        check_among("heads", self.heads, HEADS)
+        if not self.causal and self.sliding_window is not None:
+            raise ValueError(
+                f"sliding_window={self.sliding_window} counts tokens before a query, and causal=False knows no before; drop "
+                "one of them"
+            )
+        if not self.causal and not self.include_diagonal:
+            raise ValueError("causal=False counts every query for every key, its own too; pass include_diagonal=True with it")
 
 
 def attention_probabilities(
@@ -64,27 +91,54 @@ def attention_probabilities(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     lse: Tensor | None = None,
+    causal: bool = True,
+    place: int | None = None,
 ) -> Tensor:
-    """A [H, N, N] of one sequence, A[h, j, i] from query j to key i: `softmax(scale * q @ k.T + causal_mask)`.
+    """A [H, Nq, N] of one sequence, A[h, j, i] from query j to key i: `softmax(scale * q @ k.T + causal_mask)`.
 
-    q is [H, N, D], k [Hkv, N, D], sinks [H], lse [H, N]. Rows sum to 1, or to less by the share of a sink.
+    q is [H, Nq, D], k [Hkv, N, D], sinks [H], lse [H, Nq]. The first query stands at key `place`; None: the last one at the
+    last key. Rows sum to 1, or to less by the share of a sink.
     """
-    heads, tokens, _ = q.shape
-    k = k.repeat_interleave(heads // k.shape[0], dim=0)
-    scores = scale * (q @ k.transpose(1, 2))  # [H, N, N]
+    scores = attention_scores(q, k, scale=scale, sliding_window=sliding_window, softcap=softcap, causal=causal, place=place)
+    if lse is None:
+        lse = row_lse(scores, sinks)
+    # Hidden keys again, else an lse that is not finite makes NaN there too.
+    return torch.exp(scores - lse[..., None]).masked_fill(scores == -math.inf, 0.0)
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    causal: bool,
+    place: int | None,
+) -> Tensor:
+    """What `attention_probabilities` takes the softmax of, [H, Nq, N]; -inf where the query does not see the key."""
+    heads, queries, _ = q.shape
+    keys = k.shape[1]
+    scores = scale * (q @ k.repeat_interleave(heads // k.shape[0], dim=0).transpose(1, 2))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    query = torch.arange(tokens, device=q.device)[:, None]
-    key = torch.arange(tokens, device=q.device)[None, :]
-    visible = key <= query
+    ahead = keys_ahead(queries, keys, place, q.device)
+    hidden = (ahead > 0) & causal
     if sliding_window is not None:
-        visible &= query - sliding_window < key
-    scores = scores.masked_fill(~visible, -math.inf)
-    if lse is None:
-        lse = torch.logsumexp(scores, dim=-1)
-        if sinks is not None:
-            lse = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
-    return torch.exp(scores - lse[..., None]).masked_fill(~visible, 0.0)  # else an lse that is not finite makes NaN there too
+        hidden |= ahead <= -sliding_window
+    return scores.masked_fill(hidden, -math.inf)
+
+
+def keys_ahead(queries: int, keys: int, place: int | None, device: torch.device) -> Tensor:
+    """[Nq, N] int64: how many tokens after a query a key stands; 0 for the query's own."""
+    place = keys - queries if place is None else place
+    return torch.arange(keys, device=device)[None, :] - place - torch.arange(queries, device=device)[:, None]
+
+
+def row_lse(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """[H, Nq]: the log of the softmax denominators of scores [H, Nq, N], sinks [H] included."""
+    lse = torch.logsumexp(scores, dim=-1)
+    return lse if sinks is None else torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
 
 
 def future_queries(tokens: int, sliding_window: int | None, device: torch.device) -> Tensor:
@@ -108,26 +162,45 @@ def _future_attention(q: Tensor, k: Tensor, options: AttentionOptions, element: 
     return attention.tril(-1)
 
 
-def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOptions) -> Tensor:
-    """mu_i = sum_{j>i} w_j A_ji / (N - i), mean over heads (docs/method.md, "Incoming attention")."""
+def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOptions) -> tuple[Tensor, Tensor | None]:
+    """mu_i = sum_{j>i} w_j A_ji / (N - i), mean over heads (docs/method.md, "Incoming attention"), or what `options` says."""
     dtype = accumulation_dtype(q.dtype)
-    batch, heads, tokens, _ = q.shape
+    batch, heads, rows, _ = q.shape
+    kv_heads, tokens = k.shape[1], k.shape[2]
     incoming = q.new_zeros(batch, heads, tokens, dtype=dtype)
-    for element, first, count in spans:
-        span = slice(first, first + count)
-        future = _future_attention(q, k, options, element, span)
+    lse = q.new_full((batch, heads, rows), -math.inf, dtype=dtype) if options.return_lse else None
+    for element, first, count, row, queries, place in spans.with_queries():
+        if not queries or not count:
+            continue
+        keys, asked = slice(first, first + count), slice(row, row + queries)
+        q_here, k_here = q[element, :, asked].to(dtype), k[element, :, keys].to(dtype)
+        form = {name: getattr(options, name) for name in ("scale", "sliding_window", "softcap", "causal")} | {"place": place}
+        given = None if options.lse is None else options.lse[element, :, asked].to(dtype)
+        attention = attention_probabilities(q_here, k_here, sinks=options.sinks, lse=given, **form)
+        if lse is not None:
+            lse[element, :, asked] = row_lse(attention_scores(q_here, k_here, **form), options.sinks)
         if options.row_weights is not None:
-            future = future * options.row_weights[element, span].to(dtype)[:, None]
-        incoming[element, :, span] = future.sum(dim=1)
-        if options.normalize:
-            incoming[element, :, span] /= future_queries(count, options.sliding_window, q.device).clamp(min=1)
-    if options.per_head:
-        return incoming
+            attention = attention * options.row_weights[element, asked].to(dtype)[:, None]
+        ahead = keys_ahead(queries, count, place, q.device)
+        counts = (ahead < 0) | ((ahead == 0) & options.include_diagonal) | (not options.causal)
+        if options.sliding_window is not None:
+            counts &= ahead > -options.sliding_window
+        if options.reduction == "max":
+            highest = attention.masked_fill(~counts, -math.inf).amax(dim=1)
+            incoming[element, :, keys] = highest.masked_fill(~counts.any(dim=0), 0.0)
+            continue
+        incoming[element, :, keys] = attention.masked_fill(~counts, 0.0).sum(dim=1)
+        if options.reduction == "mean":
+            incoming[element, :, keys] /= counts.sum(dim=0).clamp(min=1)
+    if options.heads == "query":
+        return incoming, lse
+    together = incoming.unflatten(1, (-1, heads // kv_heads if options.heads == "kv" else heads))  # [B, ., heads, N]
     # Head by head: `mean` adds in an order that depends on a token's place among the tokens.
-    total = torch.zeros_like(incoming[:, 0])
-    for head in range(heads):
-        total += incoming[:, head]
-    return total / heads
+    total = torch.zeros_like(together[:, :, 0])
+    for head in range(together.shape[2]):
+        total += together[:, :, head]
+    total /= together.shape[2]
+    return (total if options.heads == "kv" else total[:, 0]), lse
 
 
 def sampled_incoming_attention(
@@ -150,7 +223,7 @@ def sampled_incoming_attention(
         difference = rows[0 : 2 * pairs : 2] - rows[1 : 2 * pairs : 2]
         sums = (sample.weights[sequence, :sampled].to(dtype)[:, None] * rows).sum(dim=0)
         variance = (sample.spread[sequence, :pairs].to(dtype)[:, None] * difference**2).sum(dim=0)
-        divisor = future_queries(count, options.sliding_window, q.device).clamp(min=1) if options.normalize else 1
+        divisor = future_queries(count, options.sliding_window, q.device).clamp(min=1) if options.reduction == "mean" else 1
         estimate[element, span] = sums / divisor
         error[element, span] = variance.sqrt() / divisor
     return estimate, error

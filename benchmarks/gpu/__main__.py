@@ -115,7 +115,9 @@ def all_parts(rehearse: bool) -> dict[str, Part]:
         Part(name="smoke", seconds=65, command=(*smoke, "--seconds", "50")),
         benchmark("lengths", 130, lengths),
         benchmark("logprobs", 50, logprobs),
-        benchmark("rest", 110, "redundancy or score_batch or memory or 65536 or 131072 or (linear and 8192)"),
+        benchmark(
+            "rest", 110, "redundancy or score_batch or memory or window or fewer or 65536 or 131072 or (linear and 8192)"
+        ),
         Part(name="tests", seconds=100, command=python("-m", "pytest", *which, "-q", "--timeout", "60", *workers)),
         Part(name="sizes", seconds=45, command=python("-m", "benchmarks.static.tune", *tune.split())),
         Part(name="ncu", seconds=30, command=(*ncu.split(), *asked, *python("-c", PROFILED))),

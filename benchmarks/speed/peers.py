@@ -153,17 +153,34 @@ def attention_peers(q: Tensor, k: Tensor, lse: Tensor) -> dict[str, Peer]:
     forward = functools.cache(lambda: backward(q, k, SDPBackend.FLASH_ATTENTION))
     flex = functools.cache(lambda: flex_column_sums(q, k))
 
-    def colreduce() -> Tensor:
-        from flash_colreduce import flash_colreduce
-
-        return flash_colreduce(q, repeated(k, q.shape[1]), "sum", is_causal=True).float().mean(1).squeeze(0)
-
     peers["cudnn backward"] = lambda: value_gradient(*backward(q, k, SDPBackend.CUDNN_ATTENTION))
     peers["flash backward alone, given forward"] = lambda: value_gradient(*forward(), keep=True)
     peers["flex attention, roles swapped"] = lambda: flex()[0](flex()[1]())
     peers["flex attention, roles swapped, given LSE"] = lambda: flex()[0](lse)
-    peers["flash-colreduce"] = _missing("flash_colreduce") or colreduce
+    sums = colreduce(q, k, "sum")
+    peers["flash-colreduce"] = (lambda: sums().mean(1).squeeze(0)) if callable(sums) else sums
     return peers
+
+
+def colreduce(q: Tensor, k: Tensor, reduction: str) -> Peer:
+    """flash-colreduce's reduction over the queries for each query head, [1, H, N], diagonal included, aligned at the end."""
+    if DEVICE == "cpu":
+        return CUDA_ONLY
+
+    def run() -> Tensor:
+        from flash_colreduce import flash_colreduce
+
+        return flash_colreduce(q, repeated(k, q.shape[1]), reduction, is_causal=True).float()
+
+    return _missing("flash_colreduce") or run
+
+
+def last_rows(q: Tensor, k: Tensor) -> Tensor:
+    """The attention of the last queries [1, H, Nq, D] to all keys [1, H, N, D], as an eager forward has it: [1, H, Nq, N]."""
+    rows, tokens = q.shape[2], k.shape[2]
+    mask = torch.full((rows, tokens), -math.inf, device=q.device, dtype=q.dtype).triu(tokens - rows + 1)
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32)
 
 
 def attention_forwards(q: Tensor, k: Tensor) -> dict[str, Peer]:

@@ -13,9 +13,12 @@ from benchmarks.speed.peers import (
     WITH_DIAGONAL,
     attention_forwards,
     attention_peers,
+    colreduce,
     diagonal,
     eager,
     error_of_allowed,
+    last_rows,
+    repeated,
     row_lse,
 )
 from entra_kernels import incoming_attention
@@ -147,6 +150,69 @@ def test_skewed_lengths(results, once):
         tokens=sum(counts),
     )
     once(packed)
+
+
+@pytest.mark.priority(15)
+def test_observation_window(results, once):
+    """The last 64 queries of every key, as SnapKV asks for them, beside these rows of attention themselves."""
+    tokens, window = by_size(tiny=256, small=32_768, full=32_768), 64
+    q, k = queries_and_keys(tokens)
+    last, every_key = q[:, :, -window:], repeated(k, HEADS)
+    options = {"last": window, "include_diagonal": True}
+    records = compare(
+        results,
+        "incoming_attention",
+        f"last {window} queries of N = {tokens}",
+        {
+            "ours": lambda: incoming_attention(q, k, **options).squeeze(0),
+            "the rows of attention": lambda: last_rows(last, every_key).mean(2).mean(1).squeeze(0),
+            "their scores alone": lambda: last @ every_key.transpose(2, 3),
+        },
+        check=lambda name, result: window_error(q, k, options, result) if name == "the rows of attention" else None,
+        rounds=by_size(tiny=2, small=9, full=15),
+        sweep="window",
+        tokens=tokens,
+    )
+    once(lambda: incoming_attention(q, k, **options))
+    if results.asserts():
+        assert records["ours"]["ms"] <= 1.2 * records["the rows of attention"]["ms"]
+
+
+def reduced(attention, reduction):
+    return attention.amax(2) if reduction == "max" else attention.sum(2)
+
+
+def window_error(q, k, options, result):
+    """The rows' mean against ours. The last keys are seen by fewer queries than the window has: there the sums are compared."""
+    sums = incoming_attention(q, k, reduction="sum", **options).squeeze(0)
+    return error_of_allowed(result * options["last"], sums, q.dtype)
+
+
+@pytest.mark.priority(16)
+def test_fewer_queries_than_keys(results, once):
+    """Sums and maxima over 1,024 queries of all keys, with the diagonal, for each query head: flash-colreduce's own terms."""
+    tokens, rows = by_size(tiny=256, small=4096, full=32_768), by_size(tiny=64, small=256, full=1024)
+    q, k = queries_and_keys(tokens)
+    q = q[:, :, -rows:]
+    for reduction in ("sum", "max"):
+        options = {"reduction": reduction, "heads": "query", "include_diagonal": True}
+        ours = incoming_attention(q, k, **options)
+        every_key = repeated(k, HEADS)
+        compare(
+            results,
+            "incoming_attention",
+            f"{reduction} over {rows} queries of N = {tokens}",
+            {
+                "ours": lambda options=options: incoming_attention(q, k, **options),
+                "flash-colreduce": colreduce(q, k, reduction),
+                "eager": lambda reduction=reduction, keys=every_key: reduced(last_rows(q, keys), reduction),
+            },
+            check=lambda name, result, ours=ours: None if name == "ours" else error_of_allowed(result[0], ours[0], DTYPE),
+            rounds=by_size(tiny=2, small=9, full=15),
+            sweep="fewer queries",
+            tokens=tokens,
+        )
+    once(lambda: incoming_attention(q, k, **options))
 
 
 @pytest.mark.priority(12)

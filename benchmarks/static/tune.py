@@ -149,7 +149,7 @@ def trials(q: Tensor, k: Tensor, sizes: Sequence[AttentionLaunch], variant: str,
         scale=head_dim**-0.5,
         sliding_window=max(tokens // 8, 1) if variant == "window" else None,
         softcap=50.0 if variant == "softcap" else None,
-        normalize=False,
+        reduction="sum",
     )
     expected: Tensor | None = None
     for size in sizes:

@@ -272,7 +272,7 @@ def _add_kernel(
     tl.store(out + (batch * lines + line) * padded_tokens + start + key, total / divisor, mask=key < tokens)
 
 
-def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOptions) -> Tensor:
+def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOptions) -> tuple[Tensor, Tensor | None]:
     """See `entra_kernels.incoming_attention`; spans as in `entra_kernels/_spans.py`. q and k are read where they are.
 
     Besides the result it takes 4 bytes per token for each query head (the log-sum-exp) and for each kv head (the sums; with
@@ -280,17 +280,20 @@ def incoming_attention(q: Tensor, k: Tensor, spans: Spans, options: AttentionOpt
     `plan._most_cuts` tiles: for one sequence at most 528 KiB, times G with `per_head`.
     """
     check_products(q)
+    if spans.queries is not None or not options.usual:
+        raise RuntimeError("backend='triton' takes a query for every key, causal, without the diagonal; use backend='torch'")
     batch, heads, tokens, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    out = torch.zeros(batch, heads if options.per_head else 1, tokens, dtype=torch.float32, device=q.device)
+    by_head = options.heads == "query"
+    out = torch.zeros(batch, heads if by_head else 1, tokens, dtype=torch.float32, device=q.device)
     if spans.count and out.numel():
         cut_or_weighed = options.sliding_window is not None or options.row_weights is not None
         more = cut_or_weighed or not Factors.of(options).plain
         size = attention_launch(head_dim, group, q.element_size(), chip_of(q.device), options=more)
         with torch.cuda.device_of(q):
             _launch(q, k, spans, out, size, options)
-    return out if options.per_head else out[:, 0]
+    return (out if by_head else out[:, 0]), None
 
 
 def _launch(q: Tensor, k: Tensor, spans: Spans, out: Tensor, size: AttentionLaunch, options: AttentionOptions) -> None:
@@ -342,20 +345,21 @@ def _launch(q: Tensor, k: Tensor, spans: Spans, out: Tensor, size: AttentionLaun
                 tables.slots, heads, group, window, of_absolute, FLIPPED=options.scale < 0, **constexprs,
             )  # fmt: skip
     weights = None if options.row_weights is None else lay_out(options.row_weights.unsqueeze(1), 1.0, 0.0)
-    sums = heads if options.per_head else kv_heads
+    by_head = options.heads == "query"
+    sums = heads if by_head else kv_heads
     partial = torch.empty(tables.entries, sums, size.resident, dtype=torch.float32, device=q.device)
     if size.ring is not None and views is not None:
         hopper.column_sum(views, size.ring, size.streamed, options, negative_lse, partial, tables)
     else:
         _column_sum_kernel[(tables.entries * kv_heads,)](
             q, k, negative_lse, weights, partial, tables.pieces, tables.spans, *strides,
-            tables.slots, kv_heads, group, window, score_factors, PER_HEAD=options.per_head, AHEAD=size.ahead, **constexprs,
+            tables.slots, kv_heads, group, window, score_factors, PER_HEAD=by_head, AHEAD=size.ahead, **constexprs,
         )  # fmt: skip
     lines = out.shape[1]
     _add_kernel[(tables.slots * lines,)](
         partial, out, tables.tiles, tables.of_slot, tables.spans, tokens, kv_heads, heads, lines, window,
-        RESIDENT=size.resident, PACKED=packed, WINDOW=options.sliding_window is not None, PER_HEAD=options.per_head,
-        NORMALIZE=options.normalize, **FUSED,
+        RESIDENT=size.resident, PACKED=packed, WINDOW=options.sliding_window is not None, PER_HEAD=by_head,
+        NORMALIZE=options.reduction == "mean", **FUSED,
     )  # fmt: skip
 
 

@@ -511,6 +511,6 @@ def column_sum(
     _column_sum_kernel[(tables.entries * kv_heads,)](
         views.q_rows.descriptor(views.q, streamed), views.k_rows.descriptor(views.k, PART.value),
         lse, partial, tables.pieces, tables.spans, *views.steps, tables.slots, kv_heads, heads // kv_heads, scale,
-        HEAD_DIM=head_dim, STREAMED=streamed, STAGES=ring.stages, PACKED=batch == 1, PER_HEAD=options.per_head,
+        HEAD_DIM=head_dim, STREAMED=streamed, STAGES=ring.stages, PACKED=batch == 1, PER_HEAD=options.heads == "query",
         IN_REGISTERS=ring.in_registers, **GROUPS,
     )  # fmt: skip

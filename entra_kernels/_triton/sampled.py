@@ -215,6 +215,7 @@ def sampled_incoming_attention(
             )  # fmt: skip
         _sampled_columns_kernel[(tables.slots,)](
             q_sampled, k, negative_lse, rows, factors, weights, spread, estimate, error, tables.tiles, tables.spans,
-            *k.stride(), sampled, tokens, kv_heads, group, window, score_factors, NORMALIZE=options.normalize, **constexprs,
+            *k.stride(), sampled, tokens, kv_heads, group, window, score_factors,
+            NORMALIZE=options.reduction == "mean", **constexprs,
         )  # fmt: skip
     return estimate, error

@@ -584,7 +584,7 @@ def test_custom_op(device, backend, small_tiles):
     q, k = q.nan_to_num(), k.nan_to_num()
     torch.library.opcheck(
         torch.ops.entra_kernels.incoming_attention.default,
-        (q, k, *spans_of(arguments), backend, 0.2, None, None, None, None, None, False, True),
+        (q, k, *spans_of(arguments), None, None, None, backend, 0.2, *[None] * 5, True, False, "mean", "mean", False),
     )
 
 
@@ -592,11 +592,17 @@ def test_custom_op(device, backend, small_tiles):
 def test_custom_op_with_every_option(device, backend, small_tiles):
     q, k, arguments = problem(device, torch.float32, lengths=(20, 11), sinks=True, row_weights=True)
     q, k, weights = q.nan_to_num(), k.nan_to_num(), arguments["row_weights"].nan_to_num()
-    sinks, spans = arguments["sinks"], spans_of(arguments)
+    sinks, spans, none = arguments["sinks"], spans_of(arguments), (None, None, None)
     operation = torch.ops.entra_kernels.incoming_attention.default
-    torch.library.opcheck(operation, (q, k, *spans, backend, 0.2, 9, 3.0, sinks, None, weights, True, False))
+    if backend != "triton":
+        every = (True, True, "max", "kv", True)
+        torch.library.opcheck(operation, (q, k, *spans, *none, backend, 0.2, 9, 3.0, sinks, None, weights, *every))
     lse = torch.full(q.shape[:3], 4.0, device=device)
-    torch.library.opcheck(operation, (q, k, *spans, backend, 0.2, 9, 3.0, None, lse, weights, False, True))
+    form = (True, False, "mean", "query", False)
+    torch.library.opcheck(operation, (q, k, *spans, *none, backend, 0.2, 9, 3.0, None, lse, weights, *form))
+    placed = (q[:, :, :5], k, *spans, None, spans[0], 3)
+    if backend != "triton":
+        torch.library.opcheck(operation, (*placed, backend, 0.2, None, None, None, None, weights[:, :5], *form))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -264,7 +264,8 @@ def test_custom_op(device, backend, small_tiles):
     operation = torch.ops.entra_kernels.sampled_incoming_attention.default
     q, k, weights = q.nan_to_num(), k.nan_to_num(), arguments["row_weights"].nan_to_num()
     torch.library.opcheck(
-        operation, (q, k, *spans, backend, 8, 0, 0.2, 9, 3.0, arguments["sinks"], None, weights, False, True)
+        operation,
+        (q, k, *spans, backend, 8, 0, 0.2, 9, 3.0, arguments["sinks"], None, weights, True, False, "mean", "mean", False),
     )  # fmt: skip
 
 
@@ -275,7 +276,7 @@ def test_custom_op(device, backend, small_tiles):
         ({"sample_rows": 8.0}, TypeError, "sample_rows=8.0 must be an int, not float"),
         ({"sample_rows": True}, TypeError, "sample_rows=True must be an int"),
         ({"sample_rows": 8, "seed": -1}, ValueError, "seed=-1 must be in 0 to"),
-        ({"sample_rows": 8, "per_head": True}, ValueError, "per_head=True has no sampled form; drop sample_rows"),
+        ({"sample_rows": 8, "per_head": True}, ValueError, "heads='query' has no sampled form; drop sample_rows"),
     ],
     ids=["too few", "float", "bool", "seed", "per head"],
 )
