@@ -8,7 +8,9 @@ model goes on with what the head yields in float32, whatever the model's precisi
 transform. So an unknown transform is an error and never a silently wrong number.
 
 Rows are padded on the right and run without an attention mask, which is exact for causal models: no token sees a later one.
-Rows whose RoPE would change with a longer one beside them (`entra/rope.py`) do not share its forward.
+Rows whose RoPE would change with a longer one beside them (`entra/rope.py`) do not share its forward. A prompt may run once,
+and its rows' completions behind it (`entra/prompts.py`). A forward of either kind calls the same modules in the same order. So
+ranks that hold parts of the model need to agree on nothing but the number of forwards.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ def token_signals(
         model: a transformers causal LM or a wrapper around one. Its mode, config and hooks are as before afterwards.
         rows: token ids. Row r needs at least last[r] + 1 of them, because the first token of a sequence has no log P.
         last: how many tokens of each row are wanted. A row of 0 is left out of the forwards.
-        config: `token_budget`, `attention_statistic`, `head_reduction` and `backend` are used.
+        config: `token_budget`, `share_prompts`, `attention_statistic`, `head_reduction` and `backend` are used.
         inspector: looks at every forward.
 
     Returns:
@@ -120,7 +122,7 @@ def token_signals(
         budget = config.token_budget or (_CPU_TOKEN_BUDGET if device.type == "cpu" else _DEVICE_TOKEN_BUDGET)
         lengths, rope = [len(row) for row in rows], RopeGroups(model)
         may_share = config.share_prompts and inspector is None and why_whole(model) is None
-        groups = shared_prompts(rows, last, rope) if may_share else []
+        groups = shared_prompts(rows, last, rope, device) if may_share else []
         whole = {r for r, n in enumerate(last) if n}.difference(*groups)
         batches, *behind = [_micro_batches(members, lengths, budget, rope) for members in (whole, *groups)]
         ours = len(batches) + sum(1 + len(parts) for parts in behind)
