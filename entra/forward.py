@@ -121,7 +121,7 @@ def token_signals(
         device = model.get_input_embeddings().weight.device
         budget = config.token_budget or (_CPU_TOKEN_BUDGET if device.type == "cpu" else _DEVICE_TOKEN_BUDGET)
         lengths, rope = [len(row) for row in rows], RopeGroups(model)
-        may_share = config.share_prompts and inspector is None and why_whole(model) is None
+        may_share = inspector is None and why_whole(model, config) is None
         groups = shared_prompts(rows, last, rope, device) if may_share else []
         whole = {r for r, n in enumerate(last) if n}.difference(*groups)
         batches, *behind = [_micro_batches(members, lengths, budget, rope) for members in (whole, *groups)]

@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from entra.capture import attention_layers
+from entra.config import ScoreConfig
 from entra.packing import is_flash
 from entra.rope import RopeGroups
 
@@ -37,23 +38,32 @@ _LEAST_SHARE = 1 / 16
 _CPU_LEAST_TOKENS, _DEVICE_LEAST_TOKENS = 64, 2_048
 
 
-def why_whole(model: Any) -> str | None:
-    """Why rows of this model, a transformers causal LM without wrappers, run whole; None where their prompts may run once."""
-    config, layers = model.config.get_text_config(decoder=True), attention_layers(model)
-    if len(layers) != config.num_hidden_layers:
-        return f"{len(layers)} of its {config.num_hidden_layers} layers are attention, and the others keep a state"
+def why_whole(model: Any, config: ScoreConfig) -> str | None:
+    """Why rows run whole, in words; None where their prompts may run once.
+
+    Args:
+        model: a transformers causal LM without wrappers.
+        config: `share_prompts` and `ranking_scope` are used.
+    """
+    if not config.share_prompts:
+        return "share_prompts=False"
+    if config.ranking_scope == "sequence":
+        return "ranking_scope='sequence' ranks the prompt's tokens, too"
+    depth, layers = model.config.get_text_config(decoder=True).num_hidden_layers, attention_layers(model)
+    if len(layers) != depth:
+        return f"{len(layers)} of the model's {depth} layers are attention, and the others keep a state"
     kinds = sorted({kind for _, _, kind in layers} - _CACHED_LAYERS)
     if kinds:
-        return f"it has layers of type {', '.join(kinds)}"
+        return f"the model has layers of type {', '.join(kinds)}"
     if any(isinstance(module, nn.Conv1d) for module in model.modules()):
-        return "it has convolutions, which keep a state"
+        return "the model has convolutions, which keep a state"
     if any("past_key_values" not in inspect.signature(module.forward).parameters for _, module, _ in layers):
-        return "its attention takes no past_key_values"
+        return "the model's attention takes no past_key_values"
     implementation = layers[0][1].config._attn_implementation or "eager"
     if not (implementation in ("sdpa", "eager", "flex_attention") or is_flash(implementation)):
-        return f"what its attention function {implementation!r} makes of a cache is not known"
+        return f"what the attention function {implementation!r} makes of a cache is not known"
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
-        return "it is compiled, and would be compiled again for prompts of another length"
+        return "the model is compiled, and would be again for prompts of another length"
     return None
 
 

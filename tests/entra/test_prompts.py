@@ -63,7 +63,7 @@ def test_rows_behind_their_prompt_are_scored_as_whole_ones(family, rows):
     assert_equal(score(model, rows), score(model, rows, share_prompts=False))
     shapes = shapes_of(model, rows)
     if family in STATEFUL:
-        assert why_whole(model) == "1 of its 4 layers are attention, and the others keep a state"
+        assert why_whole(model, entra.ScoreConfig()) == "1 of the model's 4 layers are attention, and the others keep a state"
         assert shapes == shapes_of(model, rows, share_prompts=False)
     else:
         assert shapes == [(1, 30), (2, 14), (2, 9), (1, 70), (1, 12), (1, 4)]
@@ -83,12 +83,6 @@ def test_the_token_budget_holds_for_keys_too(budget, rows):
     alone = [(1, 30), (1, 14), (1, 9), (1, 9), (1, 1), (1, 70), (1, 12), (1, 4)]
     assert shapes_of(model, rows, token_budget=budget) == (alone if budget == 1 else [(1, 30), (4, 14), (1, 70), (2, 12)])
     assert_equal(score(model, rows, token_budget=budget), score(model, rows, share_prompts=False))
-
-
-def test_ranked_prompts_run_whole(rows):
-    """`ranking_scope="sequence"` wants log P and attention of the prompt's tokens, too."""
-    model, last = build("llama"), [len(row) - 1 for row in rows]
-    assert shapes_of(model, rows, last) == shapes_of(model, rows, last, share_prompts=False)
 
 
 @pytest.mark.parametrize(("family", "overrides"), CASES)
@@ -139,18 +133,38 @@ def test_a_model_that_leaves_its_cache_empty_is_refused():
         Prompt(5).behind()
 
 
-def test_why_rows_run_whole(rows, monkeypatch):
-    model = build("llama")
-    assert why_whole(model) is None
-    model.config._attn_implementation = "paged|sdpa"
-    assert why_whole(model) == "what its attention function 'paged|sdpa' makes of a cache is not known"
-    model = build("llama")
-    model.compile()
-    assert why_whole(model) == "it is compiled, and would be compiled again for prompts of another length"
-    model = build("llama")
-    model.model.convolution = torch.nn.Conv1d(1, 1, 1)
-    assert why_whole(model) == "it has convolutions, which keep a state"
-    model = build("llama")
-    attention = model.model.layers[0].self_attn
-    monkeypatch.setattr(attention, "forward", lambda hidden_states, layer_past=None: None)
-    assert why_whole(model) == "its attention takes no past_key_values"
+def test_why_rows_run_whole(monkeypatch):
+    def why(change=lambda model: None, **options):
+        model = build("llama")
+        change(model)
+        return why_whole(model, entra.ScoreConfig(**options))
+
+    def unknown_attention(model):
+        model.config._attn_implementation = "paged|sdpa"
+
+    def another_cache(model):
+        monkeypatch.setattr(model.model.layers[0].self_attn, "forward", lambda hidden_states, layer_past=None: None)
+
+    def convolution(model):
+        model.model.convolution = torch.nn.Conv1d(1, 1, 1)
+
+    assert why() is None
+    assert why(share_prompts=False) == "share_prompts=False"
+    assert why(ranking_scope="sequence") == "ranking_scope='sequence' ranks the prompt's tokens, too"
+    assert why(unknown_attention) == "what the attention function 'paged|sdpa' makes of a cache is not known"
+    assert why(another_cache) == "the model's attention takes no past_key_values"
+    assert why(convolution) == "the model has convolutions, which keep a state"
+    assert why(lambda model: model.compile()) == "the model is compiled, and would be again for prompts of another length"
+    assert why(lambda model: setattr(model.config, "num_hidden_layers", 3)).startswith("2 of the model's 3 layers")
+
+
+def test_rows_run_whole_where_there_is_a_reason(rows):
+    model, last = build("llama"), [len(row) - 1 for row in rows]
+    prompts, completions = zip(*((row[:-n], row[-n:]) for row, n in zip(rows, LAST, strict=True)), strict=True)
+    shapes = shapes_of(model, rows, share_prompts=False)
+    assert {shape[1] for shape in shapes} == {82, 74, 44, 39}
+    calls = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    config = entra.ScoreConfig(ranking_scope="sequence", token_budget=BUDGET)
+    entra.score_batch(prompts, completions, model=model, config=config)
+    assert calls == shapes == shapes_of(model, rows, last, ranking_scope="sequence")
