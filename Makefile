@@ -13,7 +13,7 @@ DEEPSPEED_PIP := .venv-deepspeed/bin/python -m pip --disable-pip-version-check
 VERL_PIP := .venv-verl/bin/python -m pip --disable-pip-version-check
 ENGINES_PIP := .venv-engines/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs smoke test-lowest test-versions test-deepspeed test-vllm test-verl test-engines bench evidence \
+.PHONY: demo test lint docs hub smoke test-lowest test-versions test-deepspeed test-vllm test-verl test-engines bench evidence \
     evidence-full experiments real-traces gpu gpu-again gpu-train gpu-wheels rehearse compile-all compile-tritons static-proof clean
 .NOTPARALLEL:  # targets share environments, and use all cores by themselves
 
@@ -58,6 +58,11 @@ DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["proje
 
 docs: .venv-docs/done
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
+
+# The kernels alone, for Hugging Face's kernel-builder and its loader: build/hub. docs/kernels.md says how they are used.
+hub:
+	rm -rf build/hub
+	$(PYTHON) .ci/hub.py build/hub
 
 # The sdist and, out of it, the wheel, installed as a user does, without extras.
 smoke:

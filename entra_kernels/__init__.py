@@ -29,3 +29,4 @@ __all__ = [
     "redundancy",
     "token_logprobs",
 ]
+__version__ = "0.2.0"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._checks import accumulation_dtype, choose_backend
+from ._ops import add_op_namespace_prefix
 from ._sampling import draw
 from ._spans import Queries, Spans
 from .reference import AttentionOptions, RedundancyOptions
@@ -99,7 +100,7 @@ def _attention_call(
 
 
 @torch.library.custom_op(
-    "entra_kernels::incoming_attention",
+    add_op_namespace_prefix("incoming_attention"),
     mutates_args=(),
     schema=f"({_ATTENTION}, {_QUERIES}, str backend, {_FLAT_OPTIONS}) -> Tensor[]",
 )
@@ -136,7 +137,7 @@ def _(q, k, starts, ends, sequences, query_bounds, query_places, last, backend, 
 
 
 @torch.library.custom_op(
-    "entra_kernels::sampled_incoming_attention",
+    add_op_namespace_prefix("sampled_incoming_attention"),
     mutates_args=(),
     schema=f"({_ATTENTION}, str backend, SymInt sample_rows, SymInt seed, {_FLAT_OPTIONS}) -> (Tensor, Tensor)",
 )
@@ -163,7 +164,7 @@ def _(q, *arguments):  # type: ignore[no-untyped-def]
     return tuple(q.new_empty((batch, tokens), dtype=accumulation_dtype(q.dtype)) for _ in range(2))
 
 
-@torch.library.custom_op("entra_kernels::token_logprobs", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("token_logprobs"), mutates_args=())
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float, backend: str) -> Tensor:
     """logits [..., V] with any strides, targets [...]. Returns [...]."""
     module = _implementation(backend, logits)
@@ -193,7 +194,7 @@ def _selected(hidden: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Te
     return torch.atleast_2d(hidden)[place], torch.atleast_1d(targets)[place], ~outside
 
 
-@torch.library.custom_op("entra_kernels::linear_token_logprobs", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("linear_token_logprobs"), mutates_args=())
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -239,7 +240,7 @@ def _(hidden, weight, targets, rows, bias, logit_scale, softcap, temperature, en
     return [hidden.new_empty(count, dtype=dtype) for _ in range(2 if entropy else 1)]
 
 
-@torch.library.custom_op("entra_kernels::copies", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("copies"), mutates_args=())
 def copies(token_ids: Tensor, cu_seqlens: Tensor, ngram: int, backend: str) -> Tensor:
     """Packed, [T] and [S + 1]. Returns bool [T]."""
     module = _implementation(backend, token_ids)
@@ -252,7 +253,7 @@ def _(token_ids, cu_seqlens, ngram, backend):  # type: ignore[no-untyped-def]
     return token_ids.new_empty(token_ids.shape, dtype=torch.bool)
 
 
-@torch.library.custom_op("entra_kernels::first_places", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("first_places"), mutates_args=())
 def first_places(token_ids: Tensor, cu_seqlens: Tensor, ngram: int, backend: str) -> Tensor:
     """Packed, [T] and [S + 1]. Returns int64 [T]."""
     module = _implementation(backend, token_ids)
@@ -271,7 +272,7 @@ def _check_packed(cu_seqlens: Tensor, packed: Tensor) -> None:
     Spans(starts, ends, starts.shape[0], tokens=packed.shape[0], batch=1).check(packed.device)
 
 
-@torch.library.custom_op("entra_kernels::redundancy", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("redundancy"), mutates_args=())
 def redundancy(
     logprobs: Tensor,
     incoming: Tensor,

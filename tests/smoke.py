@@ -48,7 +48,7 @@ def check_files() -> None:
 def check_metadata() -> None:
     """What a package index shows."""
     metadata = importlib.metadata.metadata("entra-reward")
-    assert metadata["Version"] == entra.__version__
+    assert metadata["Version"] == entra.__version__ == entra_kernels.__version__
     assert {"Typing :: Typed", "Operating System :: POSIX :: Linux"} <= set(metadata.get_all("Classifier"))
     description = metadata["Description"] or metadata.get_payload()
     assert "pip install" in description

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import entra
+import entra_kernels
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TEXTS = [
@@ -41,7 +44,7 @@ class TestName:
 
     def test_readme_installs_the_wheel_that_is_built(self):
         named = set(re.findall(r"dist/([\w.-]+\.whl)\[train\]", (ROOT / "README.md").read_text()))
-        assert named == {f"entra_reward-{PROJECT['version']}-py3-none-any.whl"}
+        assert named == {f"entra_reward-{entra.__version__}-py3-none-any.whl"}
 
     def test_every_extra_that_a_text_names_exists(self):
         names = {
@@ -54,6 +57,11 @@ class TestName:
 
 
 class TestWhatItSaysOfItself:
+    def test_both_packages_have_the_version_of_the_distribution(self):
+        # It is read out of one of them; `make smoke` asks the wheel.
+        assert "version" in PROJECT["dynamic"]
+        assert entra.__version__ == entra_kernels.__version__
+
     def test_it_is_typed_and_names_no_address_that_does_not_exist(self):
         assert "Typing :: Typed" in PROJECT["classifiers"]
         assert all((ROOT / package / "py.typed").is_file() for package in ("entra", "entra_kernels"))

@@ -98,11 +98,13 @@ def test_against_peers(results, once, tokens):
     records = compare_attention(results, f"N = {tokens}", q, k, sweep="tokens")
     once(lambda: incoming_attention(q, k))
     if results.asserts():
-        ours, given_lse = records["ours"]["ms"], records["ours, given LSE"]["ms"]
+        # The quickest round of each: a busy machine disturbs some rounds, and not those of all alike.
+        quickest = {name: record["ms_low"] for name, record in records.items() if "ms_low" in record}
+        ours, given_lse, forward = (quickest[name] for name in ("ours", "ours, given LSE", "SDPA forward"))
         # At 1,024 tokens eager took 20 to 55 ms on one machine, by how warm its 120 MiB were: 2.4 to 6.4 times ours.
-        assert records["eager"]["ms"] / ours >= (3.5 if tokens > 1024 else 1.5)
-        assert ours / records["SDPA forward"]["ms"] <= 1.5
-        assert tokens < 4096 or given_lse / records["SDPA forward"]["ms"] <= 1.0
+        assert quickest["eager"] / ours >= (3.5 if tokens > 1024 else 1.5)
+        assert ours / forward <= 1.5
+        assert tokens < 4096 or given_lse / forward <= 1.0
 
 
 @pytest.mark.priority(40)

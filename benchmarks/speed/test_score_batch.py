@@ -77,7 +77,7 @@ def test_score_batch(results, once, build):
         "score_batch",
         case,
         runs,
-        rounds=by_size(tiny=2, small=5, full=7),
+        rounds=by_size(tiny=2, small=3, full=7),
         seconds=by_size(tiny=1, small=20, full=8),
         tokens=TOKENS,
     )
