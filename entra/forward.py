@@ -112,7 +112,7 @@ def token_signals(
         ValueError: no layer of the model can be scored (see `entra.capture`).
         RuntimeError: the model has no head that can be hooked, or changes its logits in a way that is not known.
     """
-    from entra.prompts import shared_prompts, why_whole
+    from entra.prompts import shared_prompts, tokens_of_a_forward, why_whole
 
     model = unwrapped(model)
     _register_head(model)
@@ -124,7 +124,9 @@ def token_signals(
         may_share = inspector is None and why_whole(model, config) is None
         groups = shared_prompts(rows, last, rope, device) if may_share else []
         whole = {r for r, n in enumerate(last) if n}.difference(*groups)
-        batches, *behind = [_micro_batches(members, lengths, budget, rope) for members in (whole, *groups)]
+        batches = _micro_batches(whole, lengths, budget, rope)
+        most = tokens_of_a_forward(device)
+        behind = [_micro_batches(members, lengths, budget, rope, most) for members in groups]
         ours = len(batches) + sum(1 + len(parts) for parts in behind)
         # Asked before the first forward: a rank that waits here takes part in nobody's forward.
         forwards = _most_forwards(ours) if forwards_are_collective(model) else ours
@@ -201,13 +203,20 @@ def _register_head(model: Any) -> None:
             register_external_parameter(causal_lm, weight)
 
 
-def _micro_batches(rows: Iterable[int], lengths: Sequence[int], token_budget: int, groups: RopeGroups) -> list[list[int]]:
+def _micro_batches(
+    rows: Iterable[int], lengths: Sequence[int], token_budget: int, groups: RopeGroups, most_pads: int | None = None
+) -> list[list[int]]:
     """The indices `rows` in batches, longest first. The padded tokens of a batch stay within the budget (one row always fits),
-    and its rows have the same RoPE as alone."""
+    no row has more pads than `most_pads`, and all have the same RoPE as alone."""
     batches: list[list[int]] = []
     for r in sorted(rows, key=lambda r: (-lengths[r], r)):
         longest = lengths[batches[-1][0]] if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= token_budget and groups.of(longest) == groups.of(lengths[r]):
+        if (
+            batches
+            and longest * (len(batches[-1]) + 1) <= token_budget
+            and (most_pads is None or longest - lengths[r] <= most_pads)
+            and groups.of(longest) == groups.of(lengths[r])
+        ):
             batches[-1].append(r)
         else:
             batches.append([r])

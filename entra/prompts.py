@@ -31,11 +31,17 @@ from entra.rope import RopeGroups
 # Layers that see all earlier tokens, or a window of them.
 _CACHED_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
 
-# A prompt runs once where at least this share of the group's tokens is saved, and so many tokens that they outweigh a forward
-# more. On a CPU (SmolLM2) saving 16 tokens lost time, and saving 48 won some. On a GPU it was not measured; a forward of 2,048
-# tokens is taken for one that hardly keeps it busy.
 _LEAST_SHARE = 1 / 16
-_CPU_LEAST_TOKENS, _DEVICE_LEAST_TOKENS = 64, 2_048
+"""A prompt runs once where at least this share of its group's tokens is saved."""
+
+
+def tokens_of_a_forward(device: torch.device) -> int:
+    """How many tokens cost as much as a forward more: so many must be saved at least, and no more are padded to save a forward.
+
+    On a CPU a forward of SmolLM2 costs about 20 tokens. On a GPU it was not measured: a forward of 2,048 tokens is taken for
+    one that hardly keeps it busy.
+    """
+    return 32 if device.type == "cpu" else 2_048
 
 
 def why_whole(model: Any, config: ScoreConfig) -> str | None:
@@ -78,7 +84,7 @@ def shared_prompts(
         rope: of the model. A prompt that has another RoPE alone than in its row is in no group.
         device: the model's.
     """
-    least = _CPU_LEAST_TOKENS if device.type == "cpu" else _DEVICE_LEAST_TOKENS
+    least = tokens_of_a_forward(device)
     groups: dict[tuple[int, ...], list[int]] = {}
     for r, (row, n) in enumerate(zip(rows, last, strict=True)):
         if n and rope.of(len(row) - n) == rope.of(len(row)):

@@ -103,17 +103,23 @@ def test_a_prompt_runs_once_where_that_saves_tokens(rows):
     assert shared_prompts(rows, [0] * len(rows), rope, cpu) == []
     assert shared_prompts(rows, LAST, rope, torch.device("cuda")) == []
     for prompt, completion, count, device, runs_once in (
-        (64, 9, 1, "cpu", False),
-        (64, 9, 2, "cpu", True),
-        (63, 9, 2, "cpu", False),  # 63 tokens
-        (64, 448, 2, "cpu", True),
-        (64, 449, 2, "cpu", False),  # less than a 16th
+        (32, 9, 1, "cpu", False),
+        (32, 9, 2, "cpu", True),
+        (31, 9, 2, "cpu", False),  # 31 tokens
+        (32, 224, 2, "cpu", True),
+        (32, 225, 2, "cpu", False),  # less than a 16th
         (1024, 9, 2, "cuda", False),
         (1024, 9, 3, "cuda", True),
     ):
         group = [[5] * (prompt + completion)] * count
         found = shared_prompts(group, [completion] * count, rope, torch.device(device))
         assert found == ([list(range(count))] if runs_once else [])
+
+
+def test_completions_of_very_unequal_lengths_share_no_forward():
+    """On a CPU 32 pads cost more than another forward."""
+    rows = [random_ids(40)[0] + completion for completion in random_ids(50, 18, 17, 3, seed=1)]
+    assert shapes_of(build("llama"), rows, [50, 18, 17, 3], token_budget=1_000) == [(1, 40), (2, 50), (2, 17)]
 
 
 def test_a_prompt_keeps_no_keys_of_its_completions(rows):
