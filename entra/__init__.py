@@ -15,7 +15,7 @@ TYPE_CHECKING = False  # typing takes longer than all else here, and Ctrl-C is n
 if TYPE_CHECKING:
     from typing import Any
 
-    from entra.capture import capture_incoming_attention
+    from entra.capture import capture_attention, capture_incoming_attention
     from entra.config import ScoreConfig
     from entra.diagnosis import doctor
     from entra.policy import bind_policy
@@ -31,6 +31,7 @@ _MODULES = {
     "ScoreConfig": "config",
     "Scores": "score",
     "bind_policy": "policy",
+    "capture_attention": "capture",
     "capture_incoming_attention": "capture",
     "doctor": "diagnosis",
     "score_batch": "score",
@@ -44,6 +45,7 @@ __all__ = [
     "ScoreConfig",
     "Scores",
     "bind_policy",
+    "capture_attention",
     "capture_incoming_attention",
     "doctor",
     "score_batch",

@@ -1,7 +1,7 @@
 """Incoming attention out of one forward of any transformers causal LM, without an N x N matrix.
 
 Attention modules of transformers look their attention function up by name, in `config._attn_implementation`, on every
-call, and hand it q and k after RoPE and q/k norms. So for the length of a `with` block the *one* module that is scored
+call, and hand it q and k after RoPE and q/k norms. So for the length of a `with` block each module that is scored
 gets a shallow copy of its config that names a function of ours. That function puts the module's own config back, calls
 the function that would have run, and reduces q and k to incoming attention. Everything else (the masks, which are built
 from the model's config, the other layers, the class) is untouched: the logits stay bit-identical.
@@ -13,12 +13,12 @@ Decisions taken here:
   that packs several is never scored as one.
 - What would make a result wrong is looked at on the device and reported when the result is read, so that no forward waits.
 - Scale, window, softcap and sinks are those that the attention call receives, head sizes those of its tensors. The
-  config decides only which layer is scored.
+  config decides only which layers are scored.
 - Attention runs first. Where it computes the log-sum-exp of these scores anyway, the reduction takes it, and the Triton kernels
   need one pass over them instead of two (`entra/attention_lse.py`).
 - With a cache, the queries are the last tokens of the keys. A result has a column for every token up to now. No query sees keys
   that a sliding cache has dropped: they get 0.
-- Tensor parallelism gives each rank some of the heads. One all-reduce of the result, [B, N], makes it that of all of them.
+- Tensor parallelism gives each rank some of the heads. One exchange of the result makes it that of all of them.
 - The name that is registered ends in the original one (`entra_capture|flash_attention_2`), because models ask whether
   "flash" is in the name before they pad v (MLA).
 """
@@ -168,8 +168,41 @@ OverRanks = Callable[[Tensor], Tensor]
 """From a result over the heads of this rank to that over the heads of all ranks; every rank must call it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The options of `capture_attention` that say what is computed."""
+
+    heads: str
+    queries: int | Tensor | None
+    reduction: str
+    include_diagonal: bool
+    accumulate: bool
+    backend: str
+    reuse_lse: bool
+
+    @property
+    def by_head(self) -> bool:
+        """Whether the operation must return each query head: adding up parts of a sequence comes before that over heads."""
+        return self.heads == "max" or self.accumulate
+
+    def __post_init__(self) -> None:
+        for option, allowed in (("heads", ("mean", "max", "query", "kv")), ("reduction", ("mean", "lift", "sum", "max"))):
+            value = getattr(self, option)
+            if value not in allowed:
+                raise ValueError(f"{option}={shown(value)} must be one of {', '.join(map(repr, allowed))}")
+        if self.accumulate and self.reduction not in ("sum", "max"):
+            raise ValueError(
+                f"accumulate=True needs reduction='sum' or 'max', but reduction={self.reduction!r}: means of several forwards "
+                "do not add up; take the sum, and divide it by the number of queries"
+            )
+        if isinstance(self.queries, Tensor) and self.queries.dtype != torch.bool:
+            raise TypeError(
+                f"queries has dtype {self.queries.dtype}; a tensor of queries must be bool, true where a query counts"
+            )
+
+
 class Capture:
-    """What `capture_incoming_attention` yields: the result of the last forward run inside the block."""
+    """One layer of a capture: the result of the last forward run inside the block."""
 
     def __init__(
         self,
@@ -181,12 +214,8 @@ class Capture:
         layer_type: str,
         unpackable: str | None,
         rope: RopeGroups,
-        arguments_of: Callable[..., dict[str, Any]],
         device_mesh: Any,
-        statistic: str,
-        head_reduction: str,
-        backend: str,
-        reuse_lse: bool,
+        asked: _Asked,
     ) -> None:
         self._config = config
         self._attend = attend
@@ -197,13 +226,10 @@ class Capture:
         self._uniform = getattr(config, "layer_types", None) is None
         self._unpackable = unpackable
         self._rope = rope
-        self._arguments_of = arguments_of
         self._device_mesh = device_mesh
-        self._statistic = statistic
-        self._head_reduction = head_reduction
-        self._backend = backend
-        self._reuse_lse = reuse_lse
+        self._asked = asked
         self._result: tuple[Tensor, CapturedLayer, list[Tensor] | None] | None = None
+        self._so_far: Tensor | None = None  # of forwards that are parts of one sequence, by query head
         self._doubts: list[_Doubt] = []
         self._checked = False
         self._positions: Any = None
@@ -215,14 +241,9 @@ class Capture:
         self.refuse_other_rope = True
         """Whether rows that have another RoPE in the forward than alone are an error; False for who leaves them out."""
 
-    def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """The pre-forward hook of the model: some models do not hand `position_ids` on to their attention (GPT-BigCode)."""
-        given = self._arguments_of(args, kwargs)
-        self._positions, self._cache = given.get("position_ids"), given.get("past_key_values")
-
-    def _after(self) -> None:
-        """At the end of the block: what the model was called with is the caller's."""
-        self._positions = self._cache = None
+    def called_with(self, arguments: dict[str, Any]) -> None:
+        """What the model is called with, by name: some do not hand `position_ids` on to their attention (GPT-BigCode)."""
+        self._positions, self._cache = arguments.get("position_ids"), arguments.get("past_key_values")
 
     def _tokens(self, k: Tensor) -> int:
         """How many tokens the rows of k [B, Hkv, Nk, D] have up to now, those that a sliding cache has dropped included."""
@@ -235,7 +256,7 @@ class Capture:
 
     @property
     def incoming(self) -> Tensor:
-        """Incoming attention, float32 [B, N], zeros outside the sequences; [1, T] for packed rows.
+        """Incoming attention, float32 [B, N], zeros outside the sequences; [1, T] for packed rows. Heads come between the two.
 
         RuntimeError before a forward, or when attention did not keep apart what was to be scored.
         """
@@ -255,7 +276,7 @@ class Capture:
         incoming, _, packed = self._finished()
         if packed is None:
             return None
-        tokens = incoming.shape[1]
+        tokens = incoming.shape[-1]
         first = [cu_seqlens[:-1] + row * tokens for row, cu_seqlens in enumerate(packed)]
         return torch.cat([*first, packed[-1][-1:] + (len(packed) - 1) * tokens])
 
@@ -263,7 +284,7 @@ class Capture:
         if self._result is None:
             raise RuntimeError(
                 f"nothing was captured: the attention of {self._name!r} did not run inside the with block. Inside "
-                "it, call the model that was given to capture_incoming_attention, or a wrapper around it"
+                "it, call the model that was given to the capture, or a wrapper around it"
             )
         if not self._checked:
             for doubt in self._doubts:
@@ -273,7 +294,7 @@ class Capture:
 
     def _refuse_unscorable(self, module: Any, q: Tensor, k: Tensor, mask: Any, arguments: dict[str, Any]) -> None:
         """Raise for an attention call that start and length do not describe; q [B, H, N, D], k [B, Hkv, N, D]."""
-        batch = q.shape[0]
+        batch, _, tokens, _ = q.shape
         unscorable = [name for name in _UNSCORABLE_ARGUMENTS if arguments.get(name) is not None]
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
             unscorable.append("a mask per head")  # Doge's dynamic sparse mask
@@ -290,6 +311,12 @@ class Capture:
                     f"{name} has shape {tuple(value.shape)} but the forward ran a batch of {batch}; "
                     f"give one entry per row, shape ({batch},)"
                 )
+        queries = self._asked.queries
+        if isinstance(queries, Tensor) and queries.shape != (batch, tokens):
+            raise ValueError(
+                f"queries has shape {tuple(queries.shape)} but the forward ran {batch} rows of {tokens} tokens; "
+                f"give each token of this forward an entry, shape ({batch}, {tokens})"
+            )
         if self._cu_seqlens is not None and batch != 1:
             raise ValueError(
                 f"cu_seqlens describes one row of packed sequences, [1, T], but the forward ran a batch of {batch}. "
@@ -306,7 +333,7 @@ class Capture:
         tokens = self._tokens(k)
         held = min(k.shape[2], tokens)
         cached = tokens - q.shape[2]
-        self._doubts, self._checked = [], False
+        self._doubts, self._checked = self._doubts if self._asked.accumulate else [], False
         found = separation(self._implementation, mask, arguments, q, self._positions, held)
         if self._cu_seqlens is not None:
             if cached:
@@ -425,7 +452,7 @@ class Capture:
         do queries behind a cache.
         """
         if (
-            not self._reuse_lse
+            not self._asked.reuse_lse
             or packed is not None
             or self._start is not None
             or cached
@@ -459,35 +486,53 @@ class Capture:
         known = None if known_lse is None else known_lse(q, k, scale=scale, sliding_window=window, softcap=softcap)
         lse, lse_source = (None, None) if known is None else known
 
-        over_ranks = partial(_over_ranks, self._heads_over(module), self._head_reduction)
+        group = self._heads_over(module)
+        if self._asked.heads in ("query", "kv") and q.shape[1] == self._config.num_attention_heads:
+            group = None  # tensor parallelism leaves the heads of some models whole (Phi-3)
+        over_ranks = partial(_over_ranks, group, self._asked.heads)
         options: dict[str, Any] = {"scale": scale, "sliding_window": window, "softcap": softcap, "sinks": sinks}
+        chosen = self._asked.queries if isinstance(self._asked.queries, Tensor) else None
         if packed is None:
             start = None if self._start is None else self._start.to(q.device)
             length = None if self._length is None else self._length.to(q.device)
             weights = None
-            if self._statistic == "lift":
+            if self._asked.reduction == "lift":
                 weights = _visible_keys(batch, tokens, start, window, q.device)[:, tokens - queries :]
-            if dropped and (start is not None or length is not None):
+            if dropped or chosen is not None:
                 first = torch.zeros(batch, dtype=torch.long, device=q.device) if start is None else start
-                end = tokens if length is None else first + length
+                end = torch.full_like(first, tokens) if length is None else first + length
+            if dropped:
                 start = (first - dropped).clamp(min=0)
                 length = (end - dropped - start).clamp(min=0)
             given = {"start": start, "length": length, **options, "row_weights": weights}
-            incoming = self._incoming(q, k, lse, given, over_ranks)
+            incoming = self._incoming(q, k, lse, given, over_ranks, chosen)
             if dropped:
                 incoming = nn.functional.pad(incoming, (dropped, 0))
+            if chosen is not None:
+                incoming = self._over_chosen(incoming, chosen, first[:, None], end[:, None], window)
         else:
             parts = []
             for row, cu_seqlens in enumerate(packed):
                 sequence, position = places(cu_seqlens, tokens)
-                weights = position.clamp(min=1, max=window).float() if self._statistic == "lift" else None
+                weights = position.clamp(min=1, max=window).float() if self._asked.reduction == "lift" else None
                 length = None if self._length is None else self._length.to(q.device)
                 spans = cu_seqlens if length is None else shortened(cu_seqlens, length)
                 given = {"cu_seqlens": spans, **options, "row_weights": weights}
-                part = self._incoming(q[row].transpose(0, 1), k[row].transpose(0, 1), None, given, over_ranks)
+                mine = None if chosen is None else chosen[row]
+                part = self._incoming(q[row].transpose(0, 1), k[row].transpose(0, 1), None, given, over_ranks, mine)
+                if mine is not None:
+                    span, _ = places(spans, tokens)
+                    part = self._over_chosen(part, mine, spans[:-1][span], spans[1:][span], window)
                 # What is left of a sequence beyond its length was scored as one.
                 parts.append(part if length is None else part.masked_fill(position > length[sequence], 0.0))
             incoming = torch.stack(parts)
+        if self._asked.accumulate:
+            if self._so_far is not None:
+                before = nn.functional.pad(self._so_far, (0, tokens - self._so_far.shape[-1]))
+                incoming = before + incoming if self._asked.reduction == "sum" else before.maximum(incoming)
+            self._so_far = incoming
+        if self._asked.by_head:
+            incoming = _over_heads(incoming, self._asked.heads, k.shape[1])
         self._result = (
             over_ranks(incoming),
             CapturedLayer(
@@ -503,13 +548,48 @@ class Capture:
             packed,
         )
 
-    def _incoming(self, q: Tensor, k: Tensor, lse: Tensor | None, options: dict[str, Any], over_ranks: OverRanks) -> Tensor:
-        """`incoming_attention` reduced over this rank's heads as asked for: [B, N] of padded, [T] of packed q and k."""
+    def _incoming(
+        self, q: Tensor, k: Tensor, lse: Tensor | None, options: dict[str, Any], over_ranks: OverRanks, chosen: Tensor | None
+    ) -> Tensor:
+        """`incoming_attention` of padded or packed q and k over this rank's heads; the sum over chosen queries."""
         if self.inspect is not None:
             self.inspect(q, k, options, over_ranks)
-        per_head = self._head_reduction == "max"
-        incoming = incoming_attention(q, k, lse=lse, per_head=per_head, backend=self._backend, **options)
-        return incoming.amax(dim=-2) if per_head else incoming
+        asked = self._asked
+        reduction = "mean" if asked.reduction == "lift" else asked.reduction
+        if chosen is not None:
+            weights = options["row_weights"]
+            options = {**options, "row_weights": chosen.to(q.device).float() * (1 if weights is None else weights)}
+            reduction = "sum" if reduction == "mean" else reduction  # the mean over the chosen queries: `_over_chosen`
+        return incoming_attention(
+            q,
+            k,
+            lse=lse,
+            heads="query" if asked.by_head else asked.heads,
+            last=asked.queries if isinstance(asked.queries, int) else None,
+            reduction=reduction,
+            include_diagonal=asked.include_diagonal,
+            backend=asked.backend,
+            **options,
+        )
+
+    def _over_chosen(self, incoming: Tensor, chosen: Tensor, first: Tensor, end: Tensor, window: int | None) -> Tensor:
+        """A sum over chosen queries [..., Nq] divided by how many of them see the key, where a mean was asked for.
+
+        The queries are the last tokens of `incoming` [..., N] or [..., H, N]. A token's sequence is `first` to before `end`.
+        """
+        if self._asked.reduction in ("sum", "max"):
+            return incoming
+        tokens = incoming.shape[-1]
+        token = torch.arange(tokens, device=incoming.device)
+        counts = (
+            nn.functional.pad(chosen.to(incoming.device), (tokens - chosen.shape[-1], 0)) & (token >= first) & (token < end)
+        )
+        before = nn.functional.pad(counts.cumsum(-1), (1, 0))  # how many of them there are before each token, and before none
+        own = token + (not self._asked.include_diagonal)
+        last = (token + (window or tokens)).minimum(end).maximum(own)
+        seen = before.gather(-1, last.expand_as(counts)) - before.gather(-1, own.expand_as(counts))
+        seen = seen if incoming.ndim == seen.ndim else seen.unsqueeze(-2)
+        return incoming / seen.clamp(min=1)
 
     def _heads_over(self, module: Any) -> Any:
         """The process group that tensor parallelism spreads the module's heads over; None where this rank has all of them."""
@@ -535,6 +615,117 @@ class Capture:
         else:  # a config may carry a sliding_window that its model never reads
             window = None
         return None if window is None else int(window)
+
+
+@contextmanager
+def capture_attention(
+    model: nn.Module,
+    *,
+    layers: int | Sequence[int] | None = None,
+    heads: str = "mean",
+    queries: int | Tensor | None = None,
+    reduction: str = "mean",
+    include_diagonal: bool = False,
+    accumulate: bool = False,
+    start: Tensor | Sequence[int] | None = None,
+    length: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    backend: str = "auto",
+    reuse_lse: bool = True,
+) -> Iterator[dict[int, Capture]]:
+    """Attention that keys receive in chosen layers, from chosen queries, during the forwards inside a `with` block.
+
+        with capture_attention(model, layers=[3, -1], heads="kv", queries=64) as captured:
+            model(input_ids, past_key_values=cache)
+        captured[3].incoming  # float32 [B, Hkv, N]
+
+    It is for those who evict keys from a cache, prune tokens or assign credit by attention. It needs neither eager attention
+    nor changed model files. `capture_incoming_attention` is this for one layer, and says more about packed rows and caches.
+
+    Args:
+        model: as for `capture_incoming_attention`.
+        layers: indices of decoder layers; -1 is the last. None: every layer with a softmax over all earlier tokens or a window.
+        heads: "mean" over all query heads, [B, N]; "max" over them; "query", each by itself, [B, H, N]; "kv", the mean over the
+            query heads of each key-value head, [B, Hkv, N].
+        queries: w >= 1, only the last w of each sequence (an observation window, in time O(N w)). Or bool [B, N], true for
+            those that count. Packed rows are [1, T]; behind a cache N counts the tokens of this forward. None: all.
+        reduction: over the queries that count and see the key: "mean", "sum" or "max". "lift" is the mean of the attention as a
+            multiple of the query's uniform share. Keys that no such query sees get 0. It comes before that over heads.
+        include_diagonal: whether a query counts for its own key.
+        accumulate: whether the forwards inside the block are parts of one sequence (prefill in chunks, decoding), whose sums or
+            maxima go on. Not with "mean" and "lift", and not around gradient checkpointing, which runs a forward twice.
+        start: int [B], each row's first token; this and the next four are as for `capture_incoming_attention`.
+        length: int [B], each row's count of tokens.
+        cu_seqlens: int [S + 1], the sequences packed into one row.
+        backend: of `entra_kernels.incoming_attention`.
+        reuse_lse: take the log-sum-exp that the attention call computes, if it computes one.
+
+    Yields:
+        A dict of the layers, by their indices from 0.
+
+    Raises:
+        ValueError: a layer has no softmax that can be scored, or an option is unknown. Or queries, start, length or cu_seqlens
+            do not fit the batch or each other.
+        TypeError: queries is a tensor but not bool, or start, length or cu_seqlens are not whole numbers.
+        RuntimeError: as for `capture_incoming_attention`.
+
+    Source: docs/method.md, incoming attention.
+    """
+    asked = _Asked(
+        heads=heads,
+        queries=queries,
+        reduction=reduction,
+        include_diagonal=include_diagonal,
+        accumulate=accumulate,
+        backend=backend,
+        reuse_lse=reuse_lse,
+    )
+    first, count = _whole_numbers("start", start), _whole_numbers("length", length)
+    packed = _whole_numbers("cu_seqlens", cu_seqlens)
+    _check_packed(first, count, packed)
+    captures: dict[int, Capture] = {}
+    modules: list[tuple[Any, Any]] = []
+    arguments_of = _arguments_of(model)
+    of_all: dict[str, Any] = {
+        "unpackable": _unpackable(model),
+        "rope": RopeGroups(_transformers_model(model)),
+        "device_mesh": _tensor_parallel_mesh(model),
+        "asked": asked,
+    }
+    for index, (name, module, layer_type) in _chosen_layers(model, layers).items():
+        config = module.config
+        captures[index] = Capture(
+            config=config,
+            attend=_attention_function(name, module),
+            index=index,
+            name=name,
+            layer_type=layer_type,
+            **of_all,
+        )
+        captures[index].expect(start=first, length=count, cu_seqlens=packed)
+        swapped = copy.copy(config)
+        # The public setter writes through to sub-configs, which the copy shares with the original.
+        swapped._attn_implementation_internal = _registered_name(config._attn_implementation)
+        swapped._entra_capture = captures[index]
+        modules.append((module, swapped))
+
+    def before(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        for capture in captures.values():
+            capture.called_with(arguments_of(args, kwargs))
+
+    # A model compiled in place would trace the hook and keep it.
+    hooked = getattr(model, "_compiled_call_impl", None) is None
+    handle = model.register_forward_pre_hook(before, with_kwargs=True) if hooked else None
+    for module, swapped in modules:
+        module.config = swapped
+    try:
+        yield captures
+    finally:
+        for (module, _), capture in zip(modules, captures.values(), strict=True):
+            module.config = capture._config
+            capture.called_with({})
+        if handle is not None:
+            handle.remove()
 
 
 @contextmanager
@@ -611,44 +802,20 @@ def capture_incoming_attention(
     ):
         if value not in allowed:
             raise ValueError(f"{option}={shown(value)} must be one of {', '.join(map(repr, allowed))}")
-
-    first, count = _whole_numbers("start", start), _whole_numbers("length", length)
-    packed = _whole_numbers("cu_seqlens", cu_seqlens)
-    _check_packed(first, count, packed)
-    name, module, layer_type = scored_layer(model)
-    config = module.config
-    original = config._attn_implementation
-    capture = Capture(
-        config=config,
-        attend=_attention_function(name, module),
-        index=_layer_index(model, name, module),
-        name=name,
-        layer_type=layer_type,
-        unpackable=_unpackable(model),
-        rope=RopeGroups(_transformers_model(model)),
-        arguments_of=_arguments_of(model),
-        device_mesh=_tensor_parallel_mesh(model),
-        statistic=statistic,
-        head_reduction=head_reduction,
+    name, module, _ = scored_layer(model)
+    index = _layer_index(model, name, module)
+    with capture_attention(
+        model,
+        layers=index,
+        heads=head_reduction,
+        reduction=statistic,
+        start=start,
+        length=length,
+        cu_seqlens=cu_seqlens,
         backend=backend,
         reuse_lse=reuse_lse,
-    )
-    capture.expect(start=first, length=count, cu_seqlens=packed)
-    swapped = copy.copy(config)
-    # The public setter writes through to sub-configs, which the copy shares with the original.
-    swapped._attn_implementation_internal = _registered_name(original)
-    swapped._entra_capture = capture
-    # A model compiled in place would trace the hook and keep it.
-    hooked = getattr(model, "_compiled_call_impl", None) is None
-    handle = model.register_forward_pre_hook(capture._before, with_kwargs=True) if hooked else None
-    module.config = swapped
-    try:
-        yield capture
-    finally:
-        module.config = config
-        capture._after()
-        if handle is not None:
-            handle.remove()
+    ) as captured:
+        yield captured[index]
 
 
 def _tensor_parallel_mesh(model: nn.Module) -> Any:
@@ -657,13 +824,26 @@ def _tensor_parallel_mesh(model: nn.Module) -> Any:
     return getattr(inner, "_device_mesh", None) if (getattr(inner, "_tp_size", None) or 1) > 1 else None
 
 
-def _over_ranks(group: Any, head_reduction: str, incoming: Tensor) -> Tensor:
-    """Mean or maximum over the ranks of a group, each of which has as many heads as the next, or all of them."""
+def _over_heads(incoming: Tensor, heads: str, kv_heads: int) -> Tensor:
+    """From [..., H, N] to [..., N], or with heads "query" and "kv" to [..., H, N] and [..., Hkv, N]."""
+    if heads == "query":
+        return incoming
+    if heads == "kv":
+        return incoming.unflatten(-2, (kv_heads, -1)).mean(-2)
+    return incoming.amax(-2) if heads == "max" else incoming.mean(-2)
+
+
+def _over_ranks(group: Any, heads: str, incoming: Tensor) -> Tensor:
+    """Over the heads of all ranks of a group, each of which has as many as the next, or all of them."""
     if group is None:
         return incoming
-    if head_reduction == "mean":
+    if heads in ("query", "kv"):  # [..., H, N]
+        parts = [torch.empty_like(incoming) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, incoming.contiguous(), group)
+        return torch.cat(parts, dim=-2)
+    if heads == "mean":
         incoming = incoming / dist.get_world_size(group)  # gloo has no mean
-    dist.all_reduce(incoming, dist.ReduceOp.MAX if head_reduction == "max" else dist.ReduceOp.SUM, group)
+    dist.all_reduce(incoming, dist.ReduceOp.MAX if heads == "max" else dist.ReduceOp.SUM, group)
     return incoming
 
 
@@ -774,30 +954,57 @@ def scored_layer(model: nn.Module) -> tuple[str, Any, str]:
 
     Raises a ValueError where there is none, or where its attention implementation leaves out a softcap.
     """
-    text_config = _text_config(model)
-    layer_types = getattr(text_config, "layer_types", None)
-    candidates = attention_layers(model)
+    candidates = list(_scorable_layers(model).values())
     full = [candidate for candidate in candidates if candidate[2] in _FULL]
-    windowed = [candidate for candidate in candidates if candidate[2] in _WINDOWED]
     # A window is the whole story only where no other layer reaches further by attending sparsely.
-    sparse = set(layer_types or ()) - _FULL - _WINDOWED - _NO_SOFTMAX
-    scorable = full or ([] if sparse else windowed)
+    sparse = set(getattr(_text_config(model), "layer_types", None) or ()) - _FULL - _WINDOWED - _NO_SOFTMAX
+    scorable = full or ([] if sparse else candidates)
     if not scorable:
-        raise ValueError(_refusal(model, text_config, layer_types))
-    if hasattr(scorable[-1][1], "lambda_q1"):
+        raise ValueError(_refusal(model))
+    _refuse_other_scores(scorable[-1][1])
+    return scorable[-1]
+
+
+def _chosen_layers(model: nn.Module, layers: int | Sequence[int] | None) -> dict[int, tuple[str, Any, str]]:
+    """`_scorable_layers` of these indices, negative ones from the end; ValueErrors for those that are none."""
+    scorable = _scorable_layers(model)
+    if not scorable:
+        raise ValueError(_refusal(model))
+    if layers is not None:
+        depth = int(_text_config(model).num_hidden_layers)
+        asked = [layers] if isinstance(layers, int) else list(layers)
+        indices = sorted({index + depth if index < 0 else index for index in asked})
+        unknown = [index for index in indices if index not in scorable]
+        if unknown or not indices:
+            raise ValueError(
+                f"layers={layers}: "
+                + (f"layer {unknown[0]} cannot be scored" if unknown else "there must be one at least")
+                + f"; of the {depth} layers of this model these can: {', '.join(map(str, scorable))}"
+            )
+        scorable = {index: scorable[index] for index in indices}
+    for _, module, _ in scorable.values():
+        _refuse_other_scores(module)
+    return scorable
+
+
+def _scorable_layers(model: nn.Module) -> dict[int, tuple[str, Any, str]]:
+    """Of `attention_layers` those with full or windowed attention, by index. Of two with one index (HRM) the later one."""
+    layers = [
+        (_layer_index(model, name, module), (name, module, kind))
+        for name, module, kind in attention_layers(model)
+        if kind in _FULL | _WINDOWED
+    ]
+    return dict(sorted(layers, key=lambda layer: layer[0]))
+
+
+def _refuse_other_scores(module: Any) -> None:
+    """Raise for two softmax maps (DiffLlama), and for SDPA with a softcap (Gemma 2), which transformers left out at first."""
+    if hasattr(module, "lambda_q1"):
         raise ValueError(
-            f"{type(scorable[-1][1]).__name__} (model_type={text_config.model_type!r}) weighs values with the difference of "
-            "two softmax maps, which may be negative. So there is no attention probability to take the mean of; score with "
-            "another model"
+            f"{type(module).__name__} (model_type={module.config.model_type!r}) weighs values with the difference of two "
+            "softmax maps, which may be negative. So there is no attention probability to take the mean of; score with another "
+            "model"
         )
-    # Stable: of two stacks with the same indices (HRM) the one that comes later.
-    layer = sorted(scorable, key=lambda candidate: _layer_index(model, candidate[0], candidate[1]))[-1]
-    _refuse_dropped_softcap(layer[1])
-    return layer
-
-
-def _refuse_dropped_softcap(module: Any) -> None:
-    """Raise for SDPA with a softcap (Gemma 2): transformers took it and left it out, in every layer, before it refused it."""
     softcap = getattr(module, "attn_logit_softcapping", None)
     implementation = (module.config._attn_implementation or "eager").removeprefix(_PREFIX)
     if softcap is not None and implementation == "sdpa" and transformers_version() < (5, 21):
@@ -821,7 +1028,7 @@ def attention_layers(model: nn.Module) -> list[tuple[str, Any, str]]:
     candidates: list[tuple[str, Any, str]] = []
     for name, module in model.named_modules():
         if (
-            not isinstance(getattr(module, "layer_idx", None), int)
+            not isinstance(vars(module).get("layer_idx"), int)  # what is not there costs time in an nn.Module
             or (depth is not None and module.layer_idx >= depth)
             or type(getattr(module, "config", None)) is not type(text_config)
             or not getattr(module, "is_causal", True)
@@ -891,8 +1098,10 @@ def _transformers_model(model: nn.Module) -> Any:
     raise ValueError(f"model is a {type(model).__name__} without a transformers config; pass a transformers causal LM")
 
 
-def _refusal(model: nn.Module, text_config: Any, layer_types: Sequence[str] | None) -> str:
+def _refusal(model: nn.Module) -> str:
     """The message for a model without a layer to score: its layer types, and its layers' classes."""
+    text_config = _text_config(model)
+    layer_types = getattr(text_config, "layer_types", None)
     classes = {type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")} or {
         type(layer).__name__ for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module
     }

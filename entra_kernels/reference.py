@@ -52,13 +52,6 @@ class AttentionOptions:
     return_lse: bool = False
     """The row log-sum-exp beside the result."""
 
-    @property
-    def usual(self) -> bool:
-        """Whether mask, reduction and result are those of mu."""
-        return (
-            self.causal and not self.include_diagonal and self.reduction != "max" and self.heads != "kv" and not self.return_lse
-        )
-
     def __post_init__(self) -> None:
         checked = {
             "scale": check_number("scale", self.scale, "finite; None for head_dim ** -0.5"),

@@ -6,11 +6,17 @@ A tensor "on cuda:0" is a CPU tensor that says so and refuses to meet one that d
 Triton's interpreter. Within an operation that launches kernels whatever makes the host wait for the device is an error: a value
 read back, a copy to the host, or one from memory that is not pinned. A graph could not capture these either.
 
-It shows mixed devices, wrong launch arguments and waits. It does not show what a GPU computes, nor how fast.
+Attention runs on the CPU under the names of CUDA's fused operations, which are chosen as `sdpa_kernel` says. So the log-sum-exp
+that such an operation leaves behind can be observed and used.
+
+It shows mixed devices, wrong launch arguments, waits, and the stream of each launch. It does not show what a GPU computes, nor
+how fast, nor whether streams wait for each other.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import time
 from types import SimpleNamespace
@@ -19,7 +25,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch._library.custom_ops import CustomOpDef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -32,12 +40,16 @@ WAITS = {
 
 MIXING = {
     *("to", "cuda", "cpu", "copy_", "type_as", "set_", "is_set_to", "__getitem__", "__setitem__", "index_put", "index_put_"),
-    *("__get__", "__set__"),
+    *("__get__", "__set__", "_has_compatible_shallow_copy_type"),
 }
 """What takes tensors of both kinds."""
 
 launching = False
 """Whether an operation that launches kernels is under way."""
+
+
+in_backward = False
+"""Whether gradients are computed."""
 
 
 class CudaTensor(torch.Tensor):
@@ -83,7 +95,7 @@ class Mode(TorchFunctionMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         device = [tensor for tensor in tensors if isinstance(tensor, CudaTensor)]
         host = [tensor for tensor in tensors if not isinstance(tensor, CudaTensor) and tensor.ndim]
-        if device and host and name not in MIXING:
+        if device and host and name not in MIXING and not in_backward:
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu in {name}")
         if name == "numpy" and device:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
@@ -104,9 +116,11 @@ class Mode(TorchFunctionMode):
         if target == "cuda" and isinstance(generator, torch.Generator) and generator.device.type == "cpu" and name != "to":
             raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' in {name}")
         self.check_waits(name, target, args, kwargs, device, host)
-        if name == "mm" and "out_dtype" in kwargs:  # cuBLAS alone does this
-            kwargs["out"].copy_(args[0].float() @ args[1].float())
+        if name in ("mm", "addmm") and "out_dtype" in kwargs:  # cuBLAS alone does this
+            kwargs["out"].copy_(function(*(each.float() for each in args)))
             return kwargs["out"]
+        if name == "scaled_dot_product_attention" and device:
+            function = attention
         result = function(*args, **kwargs)
         moved = name in ("to", "cuda", "cpu") and target and bool(device) != (target == "cuda")
         if moved and result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr():
@@ -133,6 +147,62 @@ class Mode(TorchFunctionMode):
             raise RuntimeError(f"{name} makes the host wait for the device in a path that launches kernels")
 
 
+def run_backward(*args, engine=torch.autograd._engine_run_backward, **kwargs):
+    """Functions in Python make tensors "on cuda:0" there, too. Gradients come as the CPU's, and may meet the others."""
+    global in_backward
+    in_backward = True
+    try:
+        with Mode():
+            return engine(*args, **kwargs)
+    finally:
+        in_backward = False
+
+
+FUSED = {
+    "_scaled_dot_product_flash_attention": (torch.backends.cuda.flash_sdp_enabled, (0.0,)),
+    "_scaled_dot_product_cudnn_attention": (torch.backends.cuda.cudnn_sdp_enabled, (None, False, 0.0)),
+    "_scaled_dot_product_efficient_attention": (torch.backends.cuda.mem_efficient_sdp_enabled, (None, False, 0.0)),
+}
+"""CUDA's fused attention, in the order in which SDPA asks: whether it may, and the arguments between v and `is_causal`."""
+
+
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """`scaled_dot_product_attention` as CUDA chooses: a fused operation where one takes these tensors and may. Otherwise, and
+    for a mask or a backward, it is plain arithmetic."""
+    half, grouped = query.dtype in (torch.float16, torch.bfloat16), query.shape[1] != key.shape[1]
+    able = [name for name, (may, _) in FUSED.items() if may() and not (grouped if "efficient" in name else not half)]
+    if not able and not torch.backends.cuda.math_sdp_enabled():
+        raise RuntimeError("No available kernel. Aborting execution.")
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if able and attn_mask is None and not dropout_p and not recorded and query.shape[-1] == value.shape[-1]:
+        operation, between = getattr(torch.ops.aten, able[0]), FUSED[able[0]][1]
+        return operation(query, key, value, *between, is_causal, scale=scale)[0]
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+def fused_attention(name):
+    """What stands behind a name of `FUSED`: the CPU's flash attention, its log-sum-exp shaped as CUDA's."""
+    schema = getattr(torch.ops.aten, name).default._schema
+
+    def forward(query, key, value, *args, scale=None):
+        given = dict(zip([argument.name for argument in schema.arguments][3:], args, strict=False))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output, lse = flash(query, key, value, 0.0, given.get("is_causal", False), scale=scale)  # defaults are not handed over
+        # Flash attention has no such argument and always computes it.
+        wanted = given.get("compute_log_sumexp", "flash" in name)
+        if "efficient" in name:  # padded to a multiple of 32 rows
+            lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=math.nan)[..., : None if wanted else 0]
+        if "cudnn" in name:
+            lse = lse.unsqueeze(-1) if wanted else None
+        rest = [torch.empty(0) if "Tensor" in str(returned.type) else 0 for returned in schema.returns[2:]]
+        return tree_map(on_device, (output, lse, *rest))  # a dispatch mode hands them out as they are
+
+    return forward
+
+
 def run_op(op, *args, **kwargs):
     """A custom op's own function: the dispatcher would send it by what its tensors truly are."""
     global launching
@@ -150,6 +220,30 @@ def pinned(tensor):
     return copy
 
 
+class Stream:
+    def __init__(self, device=None, priority=0, **options):
+        self.device, self.cuda_stream = DEVICE, id(self)
+
+    def __getattr__(self, name):  # synchronize, wait_stream, record_event: nothing is late here
+        return lambda *args: Event() if name == "record_event" else None
+
+
+streams = [Stream()]
+"""The current one is the last."""
+
+launches = []
+"""Name of each kernel that was launched, and the stream."""
+
+
+@contextlib.contextmanager
+def in_stream(stream):
+    streams.append(stream or streams[-1])
+    try:
+        yield streams[-1]
+    finally:
+        streams.pop()
+
+
 class Event:
     def __init__(self, **options):
         self.at = 0.0
@@ -164,6 +258,7 @@ class Event:
         return max((later.at - self.at) * 1e3, 1e-3)
 
 
+ATEN = torch.library.Library("aten", "IMPL")
 PROPERTIES = SimpleNamespace(major=9, minor=0, multi_processor_count=2, name="no GPU", total_memory=80 << 30, warp_size=32)
 
 
@@ -174,14 +269,19 @@ def install():
     truths = dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True)
     chip = {"get_device_name": "no GPU", "get_device_properties": PROPERTIES, "get_device_capability": (9, 0)}
     nothing = dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "init", "_lazy_init", "set_device"))
-    seeds = dict.fromkeys(("manual_seed", "manual_seed_all"))
+    seeds = {"get_rng_state": torch.get_rng_state(), **dict.fromkeys(("set_rng_state", "manual_seed", "manual_seed_all"))}
     for name, value in {**numbers, **memory, **truths, **chip, **nothing, **seeds}.items():
         setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)  # one each: Dynamo tells them apart
-    torch.cuda.Event = Event
+    torch.cuda.Event, torch.cuda.Stream, torch.cuda.stream = Event, Stream, in_stream
+    torch.cuda.current_stream, torch.cuda.default_stream = lambda device=None: streams[-1], lambda device=None: streams[0]
     torch.Tensor.pin_memory = pinned
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter that is moved becomes one of the device's
+    torch.compile = lambda model=None, **options: model or (lambda function: function)  # Dynamo does not know these tensors
     CustomOpDef.__call__ = run_op
+    for name in FUSED:
+        ATEN.impl(name, fused_attention(name), "CPU")
     Mode().__enter__()
+    torch.autograd._engine_run_backward = run_backward
 
     import triton.language as tl
     from triton.runtime import driver, interpreter
@@ -194,8 +294,9 @@ def install():
         tensors = {name: value for name, value in zip(self.arg_names, args, strict=False) if isinstance(value, torch.Tensor)}
         tensors |= {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
         host = [name for name, tensor in tensors.items() if not isinstance(tensor, CudaTensor)]
-        if host and len(host) < len(tensors):
+        if host and len(host) < len(tensors) and not in_backward:
             raise ValueError(f"Pointer argument {host[0]} of {self.fn.__name__} cannot be accessed from Triton (cpu tensor?)")
+        launches.append((self.fn.__name__, streams[-1]))
         with torch._C.DisableTorchFunction():
             return run(self, *args, **kwargs)
 

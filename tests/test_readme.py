@@ -1,4 +1,4 @@
-"""Every block of code in README runs, and so does the Python of docs/training.md."""
+"""Every block of code in README runs, and so does the Python of docs/training.md and docs/credit.md."""
 
 import os
 import re
@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from eager_reference import reduce_heads
 from tiny_models import build
 from tiny_tokenizer import build_tokenizer
+from transformers import AutoModelForCausalLM
 
 from entra.cli import main
 
@@ -24,6 +27,8 @@ def blocks(language, text):
 PYTHON = blocks("python", README)
 DIFF = blocks("diff", README)
 TRAINING = blocks("python", (ROOT / "docs/training.md").read_text())
+CREDIT = blocks("python", (ROOT / "docs/credit.md").read_text())
+EVICTION = blocks("python", (ROOT / "docs/kv-eviction.md").read_text())
 SHELL = [[line.split("#")[0].strip() for line in block.splitlines() if line.strip()] for block in blocks("bash", README)]
 FILES = {
     "traces.jsonl": '{"prompt": "What is 2 + 2?", "completion": "It is 4. It is 4."}\n',
@@ -97,6 +102,42 @@ def test_python_block_of_the_page_on_training(code, script):
         assert trains_a_step(code, script)
     else:
         exec(compile(code, "docs/training.md", "exec"), script)
+
+
+def test_the_capture_of_the_page_on_evicting_keys():
+    """`make test-kvpress` runs the rest of the page, with a transformers that this package does not run on."""
+    given = {"torch": torch, "model": build("qwen3"), "input_ids": torch.arange(3, 93)[None]}
+    exec(compile(EVICTION[-1], "docs/kv-eviction.md", "exec"), given)
+    assert [layer.incoming.shape for layer in given["captured"].values()] == [(1, 2, 90)] * 2
+
+
+def test_the_trainer_of_the_page_on_credit_weighs_tokens(script, monkeypatch):
+    import trl
+
+    seen = []
+    compute_loss = trl.GRPOTrainer._compute_loss
+
+    def look(trainer, model, inputs):
+        seen.append(inputs)
+        return compute_loss(trainer, model, inputs)
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", look)
+    assert trains_a_step("\n".join(CREDIT), script)
+    (inputs,) = seen
+    advantages, mask = inputs["advantages"], inputs["completion_mask"].bool()
+    assert advantages.shape == mask.shape
+    assert {bool(row[0] > 0) for row in advantages} == {True, False}
+    before = AutoModelForCausalLM.from_pretrained(script["model"], attn_implementation="eager")
+    for row, own, prompt, visible, completion in zip(
+        advantages, mask, inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], strict=True
+    ):
+        ids = torch.cat([prompt[visible], completion[own]])
+        matrices = before(ids[None], use_cache=False, output_attentions=True).attentions
+        lift = torch.stack([reduce_heads(matrix[0].double(), None, lift=True)[[0, 3]] for matrix in matrices]).mean(dim=(0, 1))
+        weights = lift[visible.sum() :].clamp(0.5, 2.0)
+        assert weights.max() > 1.1 * weights.min()
+        whole = row[own] / (weights if row[0] > 0 else 1 / weights)  # the completion's advantage
+        torch.testing.assert_close(whole, whole[:1].expand_as(whole), rtol=1e-4, atol=0)
 
 
 @pytest.mark.smollm2

@@ -16,7 +16,9 @@ TRIES = """
 import json, sys
 import pytest, torch
 import fake_cuda
-from entra_kernels import incoming_attention, redundancy
+from entra.attention_lse import LseObserver
+from entra_kernels import incoming_attention, linear_token_logprobs, redundancy
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 q, k = (torch.randn(1, heads, 20, 16, device="cuda") for heads in (2, 1))
 bounds = torch.tensor([0, 20])
@@ -42,6 +44,27 @@ tries = {
     "read back before": lambda: q.max().item(),
     "launched": lambda: incoming_attention(q, k, backend="triton"),
 }
+
+def reused(name):
+    half = q.half()
+    with torch.no_grad(), sdpa_kernel(getattr(SDPBackend, name)), LseObserver() as observer:
+        torch.nn.functional.scaled_dot_product_attention(half, half, half, is_causal=True)
+    lse, source = observer.lse_of(half, half, scale=0.25)
+    one, two = (incoming_attention(half, half, lse=given, backend="triton") for given in (lse, None))
+    return source, (one - two).abs().max().item()
+
+def streams():
+    flat = q[0, 0]
+    ids = torch.arange(20, device="cuda")
+    fake_cuda.launches.clear()
+    with torch.cuda.stream(torch.cuda.Stream()) as side:
+        incoming_attention(q, k, backend="triton", start=ids[:1], length=ids[9:10])
+        linear_token_logprobs(flat, flat, ids, backend="triton")
+        redundancy(flat[:, 0], flat[:, 1], ids, 20 * ids[:2], backend="triton")
+    return [(name, stream is side) for name, stream in fake_cuda.launches]
+
+reuses = [reused(f"{name}_ATTENTION") for name in ("FLASH", "CUDNN", "EFFICIENT")]
+launched = streams()
 found = {}
 for name, run in tries.items():
     try:
@@ -52,7 +75,8 @@ for name, run in tries.items():
 selection = sys.argv[1:]
 code = pytest.main(["-p", "fake_cuda", "-m", "gpu", "-q", "-p", "no:cacheprovider", *selection])
 print()
-print(json.dumps({"found": found, "code": int(code), "result": str(incoming_attention(q, k).device)}))
+result = str(incoming_attention(q, k).device)
+print(json.dumps({"found": found, "code": int(code), "result": result, "reuses": reuses, "streams": launched}))
 """
 
 SELECTION = (
@@ -88,3 +112,18 @@ def test_what_cuda_would_refuse_is_refused(rehearsed):
     assert "found cuda:0 and cpu in" in found["mixed"]
     assert "cuda:0 device type tensor to numpy" in found["to numpy"]
     assert {name for name, error in found.items() if waits in error} == {"read back", "a mask", "pageable"}
+
+
+def test_the_log_sum_exp_of_cudas_attention_is_reused(rehearsed):
+    """To what one pass and two differ by in float32. `make rehearse` also captures it out of a model."""
+    sources, errors = zip(*rehearsed[0]["reuses"], strict=True)
+    assert [source.removeprefix("aten::_scaled_dot_product_") for source in sources] == [
+        f"{name}_attention" for name in ("flash", "cudnn", "efficient")
+    ]
+    assert 0 < max(errors) < 1e-5
+
+
+def test_every_launch_goes_to_the_current_stream(rehearsed):
+    names, there = zip(*rehearsed[0]["streams"], strict=True)
+    assert {"_column_sum_kernel", "_place_tiles_kernel", "_head_kernel", "_reward_kernel"} <= set(names)
+    assert all(there)

@@ -82,7 +82,16 @@ CALLS: dict[str, tuple[float, tuple[str, ...]]] = {
     "train": (8, ("machine", "sft", "start", *train.ARMS, "training")),
 }
 """Minutes and parts of each call. The first asks whether it is right, then for what was never measured, then for the rest. Each
-part has its own limit; what ends early leaves its time to those after it."""
+part has its own limit; what ends early leaves its time to those after it. `make gpu-again` begins with `unfinished`."""
+
+
+def unfinished(results: Path) -> list[str]:
+    """The parts of the first call that did not pass or were never reached, as its folder tells; none without its summary."""
+    summary = results / "summary.txt"
+    if not summary.exists():
+        return []
+    became = dict(line.partition(": ")[::2] for line in summary.read_text().splitlines())  # the last line about a part counts
+    return [name for name in CALLS["first"][1] if not became.get(name, "").startswith("passed")]
 
 
 def all_parts(rehearse: bool) -> dict[str, Part]:
@@ -223,6 +232,8 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"--parts {unknown[0]!r} is no part; there are {', '.join(sorted(parts))}")
 
     results = arguments.results.resolve()
+    if arguments.call == "again" and not arguments.parts:
+        names = tuple(dict.fromkeys((*unfinished(results), *names)))
     results.mkdir(parents=True, exist_ok=True)
     failed = 0
     with tempfile.TemporaryDirectory() as scratch, (results / "summary.txt").open("a") as summary:

@@ -55,8 +55,11 @@ def queries_and_keys(
 def attention(tokens: int) -> Iterator[Check]:
     """Head dims, dtypes and options: those that a model has first."""
 
-    def check(name: str, head_dim: int, dtype: torch.dtype = HALF, tolerance: float = 4e-5, **options: Any) -> Check:
+    def check(
+        name: str, head_dim: int, dtype: torch.dtype = HALF, tolerance: float = 4e-5, rows: int = tokens, **options: Any
+    ) -> Check:
         q, k = queries_and_keys(tokens, head_dim, dtype)
+        q = q[:, :, :rows]
         return Check(
             f"attention D={head_dim} {str(dtype).removeprefix('torch.')} {name}",
             lambda: incoming_attention(q, k, backend="triton", **options),
@@ -93,6 +96,24 @@ def attention(tokens: int) -> Iterator[Check]:
     yield check("every option", 256, **every)
     yield check("every option", 80, torch.float16, **every)
     yield check("every option", 64, torch.float32, **every)
+
+    rows = tokens // 3
+    of_rows = every | {"row_weights": torch.randn(2, rows, device=DEVICE), "include_diagonal": True, "heads": "kv"}
+    general: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("fewer queries", {"rows": rows, "return_lse": True}),
+        ("one query", {"rows": 1, "include_diagonal": True}),
+        ("query_start", {"rows": rows, "query_start": torch.tensor([5, tokens // 2], device=DEVICE)} | bounds),
+        ("last", {"last": 64, "reduction": "sum"}),
+        ("not causal", {"rows": rows, "causal": False, "include_diagonal": True}),
+        ("maximum", {"rows": rows, "reduction": "max"}),
+        ("queries, every option", {"rows": rows} | of_rows),
+        ("maximum, every option", {"rows": rows, "reduction": "max"} | of_rows),
+    )
+    for name, options in general:
+        yield check(name, 128, **options)
+    for head_dim, dtype in ((64, HALF), (256, HALF), (64, torch.float32)):
+        for reduction in ("mean", "max"):
+            yield check(f"queries, {reduction}", head_dim, dtype, rows=rows, reduction=reduction)
 
     for head_dim in (128, 256):
         q, k = (x[0].transpose(0, 1) for x in queries_and_keys(tokens, head_dim, HALF))

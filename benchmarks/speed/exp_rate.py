@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK, STEPS, PROGRAMS_PER_PROCESSOR = 1024, 2048, 64
+from benchmarks.speed.measure import by_size
+
+BLOCK, STEPS, PROGRAMS_PER_PROCESSOR = 1024, by_size(tiny=4, small=2048, full=2048), by_size(tiny=1, small=64, full=64)
 
 
 @triton.jit

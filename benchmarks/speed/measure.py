@@ -26,12 +26,13 @@ SIZES = os.environ.get("BENCH_SIZES", "full" if DEVICE == "cuda" else "small")
 """full: for a datacenter GPU; small: for a few CPU cores; tiny: seconds, to see that everything runs. Numbers of tiny mean
 nothing, so nothing is asserted of them."""
 
-FLUSHED = 2**30
-
 
 def by_size(*, tiny: Any, small: Any, full: Any) -> Any:
     """The value for the sizes of this run."""
     return {"tiny": tiny, "small": small, "full": full}[SIZES]
+
+
+FLUSHED = by_size(tiny=2**20, small=2**30, full=2**30)
 
 
 class Timing(NamedTuple):

@@ -12,8 +12,8 @@ from benchmarks.speed.peers import eager, error_of_allowed, row_lse
 from entra_kernels import incoming_attention
 
 HEADS, KV_HEADS, HEAD_DIM = by_size(tiny=(4, 2, 32), small=(9, 3, 64), full=(32, 8, 128))
-TOKENS = by_size(tiny=256, small=4096, full=32_768)
-REAL_TOKENS = by_size(tiny=256, small=4096, full=4096)
+TOKENS = by_size(tiny=128, small=4096, full=32_768)
+REAL_TOKENS = by_size(tiny=128, small=4096, full=4096)
 
 
 def overlap(ours, exact):

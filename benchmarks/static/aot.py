@@ -32,7 +32,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from benchmarks.static import disassembly
 from benchmarks.static.launches import Case, record, target_of
-from entra_kernels._triton.launch import Chip
+from entra_kernels._triton.launch import AttentionLaunch, Chip, shared_bytes
 
 MODULES = ("plan", "attention", "hopper", "sampled", "logprobs", "redundancy", "copies")
 """Those with kernels, in the order of the output."""
@@ -108,7 +108,11 @@ BUDGETS = {
 clock of an SM, and the products of a score at d = 128 the same. In that time 4 schedulers of 32 lanes issue 8 instructions per
 score. A pass that needs more is bound by their issue, whatever overlaps."""
 
-UNDER_WAY = {"sm_80": r"(row_lse|column_sum) d=(64|128|256)", "sm_90": r"(row_lse|column_sum) d=256"}
+UNDER_WAY = {
+    "sm_80": r"(row_lse|column_sum) d=(64|128|256)",
+    "sm_90": r"(row_lse|column_sum) d=(256|(64|128) window( softcap)?)",
+    "sm_100": r"(row_lse|column_sum) d=(64|128)",
+}
 """By chip: the passes in bfloat16 whose waits for a copy must leave at least one other under way. The ring waits for no copy by
 itself: another warp does."""
 
@@ -198,9 +202,19 @@ def inspect(case: Case) -> Compiled:
         excess = f"{spills} spills, and SPILLS gives no reason"
     elif budget:
         excess = over_budget(compiled, budget)
+    if not excess and case.module == "attention" and case.scores and case.dtype != "fp32":
+        excess = unreckoned(case, compiled.shared_memory)
     if not excess and case.dtype == "bf16" and re.fullmatch(UNDER_WAY.get(chip.arch, "-"), case.label):
         excess = late(counts)
     return replace(compiled, problem=problem, excess=excess)
+
+
+def unreckoned(case: Case, shared_memory: int) -> str:
+    """What an attention pass takes of the shared memory, where the launcher reckons with less; else ""."""
+    resident, streamed, depth = (case.constexprs[name] for name in ("RESIDENT", "STREAMED", "DEPTH"))
+    size = AttentionLaunch(resident, streamed, depth, case.num_warps, case.options["num_stages"], None, 0)
+    reckoned = shared_bytes(size, 2, case.chip)
+    return f"{shared_memory} B of shared memory, the launcher reckons with {reckoned}" if shared_memory > reckoned else ""
 
 
 def may_spill(name: str) -> bool:

@@ -15,7 +15,7 @@ from entra_kernels import copies, first_places, incoming_attention, linear_token
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128, 192, 256, 512)
-BATCH, HEADS, KV_HEADS, TOKENS = 2, 8, 2, 1024
+BATCH, HEADS, KV_HEADS, TOKENS, ROWS = 2, 8, 2, 1024, 512
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,17 +57,20 @@ def _attend(
     head_dim: int = 128,
     layout: str = "",
     batch: int = BATCH,
-    heads: int = HEADS,
+    q_heads: int = HEADS,
     kv_heads: int = KV_HEADS,
     tokens: int = TOKENS,
     packed: bool = False,
+    rows: int | None = None,
     **options: Any,
 ) -> Call:
-    """A call of `incoming_attention`. Options that are functions are called where the tensors that they make are wanted."""
+    """A call of `incoming_attention`. Options that are functions are called where the tensors that they make are wanted. `rows`
+    is the number of queries; None: as many as keys."""
 
     def run() -> None:
         kind = DTYPES[dtype]
-        q, k = (LAYOUTS[layout](batch, count, tokens, head_dim, kind) for count in (heads, kv_heads))
+        q = LAYOUTS[layout](batch, q_heads, tokens if rows is None else rows, head_dim, kind)
+        k = LAYOUTS[layout](batch, kv_heads, tokens, head_dim, kind)
         given = {name: option() if callable(option) else option for name, option in options.items()}
         if packed:
             q, k = (x[0].transpose(0, 1) for x in (q, k))
@@ -93,9 +96,24 @@ def _attention(dtype: str) -> Iterator[Call]:
             yield _attend(f"d={head_dim} sinks per head packed", **shape, packed=True, batch=1, per_head=True, **sinks)
         yield _attend(f"d={head_dim} window", **shape, packed=True, batch=1, **window)
         yield _attend(f"d={head_dim} window softcap", **shape, packed=True, batch=1, softcap=30.0, **window)
+        if head_dim in (64, 128, 256):
+            yield from _queries(f"d={head_dim}", **shape)
         yield _attend(f"d={head_dim}", **shape, **sampled)
         more: dict[str, Any] = {"sliding_window": 256, "softcap": 30.0, **sinks, **sampled}
         yield _attend(f"d={head_dim} window softcap", **shape, packed=True, batch=1, **more)
+
+
+def _queries(label: str, **shape: Any) -> Iterator[Call]:
+    """Fewer queries than keys: the sum and the maximum of what a key gets, plain, weighted, and with every option."""
+    weights: dict[str, Any] = {"row_weights": lambda: empty(ROWS)}
+    packed: dict[str, Any] = {"packed": True, "batch": 1, "cu_seqlens_q": lambda: empty(4, dtype=torch.int64), **weights}
+    options: dict[str, Any] = {"sliding_window": 256, "softcap": 30.0, "include_diagonal": True, **packed}
+    for reduction in ("mean", "max"):
+        name = f"{label} queries" + (" max" if reduction == "max" else "")
+        given: dict[str, Any] = {"rows": ROWS, "reduction": reduction, **shape}
+        yield _attend(name, **given)
+        yield _attend(f"{name} weights", **given, **packed)
+        yield _attend(f"{name} window softcap", **given, **options)
 
 
 def _other_attention() -> Iterator[Call]:
@@ -104,6 +122,7 @@ def _other_attention() -> Iterator[Call]:
         for head_dim in (128, 256):
             yield _attend(f"d={head_dim} {layout}", head_dim=head_dim, layout=layout)
         yield _attend(f"d=128 window {layout}", layout=layout, sliding_window=256)
+        yield _attend(f"d=128 queries {layout}", layout=layout, rows=ROWS)
         yield _attend(f"d=128 {layout}", layout=layout, sample_rows=300)
     for dtype in ("bf16", "fp32"):
         yield _attend("d=128 every second dim", dtype, layout="every second dim")
@@ -150,14 +169,26 @@ def _other_attention() -> Iterator[Call]:
         yield _attend(f"{name}, packed", per_head=per_head, packed=True, batch=1)
         yield _attend(f"{name}, window", per_head=per_head, sliding_window=256)
         yield _attend(f"{name}, window, not normalized", per_head=per_head, sliding_window=256, normalize=False)
+    for heads in ("mean", "query", "kv"):
+        for reduction in ("mean", "sum", "max"):
+            form: dict[str, Any] = {"heads": heads, "reduction": reduction}
+            yield _attend(f"{heads} {reduction}", **form)
+            yield _attend(f"queries, {heads} {reduction}", rows=ROWS, query_start=bound, return_lse=True, **form)
+            yield _attend(f"queries, {heads} {reduction}, window", rows=ROWS, sliding_window=256, **form)
+    yield _attend("queries, own tokens", include_diagonal=True, length=bound)
+    yield _attend("queries, last", last=64, start=bound)
+    yield _attend("queries, not causal", causal=False, include_diagonal=True)
+    yield _attend("queries, one", rows=1, include_diagonal=True)
+    cu_seqlens = partial(empty, 3, dtype=torch.int32)
+    yield _attend("queries, packed", rows=ROWS, packed=True, batch=1, cu_seqlens=cu_seqlens, cu_seqlens_q=cu_seqlens)
     yield _attend("sampled, not normalized", sample_rows=300, normalize=False)
     yield _attend("sampled, weights", sample_rows=300, row_weights=lambda: empty(BATCH, TOKENS))
-    yield _attend("2**20 tokens", batch=1, heads=64, tokens=2**20, per_head=True)
+    yield _attend("2**20 tokens", batch=1, q_heads=64, tokens=2**20, per_head=True)
     shapes: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("one token", {"batch": 1, "heads": 1, "kv_heads": 1, "tokens": 1, "head_dim": 1}),
-        ("one token per row", {"heads": 1, "kv_heads": 1, "tokens": 1, "head_dim": 1}),
-        ("one head", {"heads": 1, "kv_heads": 1, "tokens": 301}),
-        ("odd sizes", {"batch": 3, "heads": 9, "kv_heads": 3, "tokens": 301, "head_dim": 24}),
+        ("one token", {"batch": 1, "q_heads": 1, "kv_heads": 1, "tokens": 1, "head_dim": 1}),
+        ("one token per row", {"q_heads": 1, "kv_heads": 1, "tokens": 1, "head_dim": 1}),
+        ("one head", {"q_heads": 1, "kv_heads": 1, "tokens": 301}),
+        ("odd sizes", {"batch": 3, "q_heads": 9, "kv_heads": 3, "tokens": 301, "head_dim": 24}),
     )
     for name, sizes in shapes:
         for kind in ("", "tokens within heads"):

@@ -33,6 +33,9 @@ from entra_kernels._triton.launch import Chip, chip_of, gluon_is_known
 DEVICE = torch.device("cuda", 1)
 """Not the current device, so that a launch which forgets to make it so is seen."""
 
+STREAM = 1000
+"""Device 0's current stream, which is not the default one; another device's has another number."""
+
 ADDRESS = 1 << 40
 """Of the first byte of every tensor's memory: no kernel compares addresses of two."""
 
@@ -165,7 +168,7 @@ def _standing_in_for(chip: Chip) -> Iterator[None]:
 
     found = SimpleNamespace(
         get_current_device=lambda: current,
-        get_current_stream=lambda device: 0,
+        get_current_stream=lambda device: STREAM + device,
         get_current_target=lambda: target_of(chip),
         utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": chip.shared_memory}),
     )
@@ -237,7 +240,9 @@ def _recorder(chip: Chip, call: Call, keep: Callable[[Case], None]) -> Iterator[
         )
 
         def launch(*arguments: Any) -> None:
-            grid, values = arguments[:3], arguments[-len(names) :]
+            grid, stream, values = arguments[:3], arguments[3], arguments[-len(names) :]
+            if stream != STREAM + device:
+                raise ValueError(f"{case.name}: launched into stream {stream}, which is not the current one of cuda:{device}")
             check_launch(case, grid, device, dict(zip(names, values, strict=True)))
             keep(case)
 

@@ -27,6 +27,7 @@ SHOWN = aot.Selection(
     names=re.compile(
         r"sm_90 bf16 (attention|hopper) (ring_)?(row_lse|column_sum) d=(64|128|256)( window)?$"
         r"|(sm_80|sm_100|gfx942) bf16 attention (row_lse|column_sum) d=(64|128)$"
+        r"|sm_80 bf16 attention (row_lse|column_sum) d=256$"
         r"|(sm_80|sm_90|sm_100|gfx942) bf16 logprobs head$"
     ),
     calls=re.compile(r"(sm_80|sm_90|sm_100|gfx942) bf16 (d=(64|128|256)( window)?)?$"),

@@ -36,6 +36,8 @@ class Shape(NamedTuple):
     FLIPPED: tl.constexpr
     """Whether the log-sum-exp takes negative products, for a scale that is negative; `Factors.scale` then is its absolute
     value."""
+    MAX: tl.constexpr = False
+    """Whether a key keeps the highest probability that it receives instead of their sum."""
 
 
 class Tile(NamedTuple):
@@ -115,6 +117,12 @@ def walk(piece):
 def read_span(spans, sequence):
     """First token of a sequence, and its number of tokens."""
     return tl.load(spans + 2 * sequence), tl.load(spans + 2 * sequence + 1)
+
+
+@triton.jit
+def larger(x, y):
+    """The maximum, or NaN where one of them is NaN; `tl.max` would drop it."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

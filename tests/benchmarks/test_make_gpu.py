@@ -44,6 +44,7 @@ def run(monkeypatch, tmp_path):
     def main(parts, *words):
         monkeypatch.setattr(gpu, "all_parts", lambda rehearse: {each.name: each for each in parts})
         monkeypatch.setitem(gpu.CALLS, "first", (7, tuple(each.name for each in parts)))
+        monkeypatch.setitem(gpu.CALLS, "again", (3, tuple(each.name for each in parts[:2])))
         code = gpu.main([str(tmp_path), *words])
         return code, (tmp_path / "summary.txt").read_text().splitlines()
 
@@ -82,6 +83,24 @@ def test_a_part_that_fails_or_hangs_stops_no_other(run, tmp_path):
 
 def test_all_parts_pass(run):
     assert run([part("passes", "")])[0] == 0
+
+
+def test_again_begins_with_what_did_not_pass(run, tmp_path):
+    """The first call ends in its third part, as where the lease is over."""
+    passes = [part(name, "") for name in ("smoke", "tests", "sizes", "ncu", "rest")]
+    fails = part("tests", "raise SystemExit(3)")
+    assert run([passes[0], fails, *passes[2:]], "--parts", "smoke", "tests", "ncu")[0] == 1
+
+    def again(parts, *words):
+        before = len((tmp_path / "summary.txt").read_text().splitlines())
+        return [line.partition(",")[0] for line in run(parts, "--call", "again", *words)[1][before:]]
+
+    assert again(passes, "--parts", "rest") == ["rest: passed"]
+    mended = ["tests: passed", "sizes: passed", "smoke: passed"]
+    assert again(passes) == mended
+    assert again(passes) == ["smoke: passed", "tests: passed"]
+    (tmp_path / "summary.txt").unlink()
+    assert gpu.unfinished(tmp_path) == []
 
 
 def test_records_of_all_parts_are_in_one_file_of_their_device(run, tmp_path, monkeypatch, capsys):

@@ -245,6 +245,17 @@ def score_all_rows(model: nn.Module, head_reduction: str) -> entra.Scores:
     return entra.score_batch(prompts, completions, model=model, config=config, details=True)
 
 
+def by_head(model: nn.Module) -> dict[str, Any]:
+    """Incoming attention of the last layer, each head by itself."""
+    found = {}
+    for heads in ("query", "kv"):
+        with torch.no_grad(), entra.capture_attention(model, layers=-1, heads=heads) as captured:
+            model(torch.tensor([[1, 7, 8, 9]]), use_cache=False)
+        (layer,) = captured.values()
+        found[heads] = layer.incoming
+    return found
+
+
 def tensor_parallel(folder: Path, family: str, rank: int) -> dict[str, Any]:
     """A model in parts, scored: scores of both head reductions, how many query heads this rank has, what `verify` says."""
     from transformers import AutoModelForCausalLM
@@ -259,6 +270,7 @@ def tensor_parallel(folder: Path, family: str, rank: int) -> dict[str, Any]:
     with entra.capture_incoming_attention(model) as captured:
         captured.inspect = lambda q, *_: seen.update(heads=q.shape[1])
         model(torch.tensor([[1, 7, 8, 9]]), use_cache=False)
+    seen["by head"] = by_head(model)
     prompts, completions = unequal_rows(0)
     rollout = Rollout(model, None, prompts, prompts, completions)
     seen["verified"] = verify(rollout, 0, entra.ScoreConfig()).breach()

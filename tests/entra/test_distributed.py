@@ -183,6 +183,8 @@ def test_tensor_parallel_scores_are_those_of_one_process(ddp, family):
         for reduction, scores in expected.items():
             assert_same_scores(seen[reduction], scores)
         assert seen["heads"] == (heads // 2 if family in worker.HEADS_OVER_RANKS else heads)
+        for heads_apart, incoming in worker.by_head(model).items():
+            torch.testing.assert_close(seen["by head"][heads_apart], incoming, rtol=0, atol=1e-5)
         assert seen["verified"] is None
 
 

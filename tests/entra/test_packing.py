@@ -296,6 +296,23 @@ def test_positions_that_flash_attention_reads_otherwise_are_refused(flash: PreTr
         _ = capture(flash, ids, positions).incoming
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pads_of_a_prompt_in_the_cache_of_flash_attention(side: str, flash: PreTrainedModel) -> None:
+    """A completion does not see them, and between tokens that it sees they would be taken for seen."""
+    ids = packed()[0].expand(2, -1)
+    mask = torch.ones_like(ids)
+    mask[1, slice(0, 3) if side == "left" else slice(6, 9)] = 0
+    with torch.no_grad():
+        cache = flash(ids[:, :9], attention_mask=mask[:, :9], use_cache=True).past_key_values
+        with capture_incoming_attention(flash, start=[0, 3 if side == "left" else 0]) as captured:
+            flash(ids[:, 9:], attention_mask=mask, past_key_values=cache)
+    if side == "left":
+        assert captured.incoming.shape == ids.shape
+    else:
+        with pytest.raises(RuntimeError, match=r"token 0 of row 1 see other tokens.*pad prompts on the left"):
+            _ = captured.incoming
+
+
 # What cannot be scored one by one.
 
 

@@ -17,13 +17,6 @@ from attention_problems import DEVICES, SLACK, random
 
 from entra_kernels import incoming_attention
 
-
-@pytest.fixture(autouse=True)
-def not_on_triton_yet(request):
-    if "triton" in request.node.name:
-        pytest.skip("the Triton backend does not take these yet")
-
-
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 GROUP = HEADS // KV_HEADS
 

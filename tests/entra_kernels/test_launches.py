@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 
 KERNELS = {
     *("_lay_out_kernel", "_row_lse_kernel", "_column_sum_kernel", "_add_kernel"),
-    *("_count_tiles_kernel", "_place_tiles_kernel", "_sampled_lse_kernel", "_sampled_columns_kernel"),
+    *("_count_tiles_kernel", "_place_tiles_kernel", "_place_queries_kernel", "_sampled_lse_kernel", "_sampled_columns_kernel"),
     *("_row_kernel", "_head_kernel", "_stretch_kernel", "_reduce_kernel"),
     *("_importance_kernel", "_select_kernel", "_count_kernel", "_reward_kernel"),
     *("_clear_kernel", "_first_kernel", "_place_kernel"),
@@ -37,6 +37,7 @@ def test_every_launch_says_whether_multiply_adds_are_fused(monkeypatch):
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", spy)
     q, k, weights = torch.randn(1, 2, 20, 16), torch.randn(1, 1, 20, 16), torch.ones(1, 20)
     entra_kernels.incoming_attention(q, k, row_weights=weights, backend="triton")
+    entra_kernels.incoming_attention(q, k, last=3, backend="triton")
     entra_kernels.incoming_attention(q, k, sample_rows=16, backend="triton")
     targets = torch.tensor([1, 2, 3])
     entra_kernels.token_logprobs(torch.randn(3, 7), targets, backend="triton")

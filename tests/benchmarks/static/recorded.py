@@ -44,6 +44,11 @@ def described(block):
     return TensorDescriptor(empty(1024, 64, dtype=torch.bfloat16), [1024, 64], [64, 1], [block, 64], layout)
 
 
+def in_the_default_stream():
+    launches.driver.active.get_current_stream = lambda device: 0
+    return empty(64)
+
+
 def as_dict(case):
     return {
         "name": case.name,
@@ -87,6 +92,7 @@ def main():
         "taken": refusal(SM_90, 1, (1,)),
         "another device": refusal(SM_90, 0, (1,)),
         "memory of the host": refusal(SM_90, 1, (1,), lambda: torch.empty(64)),
+        "another stream": refusal(SM_90, 1, (1,), in_the_default_stream),
         "no program": refusal(SM_90, 1, (0,)),
         "second axis": refusal(SM_90, 1, (1, 65_536)),
         "programs": refusal(SM_90, 1, (2**15, 2**15, 2)),

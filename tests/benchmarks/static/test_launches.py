@@ -69,6 +69,7 @@ def test_the_first_call_names_a_case(recorded):
     [
         ("another device", "values is on cuda:1, the launch on cuda:0"),
         ("memory of the host", "values is on cpu, the launch on cuda:1"),
+        ("another stream", "launched into stream 0, which is not the current one of cuda:1"),
         ("no program", "a grid of (0, 1, 1) is out of range"),
         ("second axis", "a grid of (1, 65536, 1) is out of range"),
         ("programs", "a grid of (32768, 32768, 2) is out of range"),

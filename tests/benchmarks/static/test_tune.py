@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off: a GPU is there"),
     pytest.mark.usefixtures("quick_interpreter"),
 ]
+SHIPPED = Path(__file__).parents[3] / "entra_kernels/_triton/launch.json"
 SMALL = ["--tokens", "70", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--dtype", "fp16", "--rounds", "1"]
 
 
@@ -51,10 +53,10 @@ def test_the_first_12_hold_what_an_h100_was_fastest_with(tune, head_dim, ring, p
     keys = [(size.resident, size.streamed, size.num_warps, size.num_stages, size.max_registers) for size in first]
     assert plain is None or plain in keys
     for size in tune.candidates(winner, 2, launch.HOPPER)[:12]:
-        assert tune.shared_bytes(size, 2) <= launch.HOPPER.shared_memory
+        assert tune.taken(size, 2, launch.HOPPER) <= launch.HOPPER.shared_memory
     a100 = launch.Chip("sm_80", 163 * 1024)
     in_use = launch.attention_launch(head_dim, 4, 2, a100, options=False)
-    assert all(tune.shared_bytes(size, 2) <= a100.shared_memory for size in tune.candidates(in_use, 2, a100)[:12])
+    assert all(tune.taken(size, 2, a100) <= a100.shared_memory for size in tune.candidates(in_use, 2, a100)[:12])
 
 
 def test_the_model_prefers_what_hides_waits(tune):
@@ -84,9 +86,71 @@ def test_command(tune, variant, capsys, tmp_path):
     assert times == sorted(times)
 
 
-def test_the_fastest_size_is_written_and_used(tune, monkeypatch, tmp_path):
+@pytest.fixture
+def other_table(monkeypatch, tmp_path):
+    """Gives launch sizes out of another table."""
+    launch, logprobs = (importlib.import_module(f"entra_kernels._triton.{name}") for name in ("launch", "logprobs"))
+    caches = [cached.cache_clear for cached in (launch._table, launch.attention_launch, logprobs.tiling)]
+
+    def write(text):
+        monkeypatch.setattr(launch, "TABLE", tmp_path / "launch.json")
+        launch.TABLE.write_text(text)
+        for clear in caches:
+            clear()
+
+    yield write
+    monkeypatch.undo()
+    for clear in caches:
+        clear()
+
+
+def test_head_sizes_and_rates_are_written_and_used(tune, other_table, monkeypatch, capsys, tmp_path):
+    launch, logprobs = (importlib.import_module(f"entra_kernels._triton.{name}") for name in ("launch", "logprobs"))
+    chip, text, file = launch.HOPPER, SHIPPED.read_text(), tmp_path / "launch.json"
+    other_table(text)
+    fast = tune.head_candidates(tune.tiling(2, chip), 2, chip)[1]
+    times = iter([3.0, 2.0, 4.0, 0.5, 0.25, 0.125])  # three sizes, then products, a copy and launches
+    monkeypatch.setattr(tune, "milliseconds", lambda *_: next(times))
+    small = ["--tokens", "40", "--channels", "64", "--vocabulary", "1100", "--dtype", "fp16", "--most", "3"]
+    assert tune.main([*small, "--log-probs", "--write", str(file)]) == 0
+    once = file.read_text()
+    assert {kind: len(found) for kind, found in json.loads(once).items()} == {
+        kind: len(found) for kind, found in json.loads(text).items()
+    }
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [(row[4], row[6]) for row in rows] == [(" 2.000 ", "  "), (" 3.000 ", " in use "), (" 4.000 ", "  ")]
+    other_table(once)
+    assert logprobs.tiling(2, chip) == fast
+    assert logprobs.tiling(4, chip) != fast
+    rates = next(launch.entries("rates", chip))
+    flops = 2 * 40 * 64 * 1100
+    assert rates["product_tflops"] == pytest.approx(flops / 0.5e9, rel=5e-3)
+    assert rates["fused_tflops"] == pytest.approx(flops / 2e9, rel=5e-3)
+    assert rates["copy_tb_per_s"] == pytest.approx(2 * 64 * 40 * 64 / 0.25e9, rel=5e-3)
+    assert rates["launch_us"] == 1.25
+    assert rates["measured"]["device"] == "Triton's interpreter, whose times mean nothing"
+
+
+def test_a_wrong_head_size_is_named(tune, monkeypatch):
+    hidden, weight, targets = torch.randn(5, 16), torch.randn(30, 16), torch.arange(5)
+    good = tune.Tiling(64, 64, 32, 4, 2)
+    wrong, impossible = good._replace(rows=128), good._replace(depth=24)  # not a power of two
+    fused = tune.logprobs._fused
+
+    def sabotaged(*arguments):
+        fused(*arguments)
+        if tune.logprobs.tiling(4, None) == wrong:
+            arguments[4][0, 0, 3] += 1.0
+
+    monkeypatch.setattr(tune.logprobs, "_fused", sabotaged)
+    found = list(tune.head_trials(hidden, weight, targets, [good, wrong, impossible], rounds=1))
+    assert [trial.reason.partition(":")[0] for trial in found] == ["", "wrong result", "InterpreterError"]
+    assert "| 128 x 64 x 32 | 4 | 2 | | | wrong result |" in tune.head_table(found, 1e9)
+
+
+def test_the_fastest_size_is_written_and_used(tune, other_table):
     launch = importlib.import_module("entra_kernels._triton.launch")
-    text = launch.TABLE.read_text()
+    text = SHIPPED.read_text()
     assert tune.as_text(json.loads(text)) == text
     a100, measured = launch.Chip("sm_80", 163 * 1024), {"device": "A100", "date": "2026-12-01", "triton": "3.7.1"}
     before = {d: launch.attention_launch(d, 4, 2, a100, options=False) for d in (64, 128)}
@@ -96,18 +160,10 @@ def test_the_fastest_size_is_written_and_used(tune, monkeypatch, tmp_path):
     once = tune.with_fastest(text, found, key, measured)
     assert tune.with_fastest(once, found, key, measured) == once
     assert len(json.loads(once)["attention"]) == len(json.loads(text)["attention"]) + 1
-    monkeypatch.setattr(launch, "TABLE", tmp_path / "launch.json")
-    launch.TABLE.write_text(once)
-    for cached in (launch._table, launch.attention_launch):
-        cached.cache_clear()
-    try:
-        assert launch.attention_launch(128, 4, 2, a100, options=False) == fast
-        assert launch.attention_launch(64, 4, 2, a100, options=False) == before[64]
-        assert launch.attention_launch(128, 4, 2, a100, options=True) != fast
-    finally:
-        monkeypatch.undo()
-        for cached in (launch._table, launch.attention_launch):
-            cached.cache_clear()
+    other_table(once)
+    assert launch.attention_launch(128, 4, 2, a100, options=False) == fast
+    assert launch.attention_launch(64, 4, 2, a100, options=False) == before[64]
+    assert launch.attention_launch(128, 4, 2, a100, options=True) != fast
 
 
 def test_wrong_and_impossible_sizes_are_named(tune, monkeypatch):
