@@ -120,12 +120,12 @@ class Prompt:
         return behind
 
 
-class _Behind(DynamicLayer):  # type: ignore[misc]
+class _Behind(DynamicLayer):
     """One layer of a cache that holds a prompt [1, H, P, D], for one forward of B rows."""
 
     def __init__(self, prompt: DynamicLayer) -> None:
         super().__init__()
-        vars(self).update(vars(prompt))
+        self.__dict__.update(prompt.__dict__)
         self._tokens = prompt.get_seq_length()
 
     def get_seq_length(self) -> int:

@@ -69,8 +69,16 @@ def test_rows_behind_their_prompt_are_scored_as_whole_ones(family, rows):
         assert shapes == [(1, 30), (2, 14), (2, 9), (1, 70), (1, 12), (1, 4)]
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
-@pytest.mark.parametrize("options", [{}, {"attention_statistic": "lift"}, {"head_reduction": "max"}], ids=str)
+@pytest.mark.parametrize(
+    ("implementation", "options"),
+    [
+        ("eager", {}),
+        ("flex_attention", {}),
+        ("sdpa", {"attention_statistic": "lift"}),
+        ("sdpa", {"head_reduction": "max"}),
+    ],
+    ids=str,
+)
 def test_so_it_is_with_each_attention_and_each_statistic(implementation, options, rows):
     model = build("gemma3", attn_implementation=implementation)
     with torch.compiler.set_stance("force_eager"):  # transformers compiles FlexAttention, for a minute
