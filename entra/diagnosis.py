@@ -318,7 +318,11 @@ def _eager_attention(inner: nn.Module) -> Iterator[None]:
 
 def _training(inner: Any, args: Any, config: ScoreConfig) -> list[Finding]:
     """Whether a run is refused, whether scores ride on TRL's log-prob pass, and how the rows of that pass lie."""
-    own = f"padded on the right, without a mask, up to {_budget(inner, config):,} tokens a forward"
+    from entra.prompts import why_whole
+
+    reason = why_whole(inner, config)
+    prompts = "a prompt that several completions share runs once" if reason is None else f"every row runs whole: {reason}"
+    own = f"padded on the right, without a mask, up to {_budget(inner, config):,} tokens a forward; {prompts}"
     if args is None:
         text = "with TRL's defaults scoring costs one no-grad forward of the generated batch; give the run's arguments to know"
         return [Finding("training", "note", text), Finding("layout", "ok", own)]

@@ -8,15 +8,17 @@ model goes on with what the head yields in float32, whatever the model's precisi
 transform. So an unknown transform is an error and never a silently wrong number.
 
 Rows are padded on the right and run without an attention mask, which is exact for causal models: no token sees a later one.
-Rows whose RoPE would change with a longer one beside them (`entra/rope.py`) do not share its forward.
+Rows whose RoPE would change with a longer one beside them (`entra/rope.py`) do not share its forward. A prompt may run once,
+and its rows' completions behind it (`entra/prompts.py`). A forward of either kind calls the same modules in the same order. So
+ranks that hold parts of the model need to agree on nothing but the number of forwards.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +29,9 @@ from entra.capture import OverRanks, capture_incoming_attention, scored_layer
 from entra.config import ScoreConfig
 from entra.rope import RopeGroups, forgetful_rope
 from entra_kernels import linear_token_logprobs, token_logprobs
+
+if TYPE_CHECKING:
+    from entra.prompts import Prompt
 
 # Logits of one chunk when the head must be called as a module (LoRA on the head, quantised heads): 2**24 are 64 MiB in float32.
 _CHUNK_LOGITS = 2**24
@@ -94,7 +99,7 @@ def token_signals(
         model: a transformers causal LM or a wrapper around one. Its mode, config and hooks are as before afterwards.
         rows: token ids. Row r needs at least last[r] + 1 of them, because the first token of a sequence has no log P.
         last: how many tokens of each row are wanted. A row of 0 is left out of the forwards.
-        config: `token_budget`, `attention_statistic`, `head_reduction` and `backend` are used.
+        config: `token_budget`, `share_prompts`, `attention_statistic`, `head_reduction` and `backend` are used.
         inspector: looks at every forward.
 
     Returns:
@@ -107,22 +112,41 @@ def token_signals(
         ValueError: no layer of the model can be scored (see `entra.capture`).
         RuntimeError: the model has no head that can be hooked, or changes its logits in a way that is not known.
     """
+    from entra.prompts import shared_prompts, tokens_of_a_forward, why_whole
+
     model = unwrapped(model)
     _register_head(model)
     signals = [TokenSignals(torch.zeros(0), torch.zeros(0))] * len(rows)
     with _lock(model), torch.no_grad(), _evaluation_mode(model), forgetful_rope(model) as forget:
         device = model.get_input_embeddings().weight.device
         budget = config.token_budget or (_CPU_TOKEN_BUDGET if device.type == "cpu" else _DEVICE_TOKEN_BUDGET)
-        lengths = [len(row) if n else 0 for row, n in zip(rows, last, strict=True)]
-        batches = _micro_batches(lengths, budget, RopeGroups(model))
+        lengths, rope = [len(row) for row in rows], RopeGroups(model)
+        may_share = inspector is None and why_whole(model, config) is None
+        groups = shared_prompts(rows, last, rope, device) if may_share else []
+        whole = {r for r, n in enumerate(last) if n}.difference(*groups)
+        batches = _micro_batches(whole, lengths, budget, rope)
+        most = tokens_of_a_forward(device)
+        behind = [_micro_batches(members, lengths, budget, rope, most) for members in groups]
+        ours = len(batches) + sum(1 + len(parts) for parts in behind)
         # Asked before the first forward: a rank that waits here takes part in nobody's forward.
-        forwards = _most_forwards(len(batches)) if forwards_are_collective(model) else len(batches)
+        forwards = _most_forwards(ours) if forwards_are_collective(model) else ours
         for batch in batches:
             forget()
             results = _forward(model, device, [rows[r] for r in batch], [last[r] for r in batch], config, inspector)
             for r, result in zip(batch, results, strict=True):
                 signals[r] = result
-        for _ in range(forwards - len(batches)):
+        for members, parts in zip(groups, behind, strict=True):
+            forget()
+            tokens = lengths[members[0]] - last[members[0]]
+            prompt, firsts = _run_prompt(model, device, rows[members[0]][:tokens], [rows[r][tokens] for r in members], config)
+            first = dict(zip(members, firsts, strict=True))
+            for batch in parts:
+                forget()
+                completions = [rows[r][tokens:] for r in batch]
+                results = _forward(model, device, completions, [last[r] for r in batch], config, prompt=prompt)
+                for r, result in zip(batch, results, strict=True):
+                    signals[r] = TokenSignals(torch.cat([first[r], result.logprobs]), result.incoming)
+        for _ in range(forwards - ours):
             _forward(model, device, [[0, 0]], [1], config)
     return signals
 
@@ -179,17 +203,39 @@ def _register_head(model: Any) -> None:
             register_external_parameter(causal_lm, weight)
 
 
-def _micro_batches(lengths: Sequence[int], token_budget: int, groups: RopeGroups) -> list[list[int]]:
-    """Indices of the rows that are not empty, in batches, longest first. The padded tokens of a batch stay within the budget
-    (one row always fits), and its rows have the same RoPE as alone."""
+def _micro_batches(
+    rows: Iterable[int], lengths: Sequence[int], token_budget: int, groups: RopeGroups, most_pads: int | None = None
+) -> list[list[int]]:
+    """The indices `rows` in batches, longest first. The padded tokens of a batch stay within the budget (one row always fits),
+    no row has more pads than `most_pads`, and all have the same RoPE as alone."""
     batches: list[list[int]] = []
-    for r in sorted((r for r, length in enumerate(lengths) if length), key=lambda r: -lengths[r]):
+    for r in sorted(rows, key=lambda r: (-lengths[r], r)):
         longest = lengths[batches[-1][0]] if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= token_budget and groups.of(longest) == groups.of(lengths[r]):
+        if (
+            batches
+            and longest * (len(batches[-1]) + 1) <= token_budget
+            and (most_pads is None or longest - lengths[r] <= most_pads)
+            and groups.of(longest) == groups.of(lengths[r])
+        ):
             batches[-1].append(r)
         else:
             batches.append([r])
     return batches
+
+
+def _run_prompt(
+    model: Any, device: torch.device, ids: Sequence[int], firsts: list[int], config: ScoreConfig
+) -> tuple[Prompt, tuple[Tensor, ...]]:
+    """A prompt's keys and values, and log P of the tokens `firsts` behind it, [1] each."""
+    from entra.prompts import Prompt
+
+    prompt, input_ids = Prompt(len(ids)), torch.tensor([ids], device=device)
+    positions = torch.full((len(firsts),), len(ids) - 1, device=device)
+    targets = torch.tensor(firsts, device=device)
+    with _head_logprobs(model, input_ids.shape, positions, targets, config.backend) as head:
+        output = model(input_ids=input_ids, past_key_values=prompt.cache, use_cache=True, return_dict=True)
+    head.check(output.logits)
+    return prompt, head.logprobs.to(device).split(1)
 
 
 def _forward(
@@ -199,23 +245,26 @@ def _forward(
     last: list[int],
     config: ScoreConfig,
     inspector: Inspector | None = None,
+    prompt: Prompt | None = None,
 ) -> list[TokenSignals]:
+    """Signals of the last tokens of rows, whole or behind their prompt. There the first token's log P is not among them."""
+    before = 0 if prompt is None else prompt.tokens
+    cache = {"use_cache": False} if prompt is None else {"use_cache": True, "past_key_values": prompt.behind()}
     length = torch.tensor([len(row) for row in rows])
     tokens = int(length.max())
     input_ids = torch.zeros(len(rows), tokens, dtype=torch.long)
     for r, row in enumerate(rows):
         input_ids[r, : len(row)] = torch.as_tensor(row)
     # The token at position i is predicted by the hidden state at i - 1.
-    positions = torch.cat(
-        [r * tokens + torch.arange(n - m - 1, n - 1) for r, (n, m) in enumerate(zip(length, last, strict=True))]
-    )
+    places = [torch.arange(max(n - m, 1) - 1, n - 1) for n, m in zip(length.tolist(), last, strict=True)]
+    positions = torch.cat([r * tokens + place for r, place in enumerate(places)])
     targets = input_ids.view(-1)[positions + 1].to(device)
     positions, input_ids = positions.to(device), input_ids.to(device)
     with (
         _head_logprobs(model, input_ids.shape, positions, targets, config.backend) as head,
         capture_incoming_attention(
             model,
-            length=length.to(device),
+            length=(before + length).to(device),
             statistic=config.attention_statistic,
             head_reduction=config.head_reduction,
             backend=config.backend,
@@ -223,10 +272,10 @@ def _forward(
     ):
         if inspector is not None:
             head.inspect, captured.inspect = inspector.head, inspector.attention
-        output = model(input_ids=input_ids, use_cache=False, return_dict=True)
+        output = model(input_ids=input_ids, return_dict=True, **cache)
     head.check(output.logits)
-    logprobs = head.logprobs.to(device).split(last)
-    incoming = captured.incoming.to(device)
+    logprobs = head.logprobs.to(device).split([len(place) for place in places])
+    incoming = captured.incoming.to(device)[:, before:]
     return [
         TokenSignals(logprobs[r], incoming[r, n - m : n]) for r, (n, m) in enumerate(zip(length.tolist(), last, strict=True))
     ]

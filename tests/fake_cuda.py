@@ -47,7 +47,6 @@ MIXING = {
 launching = False
 """Whether an operation that launches kernels is under way."""
 
-
 in_backward = False
 """Whether gradients are computed."""
 

@@ -116,12 +116,13 @@ def test_what_cuda_would_refuse_is_refused(rehearsed):
 
 
 def test_the_log_sum_exp_of_cudas_attention_is_reused(rehearsed):
-    """To what one pass and two differ by in float32. `make rehearse` also captures it out of a model."""
+    """To what the fast exponential of the CPU's kernel may cost (`test_attention_lse.py`). `make rehearse` also captures it out
+    of a model."""
     sources, errors = zip(*rehearsed[0]["reuses"], strict=True)
     assert [source.removeprefix("aten::_scaled_dot_product_") for source in sources] == [
         f"{name}_attention" for name in ("flash", "cudnn", "efficient")
     ]
-    assert 0 < max(errors) < 1e-5
+    assert max(errors) <= 1.3e-4
 
 
 def test_every_launch_goes_to_the_current_stream(rehearsed):

@@ -162,14 +162,14 @@ def attention_launch(head_dim: int, group: int, element_size: int, chip: Chip, *
     |---|---|---|---|
     | to 128 | 256 x 64 | 5.6 / 6.7, 128 registers, 96 KiB: two programs | 256 x 128: 4.6 / 5.6, 239 registers, one program |
     | | | | 128 x 64 ahead, two programs: 7.4, and twice the traffic from L2 and into shared memory |
-    | to 128, options | 128 x 64 | 8.4 / 8.0, no spills | 256 x 64 spilled 26 times |
+    | to 128, options | 128 x 64 | 8.2 / 8.0, no spills, 3 stages | 256 x 64 spilled 26 times |
     | to 256 | 128 x 128 ahead | 7.7 / 7.6, 192 KiB: one program; 60 of 64 exponentials under a product | not ahead: 6.9, none |
     | to 512 | 64 x 64 | 16.6 / 16.2 | |
 
-    sm_100 keeps accumulators in tensor memory, a row to a thread. With 4 warps and 128 x 64 there are no shuffles at all (5.5 /
-    5.9, 192 registers). With options this spilled and 8 warps did not. 128 x 128 with 4 warps spilled 366 times. Other chips
-    take the largest of TABLE that fits. No matrix unit multiplies float32 exactly. On the FMA units the operands of a dot sit
-    in registers: a shallow one.
+    sm_100 keeps accumulators in tensor memory, a row to a thread. With 4 warps and 128 x 64 there are no shuffles at all (5.6 /
+    6.0 with 3 stages, 192 registers). With options this spilled and 8 warps did not. 128 x 128 with 4 warps spilled 366 times.
+    Other chips take the largest of TABLE that fits. No matrix unit multiplies float32 exactly. On the FMA units the operands of
+    a dot sit in registers: a shallow one.
 
     sm_80 has 128 x 64 as well. With 2 stages each trip waits for the copy that was issued last. With 3 a wait leaves one under
     way, for 4 % more instructions: 9.6 / 11.9 instead of 9.2 / 11.4 at D = 128. Without a bound 3 stages took 160 registers;

@@ -60,6 +60,16 @@ def score_unequal(model: nn.Module | str, rank: int) -> entra.Scores:
     return entra.score_batch(prompts, completions, model=model, config=_CONFIG, details=True)
 
 
+def score_groups(model: nn.Module, rank: int, config: entra.ScoreConfig = _CONFIG) -> entra.Scores:
+    """Details of a rank's own groups: 6 rows behind one prompt (7 forwards), or 2 behind another and a whole one (4)."""
+    ids = torch.randint(5, 101, (100,), generator=torch.Generator().manual_seed(2 + rank)).tolist()
+    if rank == 0:
+        prompts, completions = [ids[:16]] * 6, [ids[i + 16 : i + 34] for i in range(6)]
+    else:
+        prompts, completions = [ids[:64], ids[:64], ids[:3]], [ids[64:74], ids[64:99], ids[3:33]]
+    return entra.score_batch(prompts, completions, model=model, config=config, details=True)
+
+
 class Recorded(entra.EntraReward):
     """A reward that keeps what it returned, for which rows, and what the policy was then."""
 
@@ -293,6 +303,7 @@ def fsdp2(folder: Path, rank: int) -> None:
 
     model = load()
     seen: dict[str, Any] = {"head": type(model.lm_head.weight).__name__, "unequal": score_unequal(model, rank)}
+    seen["groups"] = score_groups(model, rank)
     if transformers_version() >= TRAINS_WHAT_IT_SHARDED:
         seen["riding"] = train(folder, load(), rank, riding=True, steps=2)
     with _accelerate_shards_on_a_cpu():
@@ -361,7 +372,7 @@ def zero3(folder: Path, rank: int) -> None:
     deepspeed.init_distributed("gloo", timeout=_TIMEOUT)
     engine, *_ = deepspeed.initialize(model=build("qwen3"), config=_ZERO3)
     parts = {name: (weight.ds_tensor.numel(), weight.ds_numel) for name, weight in engine.module.named_parameters()}
-    seen: dict[str, Any] = {"parts": parts, "unequal": score_unequal(engine, rank)}
+    seen: dict[str, Any] = {"parts": parts, "unequal": score_unequal(engine, rank), "groups": score_groups(engine, rank)}
     with _accelerate_lets_deepspeed_run_on_a_cpu():
         seen["riding"] = train(folder, build("qwen3"), rank, riding=True, steps=2, deepspeed=_ZERO3)
         seen["own_pass"] = train(folder, build("qwen3"), rank, steps=3, deepspeed=_ZERO3)

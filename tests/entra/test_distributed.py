@@ -14,6 +14,7 @@ import inspect
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,16 @@ def assert_unequal_rows_score_as_in_one_process(ranks: list[dict[str, Any]]) -> 
         assert_same_scores(result["unequal"], worker.score_unequal(build("qwen3"), rank))
 
 
+def assert_groups_score_as_whole_rows_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    """Ranks have unequal numbers of forwards of prompts, of completions behind them, and of whole rows."""
+    for rank, (result, forwards) in enumerate(zip(ranks, (7, 4), strict=True)):
+        model, calls = build("qwen3"), []
+        assert_same_scores(result["groups"], worker.score_groups(model, rank, replace(worker._CONFIG, share_prompts=False)))
+        model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        worker.score_groups(model, rank)
+        assert len(calls) == forwards
+
+
 def assert_failure_left_no_trace(ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
         assert result["failure"]["raised"]
@@ -208,6 +219,7 @@ def test_fsdp2_unequal_numbers_of_forwards(fsdp2):
     assert {rank["head"] for rank in fsdp2} == {"DTensor"}
     assert_unequal_rows_score_as_in_one_process(fsdp2)
     assert [rank["disagreement"] for rank in fsdp2] == ["stuck", "done"]
+    assert_groups_score_as_whole_rows_of_one_process(fsdp2)
 
 
 @pytest.mark.parametrize("run", ["riding", "own_pass"])
@@ -255,6 +267,7 @@ def test_zero3_scores_through_the_engine_with_every_weight_in_parts(zero3):
         for held, whole in rank["parts"].values():
             assert held == -(-whole // 2)
     assert_unequal_rows_score_as_in_one_process(zero3)
+    assert_groups_score_as_whole_rows_of_one_process(zero3)
 
 
 @pytest.mark.parametrize("run", ["riding", "own_pass"])

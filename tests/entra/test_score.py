@@ -892,6 +892,7 @@ def test_bad_input(arguments, error, message, llama):
         ({"reward_ngram": None}, TypeError, r"reward_ngram=None must be an int, not NoneType"),
         ({"token_budget": 0}, ValueError, r"token_budget=0 must be at least 1"),
         ({"token_budget": "5"}, TypeError, r"token_budget='5' must be a whole number"),
+        ({"share_prompts": 1}, TypeError, r"share_prompts=1 must be True or False"),
         ({"degenerate_reward": math.inf}, ValueError, r"degenerate_reward=inf must be finite"),
         ({"chat_template_kwargs": "x"}, TypeError, r"chat_template_kwargs='x' must be a mapping"),
         ({"chat_template_kwargs": {"tokenize": False}}, ValueError, r"chat_template_kwargs holds 'tokenize'"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import triton
@@ -96,6 +97,13 @@ def test_a_wait_for_the_last_copy_is_an_excess(left, message):
     )  # fmt: skip
     assert aot.late(counts).startswith(message)
     assert bool(aot.late(counts)) == bool(message)
+
+
+def test_more_shared_memory_than_the_launcher_reckons_with_is_an_excess():
+    tile = {"RESIDENT": 256, "STREAMED": 32, "DEPTH": 256}
+    case = SimpleNamespace(chip=aot.CHIPS[0], constexprs=tile, num_warps=8, options={"num_stages": 3})
+    assert aot.unreckoned(case, 165_888) == ""
+    assert aot.unreckoned(case, 165_889) == "165889 B of shared memory, the launcher reckons with 165888"
 
 
 def descendants(process):

@@ -1,0 +1,184 @@
+"""Rows whose prompt runs once against the same rows run whole."""
+
+import pytest
+import torch
+from test_rows_alone import CASES, INCOMING_TOLERANCE, LOGPROB_TOLERANCE, ORIGINAL
+from tiny_models import FAMILIES, VOCABULARY, build
+
+import entra
+from entra.forward import token_signals
+from entra.prompts import Prompt, shared_prompts, why_whole
+from entra.rope import RopeGroups
+
+STATEFUL = ("qwen3_next", "qwen3_5")
+# The prompt of each row, and the tokens of its completion.
+PROMPTS = (30, 70)
+ROWS = ((0, 9), (0, 1), (1, 4), (0, 14), (1, 12), (0, 9))
+BUDGET = 90
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def random_ids(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    prompts = random_ids(*PROMPTS)
+    completions = random_ids(*(n for _, n in ROWS), seed=1)
+    return [prompts[prompt] + completion for (prompt, _), completion in zip(ROWS, completions, strict=True)]
+
+
+LAST = [n for _, n in ROWS]
+
+
+def score(model, rows, last=LAST, **options):
+    return token_signals(model, rows, last, entra.ScoreConfig(**{"token_budget": BUDGET, **options}))
+
+
+def shapes_of(model, *arguments, **options):
+    """The shapes of the ids of each forward while rows are scored."""
+    shapes = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        score(model, *arguments, **options)
+    finally:
+        handle.remove()
+    return shapes
+
+
+def assert_equal(got, expected):
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=0, atol=LOGPROB_TOLERANCE)
+        torch.testing.assert_close(ours.incoming, theirs.incoming, rtol=0, atol=INCOMING_TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_behind_their_prompt_are_scored_as_whole_ones(family, rows):
+    model = build(family)
+    assert_equal(score(model, rows), score(model, rows, share_prompts=False))
+    shapes = shapes_of(model, rows)
+    if family in STATEFUL:
+        assert why_whole(model, entra.ScoreConfig()) == "1 of the model's 4 layers are attention, and the others keep a state"
+        assert shapes == shapes_of(model, rows, share_prompts=False)
+    else:
+        assert shapes == [(1, 30), (2, 14), (2, 9), (1, 70), (1, 12), (1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "options"),
+    [
+        ("eager", {}),
+        ("flex_attention", {}),
+        ("sdpa", {"attention_statistic": "lift"}),
+        ("sdpa", {"head_reduction": "max"}),
+    ],
+    ids=str,
+)
+def test_so_it_is_with_each_attention_and_each_statistic(implementation, options, rows):
+    model = build("gemma3", attn_implementation=implementation)
+    with torch.compiler.set_stance("force_eager"):  # transformers compiles FlexAttention, for a minute
+        assert_equal(score(model, rows, **options), score(model, rows, share_prompts=False, **options))
+
+
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_the_token_budget_holds_for_keys_too(budget, rows):
+    model = build("llama")
+    alone = [(1, 30), (1, 14), (1, 9), (1, 9), (1, 1), (1, 70), (1, 12), (1, 4)]
+    assert shapes_of(model, rows, token_budget=budget) == (alone if budget == 1 else [(1, 30), (4, 14), (1, 70), (2, 12)])
+    assert_equal(score(model, rows, token_budget=budget), score(model, rows, share_prompts=False))
+
+
+@pytest.mark.parametrize(("family", "overrides"), CASES)
+def test_a_prompt_with_another_rope_than_its_rows_runs_with_them(family, overrides):
+    """The prompt is as long as the model was trained on. One token more, and RoPE is another one for all tokens."""
+    model, last = build(family, **overrides), [9, 4, 3, 2, 1]
+    rows = [random_ids(ORIGINAL)[0] + completion for completion in random_ids(*last, seed=1)]
+    assert shapes_of(model, rows, last) == shapes_of(model, rows, last, share_prompts=False)
+    model, last = build(family, **overrides), [1] * 8
+    rows = [row[:10] + completion for row in rows[:1] for completion in random_ids(*last, seed=1)]
+    assert shapes_of(model, rows, last) == [(1, 10), (8, 1)]
+    assert_equal(score(model, rows, last), score(model, rows, last, share_prompts=False))
+
+
+def test_a_prompt_runs_once_where_that_saves_tokens(rows):
+    rope, cpu = RopeGroups(build("llama")), torch.device("cpu")
+    assert shared_prompts(rows, LAST, rope, cpu) == [[0, 1, 3, 5], [2, 4]]
+    assert shared_prompts(rows, [0] * len(rows), rope, cpu) == []
+    assert shared_prompts(rows, LAST, rope, torch.device("cuda")) == []
+    for prompt, completion, count, device, runs_once in (
+        (32, 9, 1, "cpu", False),
+        (32, 9, 2, "cpu", True),
+        (31, 9, 2, "cpu", False),  # 31 tokens
+        (32, 224, 2, "cpu", True),
+        (32, 225, 2, "cpu", False),  # less than a 16th
+        (1024, 9, 2, "cuda", False),
+        (1024, 9, 3, "cuda", True),
+    ):
+        group = [[5] * (prompt + completion)] * count
+        found = shared_prompts(group, [completion] * count, rope, torch.device(device))
+        assert found == ([list(range(count))] if runs_once else [])
+
+
+def test_completions_of_very_unequal_lengths_share_no_forward():
+    """On a CPU 32 pads cost more than another forward."""
+    rows = [random_ids(40)[0] + completion for completion in random_ids(50, 18, 17, 3, seed=1)]
+    assert shapes_of(build("llama"), rows, [50, 18, 17, 3], token_budget=1_000) == [(1, 40), (2, 50), (2, 17)]
+
+
+def test_a_prompt_keeps_no_keys_of_its_completions(rows):
+    model, prompt = build("llama"), Prompt(5)
+    with torch.no_grad():
+        model(torch.tensor([rows[0][:5]]), past_key_values=prompt.cache, use_cache=True)
+        three, one = (
+            model(torch.tensor([rows[0][5:9]] * count), past_key_values=prompt.behind(), use_cache=True).logits
+            for count in (3, 1)
+        )
+    assert {layer.keys.shape for layer in prompt.cache.layers} == {(1, 2, 5, 20)}
+    torch.testing.assert_close(three[:1], one, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def test_a_model_that_leaves_its_cache_empty_is_refused():
+    with pytest.raises(RuntimeError, match="share_prompts=False"):
+        Prompt(5).behind()
+
+
+def test_why_rows_run_whole(monkeypatch):
+    def why(change=lambda model: None, **options):
+        model = build("llama")
+        change(model)
+        return why_whole(model, entra.ScoreConfig(**options))
+
+    def unknown_attention(model):
+        model.config._attn_implementation = "paged|sdpa"
+
+    def another_cache(model):
+        monkeypatch.setattr(model.model.layers[0].self_attn, "forward", lambda hidden_states, layer_past=None: None)
+
+    def convolution(model):
+        model.model.convolution = torch.nn.Conv1d(1, 1, 1)
+
+    assert why() is None
+    assert why(share_prompts=False) == "share_prompts=False"
+    assert why(ranking_scope="sequence") == "ranking_scope='sequence' ranks the prompt's tokens, too"
+    assert why(unknown_attention) == "what the attention function 'paged|sdpa' makes of a cache is not known"
+    assert why(another_cache) == "the model's attention takes no past_key_values"
+    assert why(convolution) == "the model has convolutions, which keep a state"
+    assert why(lambda model: model.compile()) == "the model is compiled, and would be again for prompts of another length"
+    assert why(lambda model: setattr(model.config, "num_hidden_layers", 3)).startswith("2 of the model's 3 layers")
+
+
+def test_rows_run_whole_where_there_is_a_reason(rows):
+    model, last = build("llama"), [len(row) - 1 for row in rows]
+    prompts, completions = zip(*((row[:-n], row[-n:]) for row, n in zip(rows, LAST, strict=True)), strict=True)
+    shapes = shapes_of(model, rows, share_prompts=False)
+    assert {shape[1] for shape in shapes} == {82, 74, 44, 39}
+    calls = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    config = entra.ScoreConfig(ranking_scope="sequence", token_budget=BUDGET)
+    entra.score_batch(prompts, completions, model=model, config=config)
+    assert calls == shapes == shapes_of(model, rows, last, ranking_scope="sequence")
