@@ -14,7 +14,7 @@ STATEFUL = ("qwen3_next", "qwen3_5")
 # The prompt of each row, and the tokens of its completion.
 PROMPTS = (30, 70)
 ROWS = ((0, 9), (0, 1), (1, 4), (0, 14), (1, 12), (0, 9))
-BUDGET = 90
+BUDGET = 60
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,7 +66,7 @@ def test_rows_behind_their_prompt_are_scored_as_whole_ones(family, rows):
         assert why_whole(model, entra.ScoreConfig()) == "1 of the model's 4 layers are attention, and the others keep a state"
         assert shapes == shapes_of(model, rows, share_prompts=False)
     else:
-        assert shapes == [(1, 30), (2, 14), (2, 9), (1, 70), (1, 12), (1, 4)]
+        assert shapes == [(1, 30), (3, 14), (1, 1), (1, 70), (2, 12)]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_rows_run_whole_where_there_is_a_reason(rows):
     model, last = build("llama"), [len(row) - 1 for row in rows]
     prompts, completions = zip(*((row[:-n], row[-n:]) for row, n in zip(rows, LAST, strict=True)), strict=True)
     shapes = shapes_of(model, rows, share_prompts=False)
-    assert {shape[1] for shape in shapes} == {82, 74, 44, 39}
+    assert {shape[1] for shape in shapes} == {82, 74, 44, 39, 31}
     calls = []
     model.register_forward_pre_hook(lambda m, args, kwargs: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
     config = entra.ScoreConfig(ranking_scope="sequence", token_budget=BUDGET)
