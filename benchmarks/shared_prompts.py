@@ -1,0 +1,89 @@
+"""Prompts that run once beside whole rows: `python -m benchmarks.shared_prompts RESULTS.json`, SmolLM2 on a CPU, 15 minutes.
+
+Both ways take turns in one process, and whichever goes first changes from round to round. Medians count. The demo's completions
+are scored as `make demo` scores them: two problems in a call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import entra
+from benchmarks.speed.results import device_name
+from entra.policy import load_policy
+from entra.traces import load_traces
+
+CASES = {"8 completions of 128 tokens after 1,024": (8, 1024, 128), "8 completions of 512 tokens after 64": (8, 64, 512)}
+ROUNDS = 3
+
+
+def measure() -> dict[str, Any]:
+    """Seconds by the clock and of the processor, of each round and way, and how far results differ."""
+    policy = load_policy("smollm2")
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(10, 40_000, (count,), generator=generator).tolist()
+
+    runs: dict[str, Callable[[entra.ScoreConfig], Any]] = {}
+    for name, (group, before, after) in CASES.items():
+        prompts, completions = [tokens(before)] * group, [tokens(after) for _ in range(group)]
+        runs[name] = lambda config, p=prompts, c=completions: entra.score_batch(p, c, model=policy.model, config=config)
+    problems = load_traces()
+    calls = [
+        [(problem, completion) for problem in problems[first : first + 2] for completion in problem.completions]
+        for first in range(0, len(problems), 2)
+    ]
+
+    def demo(config: entra.ScoreConfig) -> list[float | None]:
+        rewards: list[float | None] = []
+        for call in calls:
+            chats = [[{"role": "user", "content": problem.prompt}] for problem, _ in call]
+            texts = [completion.text for _, completion in call]
+            rewards += entra.score_batch(chats, texts, model=policy.model, tokenizer=policy.tokenizer, config=config)
+        return rewards
+
+    runs[f"the demo's {sum(map(len, calls))} completions"] = demo
+    records = []
+    for name, run in runs.items():
+        rewards: dict[bool, list[float]] = {}
+        seconds: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        for turn in range(ROUNDS):
+            for share in (turn % 2 == 0, turn % 2 == 1):
+                began = time.perf_counter(), time.process_time()
+                rewards[share] = list(run(entra.ScoreConfig(share_prompts=share)))
+                seconds[share].append((time.perf_counter() - began[0], time.process_time() - began[1]))
+        once, whole = (median(clock for clock, _ in seconds[share]) for share in (True, False))
+        differ = max(abs(a - b) for a, b in zip(rewards[True], rewards[False], strict=True))
+        records.append(
+            {"case": name, "ratio": once / whole, "once": seconds[True], "whole": seconds[False], "rewards_differ": differ}
+        )
+        print(
+            f"{name}: {once:.2f} s once, {whole:.2f} s whole, ratio {once / whole:.3f}, rewards differ by {differ:.1e}",
+            flush=True,
+        )
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return {
+        "machine": device_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "packages": packages,
+        "command": "python -m benchmarks.shared_prompts",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "records": records,
+    }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
