@@ -32,7 +32,7 @@ $(VENV)/demo.done: $(VENV)/torch.done pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev.done: $(VENV)/demo.done
-	$(PIP) install -q -c constraints.txt -e ".[demo,plot,inspect,train,reasoning,dev]"
+	$(PIP) install -q -c constraints.txt -e ".[demo,plot,inspect,train,reasoning,hub,dev]"
 	@touch $@
 
 demo: $(VENV)/demo.done

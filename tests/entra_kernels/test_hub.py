@@ -28,6 +28,7 @@ def make(repository: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
+    pytest.importorskip("kernels", reason="needs kernels: pip install 'entra-reward[hub]'")
     return make(ROOT, tmp_path_factory.mktemp("made") / "build/hub")
 
 
