@@ -1,6 +1,6 @@
-"""Prompts that run once beside whole rows: `python -m benchmarks.shared_prompts RESULTS.json`, SmolLM2 on a CPU, 15 minutes.
+"""Prompts that run once beside whole rows: `python -m benchmarks.shared_prompts RESULTS.json`, SmolLM2 on a CPU, 7 minutes.
 
-Both ways take turns in one process, and whichever goes first changes from round to round. Medians count. The demo's completions
+Both ways take turns in one process, and whichever goes first changes from round to round. The mean counts. The demo's completions
 are scored as `make demo` scores them: two problems in a call.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from entra.policy import load_policy
 from entra.traces import load_traces
 
 CASES = {"8 completions of 128 tokens after 1,024": (8, 1024, 128), "8 completions of 512 tokens after 64": (8, 64, 512)}
-ROUNDS = 3
+ROUNDS = 2
 
 
 def measure() -> dict[str, Any]:
@@ -64,7 +64,7 @@ def measure() -> dict[str, Any]:
                 began = time.perf_counter(), time.process_time()
                 rewards[share] = list(run(entra.ScoreConfig(share_prompts=share)))
                 seconds[share].append((time.perf_counter() - began[0], time.process_time() - began[1]))
-        once, whole = (median(clock for clock, _ in seconds[share]) for share in (True, False))
+        once, whole = (mean(clock for clock, _ in seconds[share]) for share in (True, False))
         differ = max(abs(a - b) for a, b in zip(rewards[True], rewards[False], strict=True))
         records.append(
             {"case": name, "ratio": once / whole, "once": seconds[True], "whole": seconds[False], "rewards_differ": differ}

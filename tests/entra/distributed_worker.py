@@ -41,6 +41,7 @@ TRAINS_WHAT_IT_SHARDED = (5, 19)
 """The first transformers whose Trainer leaves a model alone that transformers has sharded; before, it wraps it in DDP."""
 
 _CONFIG = entra.ScoreConfig(token_budget=40)
+ONE_A_FORWARD = entra.ScoreConfig(token_budget=20)
 # Long enough for a rank that must wait for the other's imports, short enough for a test.
 _TIMEOUT = timedelta(seconds=120)
 
@@ -60,7 +61,7 @@ def score_unequal(model: nn.Module | str, rank: int) -> entra.Scores:
     return entra.score_batch(prompts, completions, model=model, config=_CONFIG, details=True)
 
 
-def score_groups(model: nn.Module, rank: int, config: entra.ScoreConfig = _CONFIG) -> entra.Scores:
+def score_groups(model: nn.Module, rank: int, config: entra.ScoreConfig = ONE_A_FORWARD) -> entra.Scores:
     """Details of a rank's own groups: 6 rows behind one prompt (7 forwards), or 2 behind another and a whole one (4)."""
     ids = torch.randint(5, 101, (100,), generator=torch.Generator().manual_seed(2 + rank)).tolist()
     if rank == 0:
