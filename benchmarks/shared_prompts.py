@@ -1,7 +1,7 @@
 """Prompts that run once beside whole rows: `python -m benchmarks.shared_prompts RESULTS.json`, SmolLM2 on a CPU, 7 minutes.
 
-Both ways take turns in one process, and whichever goes first changes from round to round. The mean counts. The demo's completions
-are scored as `make demo` scores them: two problems in a call.
+Both ways take turns in one process, and whichever goes first changes from round to round. The mean counts. The demo's
+completions are scored as `make demo` scores them: two problems in a call.
 """
 
 from __future__ import annotations
