@@ -143,8 +143,9 @@ class ScoreConfig:
     all of them falls with the length by itself. Completions with fewer positions are taken as they are. None: no adjustment."""
 
     token_budget: int | None = None
-    """Padded tokens in one forward. It decides memory and speed; results do not depend on it. None: 16,384 on a GPU and 1,024
-    on a CPU, where large batches gain nothing and padding costs as much as tokens."""
+    """Padded tokens in one forward; 8 tokens of a shared prompt count as one. It decides memory and speed; results do not
+    depend on it. None: 16,384 on a GPU and 1,024 on a CPU, where large batches gain nothing and padding costs as much as
+    tokens."""
 
     share_prompts: bool = True
     """Completions of one prompt share its keys and values, so that it runs once. That is done where it saves a 16th of the

@@ -5,7 +5,7 @@ Decisions taken here:
 - Rows of a call whose prompts are equal are one group. G completions of n tokens after a prompt of P cost P + G n tokens
   instead of G (P + n). The hidden state of the prompt's last token gives the log P of every completion's first one.
 - Each layer puts the prompt's keys in front of its own for the length of its attention call and keeps nothing. So a forward
-  holds no more keys than one of the whole rows does, and the prompt's, once, in all layers.
+  holds its rows' keys of one layer at a time, and the prompt's, once, of all layers.
 - A prompt runs once where that saves work: a forward more costs as much as some tokens, and attention behind a cache may need
   a mask.
 - Nothing is guessed about a model: where it is not known that a cache changes no number, its rows run whole, and
