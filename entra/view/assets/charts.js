@@ -14,7 +14,7 @@ const tickText = (value, decimals) => (Math.abs(value) >= 1e6 ? value.toExponent
 // Axes with labels, whole numbers across; returns the drawing and the functions from numbers to places on it. A range has some
 // room at its ends; what lies outside of `possible`, such as a length of -1 token, has no tick there.
 function axes({ width, height, x, y, label }) {
-  const left = 54, right = 22, top = 12, bottom = 44;
+  const left = 62, right = 22, top = 12, bottom = 44;
   const scale = ([low, high], from, to) => (value) => from + ((value - low) / (high - low || 1)) * (to - from);
   const toX = scale(x.range, left, width - right);
   const toY = scale(y.range, height - bottom, top);
