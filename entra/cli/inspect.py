@@ -124,7 +124,9 @@ def run(options: argparse.Namespace) -> None:
     facts = {**shown.facts, "entra": __version__}
     if output is not None:
         _write(output, shown, source.title, facts)
-    found = f"{source.rows:,} trace{'s' * (source.rows != 1)}" + (f", {errors.total():,} of them with an error ({listed(errors)})" if errors else "")
+    found = "1 trace" if source.rows == 1 else f"{source.rows:,} traces"
+    if errors:
+        found += f", {errors.total():,} of them with an error ({listed(errors)})"
     tell(options, f"{output or source.title}: {found}", *_told_of_marks(options.marks, shown.traces))
     if options.terminal:
         from entra.view import terminal
