@@ -1,7 +1,7 @@
 """Prompts that run once beside whole rows: `python -m benchmarks.shared_prompts RESULTS.json`, SmolLM2 on a CPU, 7 minutes.
 
 Both ways take turns in one process, and whichever goes first changes from round to round. The mean counts. The demo's
-completions are scored as `make demo` scores them: two problems in a call.
+completions are scored as `make demo` scores them: four problems in a call, and whole rows of two, as it did when all ran whole.
 """
 
 from __future__ import annotations
@@ -41,20 +41,18 @@ def measure() -> dict[str, Any]:
         prompts, completions = [tokens(before)] * group, [tokens(after) for _ in range(group)]
         runs[name] = lambda config, p=prompts, c=completions: entra.score_batch(p, c, model=policy.model, config=config)
     problems = load_traces()
-    calls = [
-        [(problem, completion) for problem in problems[first : first + 2] for completion in problem.completions]
-        for first in range(0, len(problems), 2)
-    ]
 
     def demo(config: entra.ScoreConfig) -> list[float | None]:
         rewards: list[float | None] = []
-        for call in calls:
+        count = 4 if config.share_prompts else 2
+        for first in range(0, len(problems), count):
+            call = [(problem, completion) for problem in problems[first : first + count] for completion in problem.completions]
             chats = [[{"role": "user", "content": problem.prompt}] for problem, _ in call]
             texts = [completion.text for _, completion in call]
             rewards += entra.score_batch(chats, texts, model=policy.model, tokenizer=policy.tokenizer, config=config)
         return rewards
 
-    runs[f"the demo's {sum(map(len, calls))} completions"] = demo
+    runs[f"the demo's {sum(len(problem.completions) for problem in problems)} completions"] = demo
     records = []
     for name, run in runs.items():
         rewards: dict[bool, list[float]] = {}

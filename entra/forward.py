@@ -18,6 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -31,7 +32,7 @@ from entra.rope import RopeGroups, forgetful_rope
 from entra_kernels import linear_token_logprobs, token_logprobs
 
 if TYPE_CHECKING:
-    from entra.prompts import Prompt
+    from entra.prompts import Prompts
 
 # So many tokens of a prompt that ran count as one of a forward behind it, which holds their keys and values of one layer at a
 # time: 384 numbers a token in SmolLM2, 2,048 in Qwen3-8B. The MLP alone holds 4,608 and 36,864 for a token that runs.
@@ -116,7 +117,7 @@ def token_signals(
         ValueError: no layer of the model can be scored (see `entra.capture`).
         RuntimeError: the model has no head that can be hooked, or changes its logits in a way that is not known.
     """
-    from entra.prompts import shared_prompts, tokens_of_a_forward, why_whole
+    from entra.prompts import heads_not_repeated, may_mix_prompts, shared_prompts, tokens_of_a_forward, why_whole
 
     model = unwrapped(model)
     _register_head(model)
@@ -130,10 +131,14 @@ def token_signals(
         whole = {r for r, n in enumerate(last) if n}.difference(*groups)
         batches = _micro_batches(whole, lengths, budget, rope)
         most = tokens_of_a_forward(device)
-        behind = [
-            _micro_batches(members, lengths, budget, rope, most, lengths[members[0]] - last[members[0]]) for members in groups
-        ]
-        ours = len(batches) + sum(1 + len(parts) for parts in behind)
+        before = [length - n for length, n in zip(lengths, last, strict=True)]
+        prompts = [rows[members[0]][: before[members[0]]] for members in groups]
+        plan: list[tuple[list[int], list[list[int]]]] = []  # prompts of one forward, and the rows of each behind it
+        for batch in _micro_batches(range(len(groups)), [len(prompt) for prompt in prompts], budget, rope, most):
+            pools = [groups[g] for g in batch]
+            pools = [list(chain(*pools))] if may_mix_prompts(model) else pools
+            plan.append((batch, [part for pool in pools for part in _micro_batches(pool, lengths, budget, rope, most, before)]))
+        ours = len(batches) + sum(1 + len(parts) for _, parts in plan)
         # Asked before the first forward: a rank that waits here takes part in nobody's forward.
         forwards = _most_forwards(ours) if forwards_are_collective(model) else ours
         for batch in batches:
@@ -141,15 +146,17 @@ def token_signals(
             results = _forward(model, device, [rows[r] for r in batch], [last[r] for r in batch], config, inspector)
             for r, result in zip(batch, results, strict=True):
                 signals[r] = result
-        for members, parts in zip(groups, behind, strict=True):
+        for ran, parts in plan:
             forget()
-            tokens = lengths[members[0]] - last[members[0]]
-            prompt, firsts = _run_prompt(model, device, rows[members[0]][:tokens], [rows[r][tokens] for r in members], config)
-            first = dict(zip(members, firsts, strict=True))
+            prompt_of = {r: i for i, g in enumerate(ran) for r in groups[g]}
+            firsts = [(i, rows[r][before[r]]) for r, i in prompt_of.items()]
+            cached, logprobs = _run_prompts(model, device, [prompts[g] for g in ran], firsts, config)
+            first = dict(zip(prompt_of, logprobs, strict=True))
             for batch in parts:
                 forget()
-                completions = [rows[r][tokens:] for r in batch]
-                results = _forward(model, device, completions, [last[r] for r in batch], config, prompt=prompt)
+                completions, behind = [rows[r][before[r] :] for r in batch], (cached, [prompt_of[r] for r in batch])
+                with heads_not_repeated(device):
+                    results = _forward(model, device, completions, [last[r] for r in batch], config, behind=behind)
                 for r, result in zip(batch, results, strict=True):
                     signals[r] = TokenSignals(torch.cat([first[r], result.logprobs]), result.incoming)
         for _ in range(forwards - ours):
@@ -215,39 +222,56 @@ def _micro_batches(
     token_budget: int,
     groups: RopeGroups,
     most_pads: int | None = None,
-    before: int = 0,
+    before: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """The indices `rows` in batches, longest first. The padded tokens of a batch stay within the budget (one row always fits),
     no row has more pads than `most_pads`, and all have the same RoPE as alone. Of the `before` tokens of a row that are in
     a cache, `_CACHED` count as one."""
+    cached = before or [0] * len(lengths)
+    new = [length - n for length, n in zip(lengths, cached, strict=True)]
     batches: list[list[int]] = []
-    for r in sorted(rows, key=lambda r: (-lengths[r], r)):
-        longest = lengths[batches[-1][0]] if batches else 0
+    for r in sorted(rows, key=lambda r: (-new[r], -cached[r], r)):
+        batch = [*(batches[-1] if batches else []), r]
+        most_cached, first, longest = max(cached[s] for s in batch), batch[0], max(lengths[s] for s in batch)
+        pads = max(new[first] - new[s] + (most_cached - cached[s]) / _CACHED for s in batch)
         if (
             batches
-            and (longest - before + before / _CACHED) * (len(batches[-1]) + 1) <= token_budget
-            and (most_pads is None or longest - lengths[r] <= most_pads)
-            and groups.of(longest) == groups.of(lengths[r])
+            and (new[first] + most_cached / _CACHED) * len(batch) <= token_budget
+            and (most_pads is None or pads <= most_pads)
+            and groups.of(longest) == groups.of(lengths[first]) == groups.of(lengths[r])
         ):
-            batches[-1].append(r)
+            batches[-1] = batch
         else:
             batches.append([r])
     return batches
 
 
-def _run_prompt(
-    model: Any, device: torch.device, ids: Sequence[int], firsts: list[int], config: ScoreConfig
-) -> tuple[Prompt, tuple[Tensor, ...]]:
-    """A prompt's keys and values, and log P of the tokens `firsts` behind it, [1] each."""
-    from entra.prompts import Prompt
+def _run_prompts(
+    model: Any, device: torch.device, prompts: list[Sequence[int]], firsts: list[tuple[int, int]], config: ScoreConfig
+) -> tuple[Prompts, tuple[Tensor, ...]]:
+    """The keys and values of `prompts`, and log P, [1] each, of `firsts`: tokens behind the prompt of an index."""
+    from transformers import DynamicCache
 
-    prompt, input_ids = Prompt(len(ids)), torch.tensor([ids], device=device)
-    positions = torch.full((len(firsts),), len(ids) - 1, device=device)
-    targets = torch.tensor(firsts, device=device)
+    from entra.prompts import Prompts
+
+    input_ids, length = _padded(prompts)
+    cache = DynamicCache()
+    ends = torch.arange(len(prompts)) * input_ids.shape[1] + length - 1
+    positions = ends[[i for i, _ in firsts]].to(device)
+    targets = torch.tensor([token for _, token in firsts], device=device)
     with _head_logprobs(model, input_ids.shape, positions, targets, config.backend) as head:
-        output = model(input_ids=input_ids, past_key_values=prompt.cache, use_cache=True, return_dict=True)
+        output = model(input_ids=input_ids.to(device), past_key_values=cache, use_cache=True, return_dict=True)
     head.check(output.logits)
-    return prompt, head.logprobs.to(device).split(1)
+    return Prompts(cache, length.tolist()), head.logprobs.to(device).split(1)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids [B, N], zeros behind each row, and the rows' lengths [B]."""
+    length = torch.tensor([len(row) for row in rows])
+    input_ids = torch.zeros(len(rows), int(length.max()), dtype=torch.long)
+    for r, row in enumerate(rows):
+        input_ids[r, : len(row)] = torch.as_tensor(row)
+    return input_ids, length
 
 
 def _forward(
@@ -257,26 +281,28 @@ def _forward(
     last: list[int],
     config: ScoreConfig,
     inspector: Inspector | None = None,
-    prompt: Prompt | None = None,
+    behind: tuple[Prompts, list[int]] | None = None,
 ) -> list[TokenSignals]:
-    """Signals of the last tokens of rows, whole or behind their prompt. There the first token's log P is not among them."""
-    before = 0 if prompt is None else prompt.tokens
-    cache = {"use_cache": False} if prompt is None else {"use_cache": True, "past_key_values": prompt.behind()}
-    length = torch.tensor([len(row) for row in rows])
-    tokens = int(length.max())
-    input_ids = torch.zeros(len(rows), tokens, dtype=torch.long)
-    for r, row in enumerate(rows):
-        input_ids[r, : len(row)] = torch.as_tensor(row)
+    """Signals of the last tokens of rows, whole or each behind one of the prompts that ran. There the first token's log P is
+    not among them."""
+    input_ids, length = _padded(rows)
+    tokens = input_ids.shape[1]
     # The token at position i is predicted by the hidden state at i - 1.
     places = [torch.arange(max(n - m, 1) - 1, n - 1) for n, m in zip(length.tolist(), last, strict=True)]
     positions = torch.cat([r * tokens + place for r, place in enumerate(places)])
     targets = input_ids.view(-1)[positions + 1].to(device)
     positions, input_ids = positions.to(device), input_ids.to(device)
+    cached, arguments = torch.zeros_like(length), {"use_cache": False}
+    if behind is not None:
+        ran, prompts = behind
+        cached, arguments = torch.tensor([ran.lengths[i] for i in prompts]), ran.behind(prompts, length)
+    before = int(cached.max())
     with (
         _head_logprobs(model, input_ids.shape, positions, targets, config.backend) as head,
         capture_incoming_attention(
             model,
-            length=(before + length).to(device),
+            start=None if int(cached.min()) == before else (before - cached).to(device),
+            length=(cached + length).to(device),
             statistic=config.attention_statistic,
             head_reduction=config.head_reduction,
             backend=config.backend,
@@ -284,7 +310,7 @@ def _forward(
     ):
         if inspector is not None:
             head.inspect, captured.inspect = inspector.head, inspector.attention
-        output = model(input_ids=input_ids, return_dict=True, **cache)
+        output = model(input_ids=input_ids, return_dict=True, **arguments)
     head.check(output.logits)
     logprobs = head.logprobs.to(device).split([len(place) for place in places])
     incoming = captured.incoming.to(device)[:, before:]

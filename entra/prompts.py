@@ -4,8 +4,10 @@ Decisions taken here:
 
 - Rows of a call whose prompts are equal are one group. G completions of n tokens after a prompt of P cost P + G n tokens
   instead of G (P + n). The hidden state of the prompt's last token gives the log P of every completion's first one.
+- The prompts of a call share forwards, and so do the completions behind them, whichever prompt they have. Where those are of
+  unequal length, the shorter ones have pads before them, a mask leaves the pads out, and each row is told its positions.
 - Each layer puts the prompt's keys in front of its own for the length of its attention call and keeps nothing. So a forward
-  holds its rows' keys of one layer at a time, and the prompt's, once, of all layers.
+  holds its rows' keys of one layer at a time, and those of the prompts that ran together, once, of all layers.
 - A prompt runs once where that saves work: a forward more costs as much as some tokens, and attention behind a cache may need
   a mask.
 - Nothing is guessed about a model: where it is not known that a cache changes no number, its rows run whole, and
@@ -15,7 +17,9 @@ Decisions taken here:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,13 +27,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from entra.capture import attention_layers
+from entra.capture import attention_layers, transformers_model
 from entra.config import ScoreConfig
 from entra.packing import is_flash
 from entra.rope import RopeGroups
 
 # Layers that see all earlier tokens, or a window of them.
 _CACHED_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
+
+# What makes transformers' SDPA take fewer key-value heads than query heads beside a mask, too.
+_GROUPED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 _LEAST_SHARE = 1 / 16
 """A prompt runs once where at least this share of its group's tokens is saved."""
@@ -96,48 +103,92 @@ def shared_prompts(
     ]
 
 
-class Prompt:
-    """One prompt's keys and values, for as many forwards of completions as there are.
+def may_mix_prompts(model: Any) -> bool:
+    """Whether completions may run in one forward behind prompts of unequal lengths: each must be told its positions."""
+    return "position_ids" in inspect.signature(transformers_model(model).forward).parameters
+
+
+@contextmanager
+def heads_not_repeated(device: torch.device) -> Iterator[None]:
+    """Have transformers' SDPA hand over keys and values as they are, on machines without a GPU.
+
+    Behind a cache there is a mask, and with a mask it repeats them for the query heads, as CUDA's kernels want it. A CPU's
+    kernel needs no copies. transformers before 5.22 makes them all the same.
+    """
+    if device.type != "cpu" or torch.accelerator.is_available() or _GROUPED_HEADS in os.environ:
+        yield
+        return
+    os.environ[_GROUPED_HEADS] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_GROUPED_HEADS, None)
+
+
+class Prompts:
+    """Keys and values of prompts that ran in one forward, for as many forwards of completions as there are.
 
     Args:
-        tokens: how many the prompt has.
+        cache: what the model filled, [B, H, P, D] in each layer, padded on the right. RuntimeError where it is empty.
+        lengths: how many tokens each prompt has.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self.cache = DynamicCache()
-        """For the model's forward of the prompt, which fills it."""
-
-    def behind(self) -> DynamicCache:
-        """A cache for one forward of completions. Their keys go behind the prompt's, and are not kept.
-
-        RuntimeError where the model did not fill the cache that it was given.
-        """
-        behind = DynamicCache()
-        behind.layers = [_Behind(layer) for layer in self.cache.layers]
-        if {layer.get_seq_length() for layer in behind.layers if layer.is_initialized} != {self.tokens}:
+    def __init__(self, cache: DynamicCache, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self._cache = cache
+        if {layer.get_seq_length() for layer in cache.layers if layer.is_initialized} != {max(lengths)}:
             raise RuntimeError("the model leaves the cache that it is given empty; pass share_prompts=False in ScoreConfig")
-        return behind
+
+    def behind(self, prompts: list[int], length: Tensor) -> dict[str, Any]:
+        """The model's arguments, ids aside, for one forward of rows of `length` tokens, each behind the prompt of that index.
+
+        Their keys go behind the prompt's, and are not kept. Shorter prompts have pads before them. The pads behind a row stay
+        at its last position: no position is larger than if the rows ran whole.
+        """
+        distinct = sorted(set(prompts))
+        longest = max(self.lengths[i] for i in distinct)
+        device = next(layer.keys.device for layer in self._cache.layers if layer.is_initialized)
+        rows = torch.tensor([distinct.index(i) for i in prompts], device=device)
+        pads = {i: longest - self.lengths[i] for i in distinct}
+        cache = DynamicCache()
+        cache.layers = [_Behind(layer, pads, longest, rows) for layer in self._cache.layers]
+        arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if any(pads.values()):
+            before = torch.tensor([self.lengths[i] for i in prompts])[:, None]
+            positions = torch.arange(-longest, int(length.max())) + before
+            arguments["attention_mask"] = (positions >= 0).long().to(device)
+            arguments["position_ids"] = positions[:, longest:].minimum(before + length[:, None] - 1).to(device)
+        return arguments
 
 
 class _Behind(DynamicLayer):
-    """One layer of a cache that holds a prompt [1, H, P, D], for one forward of B rows."""
+    """One layer of a cache of prompts [B, H, P, D], for one forward.
 
-    def __init__(self, prompt: DynamicLayer) -> None:
+    Args:
+        prompts: the layer that holds them.
+        pads: how many go before each of those that are used, by index.
+        tokens: of the longest one.
+        rows: int [B], each row's place among those that are used.
+    """
+
+    def __init__(self, prompts: DynamicLayer, pads: dict[int, int], tokens: int, rows: Tensor) -> None:
         super().__init__()
-        self.__dict__.update(prompt.__dict__)
-        self._tokens = prompt.get_seq_length()
+        self.__dict__.update(prompts.__dict__)
+        self._pads, self._rows = pads, rows
+        self._before = self._tokens = tokens if prompts.is_initialized else 0
 
     def get_seq_length(self) -> int:
-        """Tokens of a row up to now."""
-        return int(self._tokens)
+        """Tokens of a row up to now, with its pads."""
+        return self._tokens
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, P + n, D] of this forward's n tokens and those before them."""
-        keys, values = _joined(self.keys, keys), _joined(self.values, values)
-        self._tokens = keys.shape[2]
-        return keys, values
+        self._tokens = self._before + keys.shape[2]
+        return torch.cat([self._of_rows(self.keys), keys], dim=2), torch.cat([self._of_rows(self.values), values], dim=2)
 
-
-def _joined(prompt: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([prompt.expand(len(new), -1, -1, -1), new], dim=2)
+    def _of_rows(self, prompts: Tensor) -> Tensor:
+        """What each row has before it, [B, H, P, D]; a view where it is the same for all."""
+        used = [
+            nn.functional.pad(prompts[i : i + 1, :, : self._before - pads], (0, 0, pads, 0)) for i, pads in self._pads.items()
+        ]
+        return used[0].expand(len(self._rows), -1, -1, -1) if len(used) == 1 else torch.cat(used)[self._rows.to(prompts.device)]

@@ -28,6 +28,7 @@ from entra.whole_file import write_whole
 
 CONFIG = ScoreConfig()
 _SHOWN_KINDS = ("concise", "overthinking", "control")
+_PROBLEMS_A_CALL = 4  # a few: their prompts and completions share forwards, and the bar moves every few seconds
 _PROTECTED_STYLE = "bold #000000 on #e8c040"
 
 _READING = (
@@ -169,8 +170,9 @@ def score_problems(problems: Sequence[Problem], policy: Policy, positions: int) 
     """Every completion of `problems`, in order, with a progress bar on stderr."""
     scored = []
     with progress_bar(sum(len(problem.completions) for problem in problems), 0, "completions") as bar:
-        for first in range(0, len(problems), 2):
-            batch = [(problem, completion) for problem in problems[first : first + 2] for completion in problem.completions]
+        for first in range(0, len(problems), _PROBLEMS_A_CALL):
+            call = problems[first : first + _PROBLEMS_A_CALL]
+            batch = [(problem, completion) for problem in call for completion in problem.completions]
             scores = score_batch(
                 [[{"role": "user", "content": problem.prompt}] for problem, _ in batch],
                 [completion.text for _, completion in batch],

@@ -1,19 +1,23 @@
 """Rows whose prompt runs once against the same rows run whole."""
 
+import os
+from contextlib import suppress
+
 import pytest
 import torch
 from test_rows_alone import CASES, INCOMING_TOLERANCE, LOGPROB_TOLERANCE, ORIGINAL
 from tiny_models import FAMILIES, VOCABULARY, build
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 import entra
 from entra.forward import token_signals
-from entra.prompts import Prompt, shared_prompts, why_whole
+from entra.prompts import Prompts, heads_not_repeated, shared_prompts, why_whole
 from entra.rope import RopeGroups
 
 STATEFUL = ("qwen3_next", "qwen3_5")
 # The prompt of each row, and the tokens of its completion.
-PROMPTS = (30, 70)
-ROWS = ((0, 9), (0, 1), (1, 4), (0, 14), (1, 12), (0, 9))
+PROMPTS = (30, 70, 24)
+ROWS = ((0, 9), (0, 1), (1, 4), (0, 14), (1, 12), (0, 9), (2, 5), (2, 3), (2, 6))
 BUDGET = 60
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +70,7 @@ def test_rows_behind_their_prompt_are_scored_as_whole_ones(family, rows):
         assert why_whole(model, entra.ScoreConfig()) == "1 of the model's 4 layers are attention, and the others keep a state"
         assert shapes == shapes_of(model, rows, share_prompts=False)
     else:
-        assert shapes == [(1, 30), (3, 14), (1, 1), (1, 70), (2, 12)]
+        assert shapes == [(1, 70), (2, 12), (2, 30), (3, 14), (4, 6)]
 
 
 @pytest.mark.parametrize(
@@ -88,8 +92,9 @@ def test_so_it_is_with_each_attention_and_each_statistic(implementation, options
 @pytest.mark.parametrize("budget", [1, 10_000])
 def test_the_token_budget_holds_for_keys_too(budget, rows):
     model = build("llama")
-    alone = [(1, 30), (1, 14), (1, 9), (1, 9), (1, 1), (1, 70), (1, 12), (1, 4)]
-    assert shapes_of(model, rows, token_budget=budget) == (alone if budget == 1 else [(1, 30), (4, 14), (1, 70), (2, 12)])
+    alone = [(1, 70), (1, 12), (1, 4), (1, 30), (1, 14), (1, 9), (1, 9), (1, 1), (1, 24), (1, 6), (1, 5), (1, 3)]
+    together = [(1, 70), (2, 12), (2, 30), (7, 14)]
+    assert shapes_of(model, rows, token_budget=budget) == (alone if budget == 1 else together)
     assert_equal(score(model, rows, token_budget=budget), score(model, rows, share_prompts=False))
 
 
@@ -107,7 +112,7 @@ def test_a_prompt_with_another_rope_than_its_rows_runs_with_them(family, overrid
 
 def test_a_prompt_runs_once_where_that_saves_tokens(rows):
     rope, cpu = RopeGroups(build("llama")), torch.device("cpu")
-    assert shared_prompts(rows, LAST, rope, cpu) == [[0, 1, 3, 5], [2, 4]]
+    assert shared_prompts(rows, LAST, rope, cpu) == [[0, 1, 3, 5], [2, 4], [6, 7, 8]]
     assert shared_prompts(rows, [0] * len(rows), rope, cpu) == []
     assert shared_prompts(rows, LAST, rope, torch.device("cuda")) == []
     for prompt, completion, count, device, runs_once in (
@@ -130,21 +135,52 @@ def test_completions_of_very_unequal_lengths_share_no_forward():
     assert shapes_of(build("llama"), rows, [50, 18, 17, 3], token_budget=1_000) == [(1, 40), (2, 50), (2, 17)]
 
 
-def test_a_prompt_keeps_no_keys_of_its_completions(rows):
-    model, prompt = build("llama"), Prompt(5)
+def test_prompts_keep_no_keys_of_their_completions(rows):
+    model, cache = build("llama"), DynamicCache()
     with torch.no_grad():
-        model(torch.tensor([rows[0][:5]]), past_key_values=prompt.cache, use_cache=True)
+        model(torch.tensor([rows[1][:7], [*rows[0][:5], 0, 0]]), past_key_values=cache, use_cache=True)
+        prompts = Prompts(cache, [7, 5])
         three, one = (
-            model(torch.tensor([rows[0][5:9]] * count), past_key_values=prompt.behind(), use_cache=True).logits
+            model(torch.tensor([rows[0][5:9]] * count), **prompts.behind([1] * count, torch.tensor([4] * count))).logits
             for count in (3, 1)
         )
-    assert {layer.keys.shape for layer in prompt.cache.layers} == {(1, 2, 5, 20)}
+        alone = model(torch.tensor([rows[0][:9]])).logits[:, 5:]
+    assert {layer.keys.shape for layer in cache.layers} == {(2, 2, 7, 20)}
     torch.testing.assert_close(three[:1], one, rtol=0, atol=LOGPROB_TOLERANCE)
+    torch.testing.assert_close(one, alone, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def test_pads_are_at_no_position_that_the_model_does_not_have():
+    """The longest row fills a model that has learnt 64 positions; behind its prompt stand the pads of another's completion."""
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    rows = [random_ids(length)[0] for length in (60, 60, 60, 40, 40)]
+    rows = [row + completion for row, completion in zip(rows, random_ids(4, 3, 2, 20, 19, seed=1), strict=True)]
+    last = [4, 3, 2, 20, 19]
+    assert shapes_of(model, rows, last, token_budget=1_000) == [(2, 60), (5, 20)]
+    assert_equal(score(model, rows, last, token_budget=1_000), score(model, rows, last, share_prompts=False))
+
+
+@pytest.mark.parametrize("mine", [None, "0"])
+def test_the_switch_for_fewer_heads_is_as_before_afterwards(mine, monkeypatch):
+    switch = "TRANSFORMERS_SDPA_FORCE_GQA"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv(switch, raising=False)
+    if mine is not None:
+        monkeypatch.setenv(switch, mine)
+    with suppress(KeyError), heads_not_repeated(torch.device("cpu")):
+        assert os.environ[switch] == (mine or "1")
+        raise KeyError
+    assert os.environ.get(switch) == mine
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with heads_not_repeated(torch.device("cpu")):
+        assert os.environ.get(switch) == mine
 
 
 def test_a_model_that_leaves_its_cache_empty_is_refused():
     with pytest.raises(RuntimeError, match="share_prompts=False"):
-        Prompt(5).behind()
+        Prompts(DynamicCache(), [5])
 
 
 def test_why_rows_run_whole(monkeypatch):
@@ -176,7 +212,7 @@ def test_rows_run_whole_where_there_is_a_reason(rows):
     model, last = build("llama"), [len(row) - 1 for row in rows]
     prompts, completions = zip(*((row[:-n], row[-n:]) for row, n in zip(rows, LAST, strict=True)), strict=True)
     shapes = shapes_of(model, rows, share_prompts=False)
-    assert {shape[1] for shape in shapes} == {82, 74, 44, 39, 31}
+    assert {shape[1] for shape in shapes} == {82, 74, 44, 39, 31, 30, 27}
     calls = []
     model.register_forward_pre_hook(lambda m, args, kwargs: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
     config = entra.ScoreConfig(ranking_scope="sequence", token_budget=BUDGET)

@@ -172,23 +172,23 @@ def test_score_batch_itself_with_the_bound_policy(tmp_path):
 def test_a_pass_of_its_own_runs_each_prompt_once(tmp_path, monkeypatch, frozen):
     prompts = [{"prompt": f"{'1+' * 20}{i}="} for i in range(8)]
     monkeypatch.setitem(globals(), "ROWS", prompts)
-    runs, original = [], entra.forward._run_prompt
+    runs, original = [], entra.forward._run_prompts
 
-    def spy(model, device, ids, firsts, config):
-        runs.append((len(ids), len(firsts)))
-        return original(model, device, ids, firsts, config)
+    def spy(model, device, prompts, firsts, config):
+        runs.append(([len(ids) for ids in prompts], len(firsts)))
+        return original(model, device, prompts, firsts, config)
 
     def whole(prompts, completions, completion_ids, **columns):
         config, ids = entra.ScoreConfig(share_prompts=False), None if frozen else completion_ids  # a frozen scorer reads text
         return entra.score_batch(prompts, completions, ids, model=scorer, tokenizer=tokenizer(), config=config)
 
-    monkeypatch.setattr(entra.forward, "_run_prompt", spy)
+    monkeypatch.setattr(entra.forward, "_run_prompts", spy)
     policy = build("qwen3")
     scorer = build("llama") if frozen else policy
     reward = entra.EntraReward(model=scorer, tokenizer=tokenizer()) if frozen else entra.EntraReward()
     kind = trl.GRPOTrainer if frozen else entra.EntraGRPOTrainer
     (entry,) = logged(trainer_of(tmp_path, kind, [reward, whole], policy))
-    assert runs == [(43, 4)] * 2
+    assert runs == [([43, 43], 8)]
     assert entry["rewards/entra_reward/mean"] == pytest.approx(entry["rewards/whole/mean"], abs=1e-6)
 
 
