@@ -149,7 +149,7 @@ class ScoreConfig:
 
     share_prompts: bool = True
     """Completions of one prompt share its keys and values, so that it runs once. That is done where it saves a 16th of the
-    tokens or more, at least 32 of them on a CPU and 2,048 on a GPU. `entra doctor` says where a model does not allow it.
+    tokens or more, and a call at least 128 on a CPU or 2,048 on a GPU. `entra doctor` says where a model does not allow it.
     Results are the same within the rounding that another batch brings. False: every row runs whole."""
 
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)

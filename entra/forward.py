@@ -117,7 +117,7 @@ def token_signals(
         ValueError: no layer of the model can be scored (see `entra.capture`).
         RuntimeError: the model has no head that can be hooked, or changes its logits in a way that is not known.
     """
-    from entra.prompts import heads_not_repeated, may_mix_prompts, shared_prompts, tokens_of_a_forward, why_whole
+    from entra.prompts import heads_not_repeated, may_mix_prompts, most_pads, shared_prompts, why_whole
 
     model = unwrapped(model)
     _register_head(model)
@@ -130,7 +130,7 @@ def token_signals(
         groups = shared_prompts(rows, last, rope, device) if may_share else []
         whole = {r for r, n in enumerate(last) if n}.difference(*groups)
         batches = _micro_batches(whole, lengths, budget, rope)
-        most = tokens_of_a_forward(device)
+        most = most_pads(device)
         before = [length - n for length, n in zip(lengths, last, strict=True)]
         prompts = [rows[members[0]][: before[members[0]]] for members in groups]
         plan: list[tuple[list[int], list[list[int]]]] = []  # prompts of one forward, and the rows of each behind it

@@ -42,12 +42,17 @@ _LEAST_SHARE = 1 / 16
 """A prompt runs once where at least this share of its group's tokens is saved."""
 
 
-def tokens_of_a_forward(device: torch.device) -> int:
-    """How many tokens cost as much as a forward more: so many must be saved at least, and no more are padded to save a forward.
+def least_saved(device: torch.device) -> int:
+    """How many tokens a call must save at least: as many as cost no less than a forward more.
 
-    On a CPU a forward of SmolLM2 costs about 20 tokens. On a GPU it was not measured: a forward of 2,048 tokens is taken for
-    one that hardly keeps it busy.
+    On a CPU a forward costs as much as 40 tokens of SmolLM2, and as 90 to 140 of a model a tenth of its size. On a GPU it was
+    not measured: a forward of 2,048 tokens is taken for one that hardly keeps it busy.
     """
+    return 128 if device.type == "cpu" else 2_048
+
+
+def most_pads(device: torch.device) -> int:
+    """How many pads a row gets at most to save a forward; as for `least_saved`."""
     return 32 if device.type == "cpu" else 2_048
 
 
@@ -83,7 +88,7 @@ def why_whole(model: Any, config: ScoreConfig) -> str | None:
 def shared_prompts(
     rows: Sequence[Sequence[int]], last: Sequence[int], rope: RopeGroups, device: torch.device
 ) -> list[list[int]]:
-    """Groups of rows, as indices, whose prompt is worth a forward of its own.
+    """Groups of rows, as indices, whose prompts are worth a forward of their own.
 
     Args:
         rows: token ids.
@@ -91,16 +96,17 @@ def shared_prompts(
         rope: of the model. A prompt that has another RoPE alone than in its row is in no group.
         device: the model's.
     """
-    least = tokens_of_a_forward(device)
     groups: dict[tuple[int, ...], list[int]] = {}
     for r, (row, n) in enumerate(zip(rows, last, strict=True)):
         if n and rope.of(len(row) - n) == rope.of(len(row)):
             groups.setdefault(tuple(row[: len(row) - n]), []).append(r)
-    return [
-        members
+    saved = {prompt: (len(members) - 1) * len(prompt) for prompt, members in groups.items()}
+    worth = {
+        prompt: members
         for prompt, members in groups.items()
-        if (len(members) - 1) * len(prompt) >= max(least, _LEAST_SHARE * sum(len(rows[r]) for r in members))
-    ]
+        if saved[prompt] and saved[prompt] >= _LEAST_SHARE * sum(len(rows[r]) for r in members)
+    }
+    return list(worth.values()) if sum(saved[prompt] for prompt in worth) >= least_saved(device) else []
 
 
 def may_mix_prompts(model: Any) -> bool:

@@ -62,12 +62,12 @@ def score_unequal(model: nn.Module | str, rank: int) -> entra.Scores:
 
 
 def score_groups(model: nn.Module, rank: int, config: entra.ScoreConfig = ONE_A_FORWARD) -> entra.Scores:
-    """Details of a rank's own groups: 6 rows behind one prompt (7 forwards), or 2 behind another and a whole one (4)."""
+    """Details of a rank's own groups: 6 rows behind one prompt (7 forwards), or 3 behind another and a whole one (5)."""
     ids = torch.randint(5, 101, (100,), generator=torch.Generator().manual_seed(2 + rank)).tolist()
     if rank == 0:
-        prompts, completions = [ids[:16]] * 6, [ids[i + 16 : i + 34] for i in range(6)]
+        prompts, completions = [ids[:32]] * 6, [ids[i + 32 : i + 50] for i in range(6)]
     else:
-        prompts, completions = [ids[:64], ids[:64], ids[:3]], [ids[64:74], ids[64:99], ids[3:33]]
+        prompts, completions = [*[ids[:64]] * 3, ids[:3]], [ids[64:74], ids[64:99], ids[70:90], ids[3:33]]
     return entra.score_batch(prompts, completions, model=model, config=config, details=True)
 
 

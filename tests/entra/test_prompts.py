@@ -104,9 +104,9 @@ def test_a_prompt_with_another_rope_than_its_rows_runs_with_them(family, overrid
     model, last = build(family, **overrides), [9, 4, 3, 2, 1]
     rows = [random_ids(ORIGINAL)[0] + completion for completion in random_ids(*last, seed=1)]
     assert shapes_of(model, rows, last) == shapes_of(model, rows, last, share_prompts=False)
-    model, last = build(family, **overrides), [1] * 8
+    model, last = build(family, **overrides), [1] * 14
     rows = [row[:10] + completion for row in rows[:1] for completion in random_ids(*last, seed=1)]
-    assert shapes_of(model, rows, last) == [(1, 10), (8, 1)]
+    assert shapes_of(model, rows, last) == [(1, 10), (14, 1)]
     assert_equal(score(model, rows, last), score(model, rows, last, share_prompts=False))
 
 
@@ -116,23 +116,25 @@ def test_a_prompt_runs_once_where_that_saves_tokens(rows):
     assert shared_prompts(rows, [0] * len(rows), rope, cpu) == []
     assert shared_prompts(rows, LAST, rope, torch.device("cuda")) == []
     for prompt, completion, count, device, runs_once in (
-        (32, 9, 1, "cpu", False),
-        (32, 9, 2, "cpu", True),
-        (31, 9, 2, "cpu", False),  # 31 tokens
-        (32, 224, 2, "cpu", True),
-        (32, 225, 2, "cpu", False),  # less than a 16th
+        (128, 9, 1, "cpu", False),
+        (128, 9, 2, "cpu", True),
+        (127, 9, 2, "cpu", False),  # 127 tokens
+        (128, 896, 2, "cpu", True),
+        (128, 897, 2, "cpu", False),  # less than a 16th
         (1024, 9, 2, "cuda", False),
         (1024, 9, 3, "cuda", True),
     ):
         group = [[5] * (prompt + completion)] * count
         found = shared_prompts(group, [completion] * count, rope, torch.device(device))
         assert found == ([list(range(count))] if runs_once else [])
+    two_groups = [[token] * (64 + 9) for token in (5, 6, 5, 6)]
+    assert shared_prompts(two_groups, [9] * 4, rope, cpu) == [[0, 2], [1, 3]]
 
 
 def test_completions_of_very_unequal_lengths_share_no_forward():
     """On a CPU 32 pads cost more than another forward."""
-    rows = [random_ids(40)[0] + completion for completion in random_ids(50, 18, 17, 3, seed=1)]
-    assert shapes_of(build("llama"), rows, [50, 18, 17, 3], token_budget=1_000) == [(1, 40), (2, 50), (2, 17)]
+    rows = [random_ids(44)[0] + completion for completion in random_ids(50, 18, 17, 3, seed=1)]
+    assert shapes_of(build("llama"), rows, [50, 18, 17, 3], token_budget=1_000) == [(1, 44), (2, 50), (2, 17)]
 
 
 def test_prompts_keep_no_keys_of_their_completions(rows):
