@@ -15,7 +15,7 @@ ENGINES_PIP := .venv-engines/bin/python -m pip --disable-pip-version-check
 KVPRESS_PIP := .venv-kvpress/bin/python -m pip --disable-pip-version-check
 
 .PHONY: demo test lint docs hub smoke test-lowest test-versions test-deepspeed test-vllm test-verl test-engines test-kvpress bench \
-    evidence evidence-full experiments real-traces gpu gpu-again gpu-train gpu-wheels rehearse compile-all compile-tritons \
+    evidence evidence-full experiments real-traces gpu gpu-again gpu-train gpu-wheels rehearse compile compile-all compile-tritons \
     static-proof clean
 .NOTPARALLEL:  # targets share environments, and use all cores by themselves
 
@@ -47,8 +47,12 @@ lint: $(VENV)/dev.done
 # The order of the files is that of tests/conftest.py, the longest first.
 XDIST := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test: lint
-	$(BIN)/pytest tests $(XDIST)
+# Types are checked beside the first of the tests, which leave a core idle now and then.
+test: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy & types=$$!; $(BIN)/pytest tests $(XDIST); tests=$$?; \
+	    wait $$types || { echo "mypy found errors: make lint"; exit 1; }; exit $$tests
 
 # The pages and an API reference as a site, build/site/index.html. A broken link or an undocumented public name fails. Docstrings are
 # read, not imported: the environment has the packages of the extra `docs` alone.
@@ -248,6 +252,10 @@ experiments: $(VENV)/dev.done
 real-traces: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.experiments real --gradient --windows --folder $(TRACES) --output benchmarks/results/experiments
 	$(BIN)/python -m benchmarks.experiments.report benchmarks/results/experiments docs/real-traces.md
+
+# A few minutes: on sm_90 every kernel and option, on other chips some.
+compile: $(VENV)/dev.done
+	$(BIN)/python -m benchmarks.static.aot
 
 compile-all: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.static.aot --all

@@ -68,7 +68,7 @@ def test_linear_token_logprobs(results, once, tokens, hidden_size, vocabulary):
         runs,
         check=check,
         facts=dict.fromkeys(runs, work),
-        rounds=by_size(tiny=2, small=7, full=15),
+        rounds=by_size(tiny=2, small=5, full=15),
         seconds=by_size(tiny=1, small=4, full=2),
         tokens=tokens,
         hidden_size=hidden_size,

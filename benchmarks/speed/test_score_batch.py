@@ -79,6 +79,7 @@ def test_score_batch(results, once, build):
         runs,
         rounds=by_size(tiny=2, small=3, full=7),
         seconds=by_size(tiny=1, small=20, full=8),
+        memory_of=["ours", "bare forward"],
         tokens=TOKENS,
     )
     once(runs["ours"])

@@ -356,11 +356,27 @@ SUBSET = Selection(
 bfloat16, D = 16 in float32) and the fused head. The tightest fits into shared memory. On gfx942 the kernels of
 redundancy and copies, too."""
 
+SAMPLE = Selection(
+    names=re.compile(
+        r"bf16 attention (row_lse|column_sum) d=128$"
+        r"|fp32 attention column_sum d=16$|bf16 logprobs head$"
+        r"|sm_90 bf16 attention (row_lse|column_sum) d=(64|256)$"
+        r"|sm_90 bf16 attention row_lse d=128 queries$"
+        r"|(sm_80|sm_90|sm_100|gfx942) bf16 attention column_sum d=128 queries max weights$"
+        r"|sm_90 bf16 hopper .* d=\d+$"
+    ),
+    calls=re.compile(
+        r"(sm_80|sm_90|sm_100|gfx942) bf16 d=128 queries( max weights)?$|bf16 (d=128)?$|fp32 d=16$|sm_90 bf16 d=(64|256)$"
+    ),
+)
+"""A third of the subset, for `make test`: on every chip, and on sm_90 all that has a budget."""
+
 
 def main() -> int:
     """Prints one line per case; returns 1 when one takes more than its chip has."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every chip, dtype, head dim and kernel")
+    parser.add_argument("--sample", action="store_true", help="a third of the subset")
     parser.add_argument("--only", default="", metavar="REGEX", help="those whose name matches, instead of the subset")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
@@ -368,7 +384,8 @@ def main() -> int:
         parser.error("TRITON_INTERPRET=1 is set: the interpreter does not compile; unset it")
 
     try:
-        selection = Selection(re.compile(arguments.only)) if arguments.all or arguments.only else SUBSET
+        every = arguments.all or arguments.only
+        selection = Selection(re.compile(arguments.only)) if every else SAMPLE if arguments.sample else SUBSET
     except re.error as error:
         parser.error(f"--only {arguments.only!r} is no regular expression: {error}")
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles without a GPU: a subset here, all of it with `make compile-all`."""
+"""Every Triton kernel compiles without a GPU: a sample here, a subset with `make compile`, all with `make compile-all`."""
 
 import os
 import re
@@ -21,7 +21,7 @@ CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 def test_representative_kernels_compile_for_every_chip(python):
     """Their shared memory, spills, and on sm_90 the budgets of the attention passes: what breaks one fails the command."""
-    done = python("-m", "benchmarks.static.aot")
+    done = python("-m", "benchmarks.static.aot", "--sample")
     assert done.returncode == 0, done.stdout + done.stderr
     for chip in CHIPS:
         for kernel in (
