@@ -84,6 +84,7 @@ smoke:
 # The lowest versions that pyproject.toml allows, on the pinned torch. pyarrow is the last that takes numpy 1.
 LOWEST := triton==3.6.0 transformers==5.3.0 numpy==1.26.4 pyarrow==21.0.0 trl==1.16.0 accelerate==1.10.1 datasets==4.7.0
 LOWEST_TESTS := tests/entra/test_score.py tests/entra/test_capture.py tests/entra/test_packing.py tests/entra/test_rows_alone.py \
+    tests/entra/test_prompts.py \
     tests/entra/test_reward.py tests/entra/test_trl_drift.py \
     tests/entra_kernels/test_launches.py tests/entra_kernels/test_redundancy.py tests/entra_kernels/test_logprobs.py
 

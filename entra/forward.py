@@ -117,7 +117,7 @@ def token_signals(
         ValueError: no layer of the model can be scored (see `entra.capture`).
         RuntimeError: the model has no head that can be hooked, or changes its logits in a way that is not known.
     """
-    from entra.prompts import heads_not_repeated, may_mix_prompts, most_pads, shared_prompts, why_whole
+    from entra.prompts import heads_not_repeated, may_mix_prompts, most_pads, shared_prompts, tokens_together, why_whole
 
     model = unwrapped(model)
     _register_head(model)
@@ -134,7 +134,7 @@ def token_signals(
         before = [length - n for length, n in zip(lengths, last, strict=True)]
         prompts = [rows[members[0]][: before[members[0]]] for members in groups]
         plan: list[tuple[list[int], list[list[int]]]] = []  # prompts of one forward, and the rows of each behind it
-        for batch in _micro_batches(range(len(groups)), [len(prompt) for prompt in prompts], budget, rope, most):
+        for batch in _micro_batches(range(len(groups)), [len(ids) for ids in prompts], tokens_together(budget), rope, most):
             pools = [groups[g] for g in batch]
             pools = [list(chain(*pools))] if may_mix_prompts(model) else pools
             plan.append((batch, [part for pool in pools for part in _micro_batches(pool, lengths, budget, rope, most, before)]))
@@ -159,6 +159,7 @@ def token_signals(
                     results = _forward(model, device, completions, [last[r] for r in batch], config, behind=behind)
                 for r, result in zip(batch, results, strict=True):
                     signals[r] = TokenSignals(torch.cat([first[r], result.logprobs]), result.incoming)
+            del cached, behind  # before the next prompts have theirs
         for _ in range(forwards - ours):
             _forward(model, device, [[0, 0]], [1], config)
     return signals
@@ -211,7 +212,7 @@ def _register_head(model: Any) -> None:
     if weights:
         from deepspeed.runtime.zero import register_external_parameter  # type: ignore[import-not-found]
 
-        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         for weight in weights:
             register_external_parameter(causal_lm, weight)
 
@@ -252,17 +253,19 @@ def _run_prompts(
     """The keys and values of `prompts`, and log P, [1] each, of `firsts`: tokens behind the prompt of an index."""
     from transformers import DynamicCache
 
-    from entra.prompts import Prompts
+    from entra.prompts import Prompts, takes_positions
 
     input_ids, length = _padded(prompts)
     cache = DynamicCache()
     ends = torch.arange(len(prompts)) * input_ids.shape[1] + length - 1
     positions = ends[[i for i, _ in firsts]].to(device)
     targets = torch.tensor([token for _, token in firsts], device=device)
+    told = takes_positions(model)
+    place = {"position_ids": torch.arange(input_ids.shape[1], device=device).expand(input_ids.shape)} if told else {}
     with _head_logprobs(model, input_ids.shape, positions, targets, config.backend) as head:
-        output = model(input_ids=input_ids.to(device), past_key_values=cache, use_cache=True, return_dict=True)
+        output = model(input_ids=input_ids.to(device), past_key_values=cache, use_cache=True, return_dict=True, **place)
     head.check(output.logits)
-    return Prompts(cache, length.tolist()), head.logprobs.to(device).split(1)
+    return Prompts(cache, length.tolist(), told), head.logprobs.to(device).split(1)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -295,7 +298,7 @@ def _forward(
     cached, arguments = torch.zeros_like(length), {"use_cache": False}
     if behind is not None:
         ran, prompts = behind
-        cached, arguments = torch.tensor([ran.lengths[i] for i in prompts]), ran.behind(prompts, length)
+        cached, arguments = torch.tensor([ran.lengths[i] for i in prompts]), ran.behind(prompts, length, device)
     before = int(cached.max())
     with (
         _head_logprobs(model, input_ids.shape, positions, targets, config.backend) as head,

@@ -74,10 +74,15 @@ def sees_left_pads(model: Any) -> bool:
     parameters = _parameters(config)
     return (
         not parameters
-        or config.model_type in _ABSOLUTE_MODELS
-        or any(one.get(_ABSOLUTE_PARAMETER) is not None for one in parameters)
+        or attends_by_position(model)
         or (_reads_pads_of_one_row() and any(isinstance(module, nn.Conv1d) for module in model.modules()))
     )
+
+
+def attends_by_position(model: Any) -> bool:
+    """Whether attention does more with a position than RoPE. Some such models count pads, whatever position_ids say."""
+    config = model.config.get_text_config(decoder=True)
+    return config.model_type in _ABSOLUTE_MODELS or any(one.get(_ABSOLUTE_PARAMETER) is not None for one in _parameters(config))
 
 
 def transformers_version() -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Rows whose prompt runs once against the same rows run whole."""
 
 import os
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 import entra
 from entra.forward import token_signals
-from entra.prompts import Prompts, heads_not_repeated, shared_prompts, why_whole
+from entra.prompts import Prompts, heads_not_repeated, shared_prompts, tokens_together, why_whole
 from entra.rope import RopeGroups
 
 STATEFUL = ("qwen3_next", "qwen3_5")
@@ -143,7 +144,10 @@ def test_prompts_keep_no_keys_of_their_completions(rows):
         model(torch.tensor([rows[1][:7], [*rows[0][:5], 0, 0]]), past_key_values=cache, use_cache=True)
         prompts = Prompts(cache, [7, 5])
         three, one = (
-            model(torch.tensor([rows[0][5:9]] * count), **prompts.behind([1] * count, torch.tensor([4] * count))).logits
+            model(
+                torch.tensor([rows[0][5:9]] * count),
+                **prompts.behind([1] * count, torch.tensor([4] * count), torch.device("cpu")),
+            ).logits
             for count in (3, 1)
         )
         alone = model(torch.tensor([rows[0][:9]])).logits[:, 5:]
@@ -162,6 +166,63 @@ def test_pads_are_at_no_position_that_the_model_does_not_have():
     last = [4, 3, 2, 20, 19]
     assert shapes_of(model, rows, last, token_budget=1_000) == [(2, 60), (5, 20)]
     assert_equal(score(model, rows, last, token_budget=1_000), score(model, rows, last, share_prompts=False))
+
+
+def test_a_model_that_counts_positions_by_itself_mixes_no_prompts():
+    """In transformers 5.3 Ministral 3 scales attention by a token's place in the cache, pads before the row included."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    rope = {"rope_parameters": yarn | {"llama_4_scaling_beta": 1.0}}
+    model = build("mistral", model_type="ministral3", sliding_window=None, max_position_embeddings=64, **rope)
+    prompts, last = random_ids(60, 41), [5, 7, 9, 6, 6, 2]
+    rows = [prompts[r // 3] + completion for r, completion in enumerate(random_ids(*last, seed=1))]
+    assert shapes_of(model, rows, last, token_budget=1_000) == [(2, 60), (3, 9), (3, 6)]
+    assert_equal(score(model, rows, last, token_budget=1_000), score(model, rows, last, share_prompts=False))
+
+
+@pytest.mark.parametrize("lengths", [(100, 100), (100, 85)], ids=["equal", "unequal"])
+def test_what_a_model_remembers_of_an_image_shifts_no_position(lengths):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 3]}}
+    text = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "pad_token_id": 0, **heads, **rope}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 48}
+    special = dict.fromkeys(
+        ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), VOCABULARY - 1
+    )
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)).eval()
+    model.model.rope_deltas = torch.tensor([[-20]])  # what generating behind an image leaves
+    prompts, last = random_ids(*lengths), [5, 7, 9, 4]
+    rows = [prompts[r // 2] + completion for r, completion in enumerate(random_ids(*last, seed=1))]
+    rows = [[min(token, VOCABULARY - 2) for token in row] for row in rows]
+    once = score(model, rows, last, token_budget=1_000)
+    assert model.model.rope_deltas.tolist() == [[-20]]
+    assert_equal(once, score(model, rows, last, share_prompts=False))
+
+
+def test_prompts_of_an_adapted_model_are_mixed(rows):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert shapes_of(model.base_model.model, rows) == shapes_of(build("llama"), rows)
+    assert_equal(score(model, rows), score(model, rows, share_prompts=False))
+
+
+def test_prompts_that_run_together_are_few_and_leave_before_the_next(monkeypatch):
+    """Their keys of all layers are held: 2,048 tokens of the 16,384 of a forward on a GPU."""
+    assert [tokens_together(budget) for budget in (100, 1_024, 16_384)] == [100, 1_024, 2_048]
+    alive, held, init = [], [], Prompts.__init__
+
+    def spy(self, *arguments):
+        held.append(sum(prompts() is not None for prompts in alive))
+        alive.append(weakref.ref(self))
+        init(self, *arguments)
+
+    monkeypatch.setattr(Prompts, "__init__", spy)
+    rows = [ids + completion for ids in random_ids(40, 40, 40) for completion in random_ids(3, 4, seed=len(ids))]
+    rows += [row[:-1] for row in rows]
+    score(build("llama"), rows, [len(row) - 40 for row in rows], token_budget=80)
+    assert held == [0, 0]
 
 
 @pytest.mark.parametrize("mine", [None, "0"])
