@@ -221,8 +221,7 @@ def draw(content: Content, folder: Path, stem: str) -> list[Path]:
 def render(folder: Path, readme: Path) -> str:
     """The tables of every file in `folder`. Plots go into the same folder; their links start at `readme`."""
     lines: list[str] = []
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
+    for path, content in of_devices(folder):
         plots = [os.path.relpath(plot, readme.parent) for plot in draw(content, folder, path.stem)]
         lines += section(content, plots)
     return "\n".join(lines)
@@ -236,13 +235,23 @@ def between_markers(text: str, tables: str) -> str:
     return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
 
 
+def of_devices(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files of this suite and what they hold, in order; results of other commands lie beside them."""
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        if "device" in content:
+            yield path, content
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--readme", type=Path, help="write the tables alone into this file")
     arguments = parser.parse_args()
-    if not list(arguments.folder.glob("*.json")):
-        raise SystemExit(f"{arguments.folder} has no *.json; run the benchmarks with --results {arguments.folder} first")
+    if not list(of_devices(arguments.folder)):
+        raise SystemExit(
+            f"{arguments.folder} has no results of a device; run the benchmarks with --results {arguments.folder} first"
+        )
     if arguments.readme is None:
         README.write_text(between_markers(README.read_text(), render(arguments.folder, README)))
     else:

@@ -87,6 +87,7 @@ class TestTargets:
 class TestPage:
     def test_tables(self, tmp_path):
         (tmp_path / "a-gpu.json").write_text(json.dumps(content(ours=13.0, sdpa=12.0, colreduce="it is not installed")))
+        (tmp_path / "of-another-command.json").write_text('{"records": [{"case": "a"}]}')
         page = render.render(tmp_path, tmp_path / "README.md")
         assert "| ms at N = | 16,384 | 32,768 |" in page
         assert "| ours | 6.5 | 13 |" in page

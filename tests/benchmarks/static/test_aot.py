@@ -35,6 +35,8 @@ def test_representative_kernels_compile_for_every_chip(python):
     plain = {f"sm_90 {kernel} d={head_dim}" for kernel in kernels for head_dim in (64, 128, 256)}
     chips = ("sm_80", "sm_90", "sm_100", "gfx942")
     assert set(BUDGETS) == plain | {f"{chip} {label}" for chip in chips for label in QUERIES}
+    if triton.__version__.partition("+")[0] != PINNED:
+        chips = chips[:3]  # AMD's loops are found in what the pinned Triton makes of them
     for name in (*plain, f"sm_90 {QUERIES[0]}", *(f"{chip} {QUERIES[-1]}" for chip in chips)):
         chip, _, label = name.partition(" ")
         assert re.search(rf"\n{chip} bf16 \w+ {label} +\d+ registers .* instructions a score\n", done.stdout), name
