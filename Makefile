@@ -14,7 +14,7 @@ VERL_PIP := .venv-verl/bin/python -m pip --disable-pip-version-check
 ENGINES_PIP := .venv-engines/bin/python -m pip --disable-pip-version-check
 KVPRESS_PIP := .venv-kvpress/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs hub smoke test-lowest test-versions test-deepspeed test-vllm test-verl test-engines test-kvpress bench \
+.PHONY: demo test style lint docs hub smoke test-lowest test-versions test-deepspeed test-vllm test-verl test-engines test-kvpress bench \
     evidence evidence-full experiments real-traces gpu gpu-again gpu-train gpu-wheels rehearse compile compile-all compile-tritons \
     static-proof clean
 .NOTPARALLEL:  # targets share environments, and use all cores by themselves
@@ -38,9 +38,11 @@ $(VENV)/dev.done: $(VENV)/demo.done
 demo: $(VENV)/demo.done
 	$(BIN)/entra demo
 
-lint: $(VENV)/dev.done
+style: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style
 	$(BIN)/mypy
 
 # A file of tests stays in one process: what a module sets up (models, runs of several processes) is set up once.
@@ -48,9 +50,7 @@ lint: $(VENV)/dev.done
 XDIST := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Types are checked beside the first of the tests, which leave a core idle now and then.
-test: $(VENV)/dev.done
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: style
 	$(BIN)/mypy & types=$$!; $(BIN)/pytest tests $(XDIST); tests=$$?; \
 	    wait $$types || { echo "mypy found errors: make lint"; exit 1; }; exit $$tests
 

@@ -2,6 +2,7 @@
 
 Both ways take turns in one process, and whichever goes first changes from round to round. The mean counts. The demo's
 completions are scored as `make demo` scores them: four problems in a call, and whole rows of two, as it did when all ran whole.
+What a forward costs is measured beside it.
 """
 
 from __future__ import annotations
@@ -14,18 +15,33 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
 
 import entra
 from benchmarks.speed.results import device_name
+from benchmarks.speed.test_training import model as small_model
+from entra.forward import token_signals
 from entra.policy import load_policy
 from entra.traces import load_traces
 
 CASES = {"8 completions of 128 tokens after 1,024": (8, 1024, 128), "8 completions of 512 tokens after 64": (8, 64, 512)}
 ROUNDS = 2
+
+
+def forward_in_tokens(model: Any) -> float:
+    """How many tokens cost as much as one forward more: two rows of 128 tokens, in one forward and in two."""
+    rows = torch.randint(10, 10_000, (2, 128), generator=torch.Generator().manual_seed(0)).tolist()
+    seconds: dict[int, list[float]] = {256: [], 128: []}
+    for _ in range(16):
+        for budget, measured in seconds.items():
+            began = time.perf_counter()
+            token_signals(model, rows, [127, 127], entra.ScoreConfig(token_budget=budget))
+            measured.append(time.perf_counter() - began)
+    together, apart = median(seconds[256]), median(seconds[128])
+    return (apart - together) / (together / 256)
 
 
 def measure() -> dict[str, Any]:
@@ -71,6 +87,11 @@ def measure() -> dict[str, Any]:
             f"{name}: {once:.2f} s once, {whole:.2f} s whole, ratio {once / whole:.3f}, rewards differ by {differ:.1e}",
             flush=True,
         )
+    costs = {
+        "SmolLM2": forward_in_tokens(policy.model),
+        "the model of the training benchmark": forward_in_tokens(small_model()),
+    }
+    print(f"a forward costs as much as so many tokens: {costs}", flush=True)
     packages = {name: version(name) for name in ("torch", "transformers")}
     return {
         "machine": device_name(),
@@ -79,6 +100,7 @@ def measure() -> dict[str, Any]:
         "packages": packages,
         "command": "python -m benchmarks.shared_prompts",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "forward_in_tokens": costs,
         "records": records,
     }
 

@@ -688,7 +688,7 @@ def capture_attention(
     arguments_of = _arguments_of(model)
     of_all: dict[str, Any] = {
         "unpackable": _unpackable(model),
-        "rope": RopeGroups(transformers_model(model)),
+        "rope": RopeGroups(_transformers_model(model)),
         "device_mesh": _tensor_parallel_mesh(model),
         "asked": asked,
     }
@@ -820,7 +820,7 @@ def capture_incoming_attention(
 
 def _tensor_parallel_mesh(model: nn.Module) -> Any:
     """The device mesh that transformers spread the model's heads over when it loaded it; None where it did not."""
-    inner = transformers_model(model)
+    inner = _transformers_model(model)
     return getattr(inner, "_device_mesh", None) if (getattr(inner, "_tp_size", None) or 1) > 1 else None
 
 
@@ -1081,10 +1081,10 @@ def _arguments_of(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]
 
 def _text_config(model: nn.Module) -> Any:
     """The config of the text decoder inside any wrapper."""
-    return transformers_model(model).config.get_text_config(decoder=True)
+    return _transformers_model(model).config.get_text_config(decoder=True)
 
 
-def transformers_model(model: nn.Module) -> Any:
+def _transformers_model(model: nn.Module) -> Any:
     """The model inside any wrapper that has a transformers config."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)

@@ -229,21 +229,24 @@ def _micro_batches(
     no row has more pads than `most_pads`, and all have the same RoPE as alone. Of the `before` tokens of a row that are in
     a cache, `_CACHED` count as one."""
     cached = before or [0] * len(lengths)
-    new = [length - n for length, n in zip(lengths, cached, strict=True)]
     batches: list[list[int]] = []
-    for r in sorted(rows, key=lambda r: (-new[r], -cached[r], r)):
-        batch = [*(batches[-1] if batches else []), r]
-        most_cached, first, longest = max(cached[s] for s in batch), batch[0], max(lengths[s] for s in batch)
-        pads = max(new[first] - new[s] + (most_cached - cached[s]) / _CACHED for s in batch)
+    new = most_cached = longest = 0  # of the last batch: tokens that run of its first row, and the most of any row
+    least = 0.0  # what its smallest row weighs
+    for r in sorted(rows, key=lambda r: (cached[r] - lengths[r], -cached[r], r)):
+        own = lengths[r] - cached[r]
+        weight, behind, total = own + cached[r] / _CACHED, max(most_cached, cached[r]), max(longest, lengths[r])
+        weighs = new + behind / _CACHED  # each row of the batch, padded
         if (
             batches
-            and (new[first] + most_cached / _CACHED) * len(batch) <= token_budget
-            and (most_pads is None or pads <= most_pads)
-            and groups.of(longest) == groups.of(lengths[first]) == groups.of(lengths[r])
+            and weighs * (len(batches[-1]) + 1) <= token_budget
+            and (most_pads is None or weighs - min(least, weight) <= most_pads)
+            and groups.of(total) == groups.of(lengths[batches[-1][0]]) == groups.of(lengths[r])
         ):
-            batches[-1] = batch
+            batches[-1].append(r)
+            most_cached, longest, least = behind, total, min(least, weight)
         else:
             batches.append([r])
+            new, most_cached, longest, least = own, cached[r], lengths[r], weight
     return batches
 
 

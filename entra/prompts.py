@@ -45,8 +45,8 @@ _LEAST_SHARE = 1 / 16
 def least_saved(device: torch.device) -> int:
     """How many tokens a call must save at least: as many as cost no less than a forward more.
 
-    On a CPU a forward costs as much as 40 tokens of SmolLM2, and as 90 to 140 of a model a tenth of its size. On a GPU it was
-    not measured: a forward of 2,048 tokens is taken for one that hardly keeps it busy.
+    `python -m benchmarks.shared_prompts` measures it on a CPU; small models need more. On a GPU it was not measured: a forward
+    of 2,048 tokens is taken for one that hardly keeps it busy.
     """
     return 128 if device.type == "cpu" else 2_048
 
@@ -126,7 +126,7 @@ def heads_not_repeated(device: torch.device) -> Iterator[None]:
     """Have transformers' SDPA hand over keys and values as they are, on machines without a GPU.
 
     Behind a cache there is a mask, and with a mask it repeats them for the query heads, as CUDA's kernels want it. A CPU's
-    kernel needs no copies. transformers before 5.22 makes them all the same.
+    kernel needs no copies. transformers 5.21 and older make them all the same.
     """
     if device.type != "cpu" or torch.accelerator.is_available() or _GROUPED_HEADS in os.environ:
         yield
@@ -212,7 +212,10 @@ class _Behind(DynamicLayer):
 
     def _of_rows(self, prompts: Tensor) -> Tensor:
         """What each row has before it, [B, H, P, D]; a view where it is the same for all."""
+        if len(self._pads) == 1:
+            (only,) = self._pads
+            return prompts[only : only + 1, :, : self._before].expand(len(self._rows), -1, -1, -1)
         used = [
             nn.functional.pad(prompts[i : i + 1, :, : self._before - pads], (0, 0, pads, 0)) for i, pads in self._pads.items()
         ]
-        return used[0].expand(len(self._rows), -1, -1, -1) if len(used) == 1 else torch.cat(used)[self._rows.to(prompts.device)]
+        return torch.cat(used)[self._rows.to(prompts.device)]
