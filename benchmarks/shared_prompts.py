@@ -1,4 +1,4 @@
-"""Prompts that run once beside whole rows: `python -m benchmarks.shared_prompts RESULTS.json`, SmolLM2 on a CPU, 7 minutes.
+"""Prompts that run once beside whole rows: `python -m benchmarks.shared_prompts RESULTS.json`, SmolLM2 on a CPU, 5 minutes.
 
 Both ways take turns in one process, and whichever goes first changes from round to round. The mean counts. The demo's
 completions are scored as `make demo` scores them: four problems in a call, and whole rows of two, as it did when all ran whole.
